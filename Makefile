@@ -1,0 +1,44 @@
+# make demo  sets up .venv and runs the main job on embedded data
+# make test  sets up .venv, lints and runs the tests
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(shell $(PYTHON) -c 'import platform; print(",dali" if platform.machine() in ("x86_64", "aarch64") else "")'))
+NATIVE := $(wildcard csrc/*)
+
+.PHONY: setup demo test lint format bench gpu clean
+
+setup: $(STAMP)
+
+# torch goes first: the native kernels are compiled against it. A missing compiler is a notice, not an error.
+$(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PY) -m sdmp_kernels
+	@touch $@
+
+demo: setup
+	$(PY) -m sdmp_train
+
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup
+	$(PY) -m bench
+
+gpu: setup
+	$(PY) -m bench gpu --minutes 10
+
+clean:
+	rm -rf build *.egg-info sdmp_kernels/*.so sdmp_kernels/_build.json
