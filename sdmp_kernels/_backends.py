@@ -1,0 +1,202 @@
+"""Which implementation serves an op on a device, why not a faster one, and how to ask for one by name.
+
+An op is described by its folder's `op.py`: for every backend a loader (imports the module that holds it) and, per
+device type, the order of preference. Nothing falls back silently: a backend asked for by name runs or raises, and
+`backends()` says what an automatic choice will be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from sdmp_kernels._checks import check_choice
+
+NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its name and, per device type, its backends from the preferred to the last resort.
+
+    Every backend named here is a module `sdmp_kernels.ops.<name>.<backend>` (`cpp` and `cuda` share `native`) whose
+    functions have one set of names and signatures; `op.py` picks the module and calls the function.
+    """
+
+    name: str
+    order: dict[str, tuple[str, ...]]
+
+    def module(self, backend: str) -> ModuleType:
+        """The module that implements `backend`."""
+        file = "native" if backend in ("cpp", "cuda") else backend
+        return importlib.import_module(f"sdmp_kernels.ops.{self.name}.{file}")
+
+    def serves(self, backend: str) -> bool:
+        """Whether the op has this backend at all, on any device."""
+        return any(backend in order for order in self.order.values())
+
+
+OPS: dict[str, Op] = {}
+_forced: dict[str, str] = {}
+
+
+def register(name: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...]) -> Op:
+    """Add an op to the registry that `backends` and `use_backend` read."""
+    OPS[name] = Op(name, {"cpu": cpu, "cuda": cuda})
+    return OPS[name]
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def interpreting() -> bool:
+    """True where Triton's kernels run in its interpreter, on the CPU (slow; for tests)."""
+    if _triton_version() is None:
+        return False
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)
+    return bool(knobs is not None and knobs.runtime.interpret)
+
+
+@functools.cache
+def native_library(device_type: str) -> str | None:
+    """Load the compiled kernels of a device type; None once loaded, else the reason why they are not there."""
+    name = {"cpu": "_native_cpu", "cuda": "_native_cuda"}[device_type]
+    folder = Path(__file__).parent
+    found = sorted(folder.glob(f"{name}*.so"))
+    if not found:
+        report = folder / "_build.json"
+        why = json.loads(report.read_text()).get(name, "not built") if report.exists() else "not built"
+        return f"{why}; a C++ compiler{' and nvcc' if device_type == 'cuda' else ''} and `make setup` build it"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load ({error}); rebuild it with `make setup`"
+    return None
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """None where `backend` can run on `device_type` on this machine, else the reason in words."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if backend == "triton":
+        version = _triton_version()
+        if version is None:
+            return "triton is not installed"
+        if device_type == "cpu" and not interpreting():
+            return "triton compiles for GPUs only (its interpreter is off)"
+        if device_type == "cuda" and interpreting():
+            return "triton is in interpreter mode, which is for tensors on the CPU"
+    if backend == "cpp":
+        return native_library("cpu") if device_type == "cpu" else "cpp runs on the CPU only"
+    if backend == "cuda":
+        return native_library("cuda") if device_type == "cuda" else "cuda runs on NVIDIA GPUs only"
+    return None
+
+
+def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | None = None) -> str:
+    """The backend that will run `op` on `device`.
+
+    Args:
+        op: the op.
+        device: where its tensors are.
+        refuse: says for a backend why it cannot serve this very call (a dtype, a size), or None.
+
+    Raises:
+        RuntimeError: where a backend was asked for by name and cannot run this call, or none can.
+    """
+
+    def reason(backend: str) -> str | None:
+        if backend not in NAMES or not op.serves(backend):
+            return f"{op.name} has no {backend} backend"
+        return unavailable(backend, device.type) or (refuse(backend) if refuse else None)
+
+    forced = _forced.get(op.name)
+    if forced is not None:
+        why = reason(forced)
+        if why is not None:
+            raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: {why}")
+        return forced
+    reasons = []
+    for backend in op.order.get(device.type, ("torch", "reference")):
+        why = reason(backend)
+        if why is None:
+            return backend
+        reasons.append(f"{backend}: {why}")
+    raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({'; '.join(reasons)})")
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What will run: op -> device type -> the implementation, and why not a faster one.
+
+    Example: ``{"mix": {"cpu": "cpp", "cuda": "none (torch sees no CUDA device)"}}``. A call that its usual backend
+    cannot serve (float64, for example) takes the next one in the order shown.
+    """
+    return {name: {device: _describe(op, device) for device in op.order} for name, op in OPS.items()}
+
+
+def _describe(op: Op, device_type: str) -> str:
+    forced = _forced.get(op.name)
+    order: Sequence[str] = (forced,) if forced else op.order[device_type]
+    reasons: list[str] = []
+    for backend in order:
+        why = unavailable(backend, device_type) if op.serves(backend) else f"{op.name} has no {backend} backend"
+        if why is None:
+            return backend + (f" ({'; '.join(reasons)})" if reasons else "")
+        reasons.append(
+            why if len(set(order)) == 1 or (device_type == "cuda" and "CUDA device" in why) else f"{backend}: {why}"
+        )
+    return f"none ({reasons[0]})" if reasons else "none"
+
+
+@contextmanager
+def use_backend(name: str, ops: Sequence[str] | str | None = None) -> Iterator[None]:
+    """Within the context, run the ops by the backend `name`, or raise; never another one.
+
+    Args:
+        name: "reference", "torch", "cpp", "triton" or "cuda".
+        ops: names of the ops it holds for; default all of them. An op that has no such backend raises when called.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: on entering, where the backend cannot run on this machine at all, and on calling an op with
+            arguments that the backend cannot serve.
+
+    The choice holds for the whole process, also for the threads that run a backward pass.
+    """
+    check_choice("name", name, NAMES)
+    wanted = tuple(OPS) if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
+    for op in wanted:
+        check_choice("ops", op, tuple(OPS))
+    having = [op for op in wanted if OPS[op].serves(name)]
+    if not having:
+        raise RuntimeError(f"use_backend({name!r}): none of {', '.join(wanted)} has a {name} backend")
+    reasons = {device: unavailable(name, device) for device in ("cpu", "cuda")}
+    if all(reasons.values()):
+        why = (
+            reasons["cpu"]
+            if name in ("cpp",)
+            else reasons["cuda"]
+            if name == "cuda"
+            else "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+        )
+        raise RuntimeError(f"use_backend({name!r}) cannot run on this machine: {why}")
+    before = dict(_forced)
+    _forced.update(dict.fromkeys(wanted, name))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)

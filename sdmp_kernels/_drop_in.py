@@ -1,0 +1,95 @@
+"""What the drop-in classes share: their streams of draws, the plan made of a draw, and dense targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from sdmp_kernels._checks import check_integer, readable
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, count_lam
+
+LABELS = ("dense", "two_hot")
+
+
+class Draws:
+    """One random stream per call, a function of (seed, step, DataLoader worker) alone; no global state is touched.
+
+    Attributes:
+        seed: of the streams; by default torch's seed at construction.
+        step: number of streams handed out so far; set it to resume or to replay.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        given = torch.initial_seed() % 2**64 if seed is None else seed
+        self.seed = check_integer("seed", given, low=0, high=2**64 - 1, what="an integer in [0, 2**64), or None")
+        self.step = 0
+
+    def next(self) -> np.random.Generator:
+        """The stream of the next call."""
+        # Workers get copies of one object, anew every epoch: torch's seed of the worker tells them, and epochs, apart.
+        # The third counter word keeps clear of the streams that `draw_plan` takes from the same key.
+        worker = get_worker_info()
+        salt = 0 if worker is None else worker.seed % 2**64
+        key = np.array([self.seed, self.step], dtype=np.uint64)
+        self.step += 1
+        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 1, salt], dtype=np.uint64)))
+
+
+def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) -> np.ndarray:
+    """(count,) uint8: independent rules of the given chances, which add up to 1."""
+    edges = np.cumsum(list(chances.values()))
+    picks = np.searchsorted(edges / edges[-1], rng.random(count), side="right")
+    return np.array([int(rule) for rule in chances], dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
+
+
+def build_plan(
+    rule: np.ndarray,
+    drawn: np.ndarray,
+    boxes: np.ndarray,
+    partner: np.ndarray,
+    size: tuple[int, int],
+    *,
+    rules: tuple[Rule, ...],
+    mirrored: bool,
+) -> MixPlan:
+    """The plan of a draw: rule, drawn lam, boxes and partner of (N,) rows; lam is counted from the boxes."""
+    lam = count_lam(rule, drawn, boxes, size[0] * size[1])
+    return MixPlan(
+        rule=torch.from_numpy(rule.astype(np.uint8)),
+        partner=torch.from_numpy(partner.astype(np.int64)),
+        lam=torch.from_numpy(lam),
+        partner_lam=torch.from_numpy(lam[partner]),
+        box=torch.from_numpy(boxes.astype(np.int32)),
+        size=size,
+        mirrored=mirrored,
+        rules=rules,
+    )
+
+
+def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | None) -> Tensor:
+    """`labels` as (N,) int64 class numbers, checked to be below `num_classes` where that needs no host sync."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{argument} must be a tensor of class numbers of shape (N,), got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{argument} must hold integer class numbers, got {str(labels.dtype).removeprefix('torch.')}")
+    if labels.shape not in ((rows,), (rows, 1)):
+        raise ValueError(f"{argument} must have shape ({rows},), one class number per image, got {tuple(labels.shape)}")
+    labels = labels.reshape(rows).long()
+    if rows and readable(labels) and (int(labels.min()) < 0 or (num_classes and int(labels.max()) >= num_classes)):
+        raise ValueError(
+            f"{argument} must hold class numbers in [0, {num_classes or 'number of classes'}), "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels
+
+
+def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K."""
+    dense = target.weight.new_full((len(target.weight), num_classes), smoothing / num_classes)
+    for column, weight in ((target.first, target.weight), (target.second, 1 - target.weight)):
+        dense.scatter_add_(1, column[:, None], (1 - smoothing) * weight[:, None])
+    return dense

@@ -1,0 +1,541 @@
+"""What is mixed with what: the plan that pixels and labels both read, and how it is drawn.
+
+A plan is decided once, on the host, from `(seed, step)` alone. `mix` reads it for the pixels; `source_target`,
+`pair_target` and `label_target` read it for the labels. Nothing is drawn twice, so the two cannot disagree.
+
+Letters: N rows of this rank, H W pixels, W ranks where `world_size` is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor, near, readable
+
+
+class Rule(IntEnum):
+    """How a row is mixed with its partner."""
+
+    KEEP = 0
+    MIXUP = 1
+    CUTMIX = 2
+    RESIZEMIX = 3
+
+
+class TwoHot(NamedTuple):
+    """A row's target: `weight` at column `first` and `1 - weight` at column `second`.
+
+    Attributes:
+        first: (N,) int64.
+        second: (N,) int64; may equal `first`, then the weights add up.
+        weight: (N,) float32 in [0, 1].
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+
+_TENSORS = ("partner", "box", "lam", "partner_lam", "rule")
+_DTYPES = {
+    "rule": torch.uint8,
+    "partner": torch.int64,
+    "lam": torch.float32,
+    "partner_lam": torch.float32,
+    "box": torch.int32,
+}
+_BOXED = (Rule.CUTMIX, Rule.RESIZEMIX)
+
+
+@dataclass(frozen=True, eq=False)
+class MixPlan:
+    """An immutable record of what is mixed with what. Built by `draw_plan`, or by hand.
+
+    Attributes:
+        rule: (N,) uint8, values of `Rule`.
+        partner: (N,) int64, the row whose pixels come in.
+        lam: (N,) float32 in [0, 1], the row's own share. CutMix, ResizeMix: 1 - h*w/(H*W) counted from the box;
+            KEEP: 1.
+        partner_lam: (N,) float32 in [0, 1], the partner's own share (`lam[partner]`, also when that row lives on
+            another rank).
+        box: (N, 4) int32 pixels: top, left, height, width; zeros for KEEP and MIXUP.
+        size: (H, W) the boxes refer to.
+        mirrored: True where the partner is the flip, row N-1-i. Known on the host, never read back from a device.
+        rules: the rules that may occur, in ascending order. Known on the host likewise.
+
+    Raises:
+        TypeError, ValueError: on construction, for a wrong dtype, shape or device; and, for tensors on the CPU, for
+            any value that breaks the promises above.
+    """
+
+    rule: Tensor
+    partner: Tensor
+    lam: Tensor
+    partner_lam: Tensor
+    box: Tensor
+    size: tuple[int, int]
+    mirrored: bool
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _check_size(self.size))
+        if not isinstance(self.mirrored, bool):
+            raise TypeError(f"mirrored must be True or False, got {type(self.mirrored).__name__}")
+        object.__setattr__(self, "rules", _check_rules_tuple(self.rules))
+        for name, dtype in _DTYPES.items():
+            shape = "(N, 4)" if name == "box" else "(N,)"
+            check_tensor(name, getattr(self, name), dtypes=(dtype,), ndim=2 if name == "box" else 1, shape=shape)
+        n = len(self)
+        for name in _DTYPES:
+            tensor = getattr(self, name)
+            if tensor.shape[0] != n:
+                raise ValueError(f"{name} has {tensor.shape[0]} rows but rule has {n}; give every tensor N rows")
+            if tensor.device != self.rule.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device} but rule is on {self.rule.device}; use MixPlan.to(device)"
+                )
+        if self.box.shape[1] != 4:
+            raise ValueError(f"box must have shape (N, 4), got {tuple(self.box.shape)}")
+        if all(readable(getattr(self, name)) for name in _DTYPES):
+            _check_values(self)
+
+    def __len__(self) -> int:
+        return self.rule.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the plan's tensors."""
+        return self.rule.device
+
+    def to(self, device: torch.device | str | int) -> MixPlan:
+        """The same plan on `device`, by one asynchronous copy (from pinned memory where the target is a GPU)."""
+        target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if target.type == self.device.type and target.index in (None, self.device.index):
+            return self
+        packed, layout = _pack(self, pin=target.type == "cuda" and self.device.type == "cpu")
+        return _unpack(packed.to(target, non_blocking=True), layout, self)
+
+    def copy_(self, other: MixPlan) -> MixPlan:
+        """Overwrite this plan's tensors in place with those of `other`: the static plan of a captured CUDA graph.
+
+        Raises:
+            ValueError: where a host field (number of rows, size, mirrored, rules) differs, since what was captured
+                may depend on it. Nothing is written then.
+        """
+        if not isinstance(other, MixPlan):
+            raise TypeError(f"other must be a MixPlan, got {type(other).__name__}")
+        for field in ("size", "mirrored", "rules"):
+            if getattr(self, field) != getattr(other, field):
+                raise ValueError(
+                    f"copy_ needs plans whose host fields agree, but {field} is {getattr(self, field)!r} here and "
+                    f"{getattr(other, field)!r} in other; draw both with the same arguments"
+                )
+        if len(self) != len(other):
+            raise ValueError(
+                f"copy_ needs plans of one length, but this one has {len(self)} rows and other {len(other)}"
+            )
+        for name in _TENSORS:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        return self
+
+    def overlap(self, other: MixPlan | None = None) -> Tensor:
+        """c: how much query row i, mixed by this plan, shares with key row partner[i], mixed by `other`.
+
+        With share l = lam_i and partner f, against keys of shares m:
+        c_i = min(1 - l_i, m_f) + [partner_f = i] * min(l_i, 1 - m_f). For the flip and the same plan this is
+        1 - |l_i + l_f - 1|, the paper's lambda^c (section 3.2).
+
+        Args:
+            other: the plan that mixed the keys, of the same rows and partners; default this one.
+
+        Returns:
+            (N,) float32 in [0, 1].
+        """
+        other = self._keys(other)
+        cross = torch.minimum(1 - self.lam, other.partner_lam)
+        back = torch.minimum(self.lam, 1 - other.partner_lam)
+        if not self.mirrored:
+            self._check_partner_below(len(self), "this plan")
+            rows = torch.arange(len(self), device=self.device)
+            within = self.partner.clamp(max=len(self) - 1)
+            back = torch.where(self.partner[within] == rows, back, 0.0)
+        return cross + back
+
+    def source_target(self, offset: int = 0, partner_offset: int | None = None) -> TwoHot:
+        """Eq. 3: `lam` at column offset + i and `1 - lam` at column partner_offset + partner.
+
+        Args:
+            offset: column of this rank's row 0 among the keys (rank * N after an all-gather).
+            partner_offset: the same for the rank that holds the partners; default `offset`.
+        """
+        first, second = self._columns(offset, partner_offset)
+        return TwoHot(first, second, self.lam)
+
+    def pair_target(self, offset: int = 0, partner_offset: int | None = None, other: MixPlan | None = None) -> TwoHot:
+        """Eq. 4: s/(s+c) at column offset + i and c/(s+c) at column partner_offset + partner.
+
+        s_i = 1 - |lam_i - m_i| is the overlap with the row's own key (1 for the same plan), c the one of `overlap`.
+        Where both are zero each column gets one half.
+
+        Args:
+            offset, partner_offset: as in `source_target`.
+            other: the plan that mixed the keys; default this one.
+        """
+        first, second = self._columns(offset, partner_offset)
+        cross = self.overlap(other)
+        own = 1 - (self.lam - self._keys(other).lam).abs()
+        total = own + cross
+        weight = torch.where(total > 0, own / torch.where(total > 0, total, 1.0), 0.5)
+        return TwoHot(first, second, weight)
+
+    def label_target(self, labels: Tensor, partner_labels: Tensor | None = None) -> TwoHot:
+        """The supervised target: `labels[i]` with weight lam and `labels[partner[i]]` with 1 - lam.
+
+        Args:
+            labels: (N,) int64 class numbers of this plan's rows.
+            partner_labels: (M,) int64 class numbers of the rows that `partner` indexes, where these are not the
+                plan's own: the labels of `mix(partners=...)`, or those of the other rank with flip="global".
+                Default `labels`.
+        """
+        others = labels if partner_labels is None else partner_labels
+        for name, given in (("labels", labels), ("partner_labels", others)):
+            check_tensor(name, given, dtypes=(torch.int64,), ndim=1, shape="(N,)" if name == "labels" else "(M,)")
+        if len(labels) != len(self):
+            raise ValueError(f"labels has {len(labels)} rows but the plan has {len(self)}; give one label per row")
+        self._check_partner_below(len(others), "labels" if partner_labels is None else "partner_labels")
+        return TwoHot(labels, others[self.partner.to(others.device)], self.lam.to(labels.device))
+
+    def _check_partner_below(self, rows: int, what: str) -> None:
+        if len(self) and readable(self.partner) and int(self.partner.max()) >= rows:
+            raise ValueError(f"partner holds row {int(self.partner.max())}, but {what} has only {rows} rows")
+
+    def _columns(self, offset: int, partner_offset: int | None) -> tuple[Tensor, Tensor]:
+        offset = check_integer("offset", offset, low=0, what="a column number, 0 or more")
+        other = offset if partner_offset is None else partner_offset
+        other = check_integer("partner_offset", other, low=0, what="a column number, 0 or more")
+        rows = torch.arange(offset, offset + len(self), device=self.device)
+        return rows, self.partner + other
+
+    def _keys(self, other: MixPlan | None) -> MixPlan:
+        if other is None:
+            return self
+        if not isinstance(other, MixPlan):
+            raise TypeError(f"other must be the MixPlan that mixed the keys, got {type(other).__name__}")
+        if len(other) != len(self) or other.mirrored != self.mirrored:
+            raise ValueError(
+                f"other must mix the same rows with the same partners, but it has {len(other)} rows, "
+                f"mirrored={other.mirrored}, and this plan {len(self)} rows, mirrored={self.mirrored}"
+            )
+        if readable(self.partner) and readable(other.partner) and not torch.equal(self.partner, other.partner):
+            raise ValueError("other must have the same partner vector as this plan; draw both views with one `partner`")
+        return other
+
+
+def draw_plan(
+    n: int,
+    size: tuple[int, int],
+    *,
+    rules: Sequence[str] | Mapping[str, float] = ("mixup", "cutmix", "resizemix"),
+    alpha: float | Mapping[str, float] = 1.0,
+    per: str = "batch",
+    prob: float = 1.0,
+    lam_range: tuple[float, float] = (0.1, 0.9),
+    box: str = "inside",
+    shared_lam: bool = False,
+    partner: Tensor | None = None,
+    flip: str = "local",
+    seed: int = 0,
+    step: int = 0,
+    view: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str | int = "cpu",
+) -> MixPlan:
+    """Draw the plan of one step: a pure function of its arguments that touches no global random state.
+
+    Rules, lam and boxes are those of the one plan drawn for all n * world_size rows, of which this rank gets rows
+    rank*n to (rank+1)*n: they do not depend on the backend, the device or how the rows are split over ranks.
+
+    Args:
+        n: rows of this rank, 0 or more; odd too (the middle row is its own partner).
+        size: (H, W) of the images in pixels.
+        rules: names of the rules ("mixup", "cutmix", "resizemix", "keep"), chosen uniformly, or a mapping
+            name -> probability that adds up to 1 (paper section 4.3.2: uniform over the three).
+        alpha: lam ~ Beta(alpha, alpha), > 0; or a mapping name -> alpha. One independent draw per sample.
+        per: "batch" draws one rule for the batch (the paper), "sample" one for every row.
+        prob: chance in [0, 1], per sample, that a row is mixed at all; KEEP otherwise.
+        lam_range: ResizeMix maps its drawn lam linearly onto this range within [0, 1].
+        box: "inside" puts the top-left corner uniformly over all positions where the whole box is inside, ends
+            included; h = floor(H * sqrt(1 - lam)), likewise w. "clip" is timm's law: centre anywhere, clipped
+            (views then share the drawn lam, not the recounted one).
+        shared_lam: one lam for the whole batch (the ablation of Table 7) instead of one per sample.
+        partner: (n,) int64, any row numbers in [0, n), instead of the flip N-1-i.
+        flip: "local" pairs within this rank; "global" pairs row i of rank r with row n-1-i of rank W-1-r.
+        seed, step: the draws are those of Philox(key=(seed, step)); both 0 or more.
+        view: moves only the boxes: the views of one step share rules and drawn lam.
+        rank, world_size: which rows of the global plan to return.
+        device: where the plan's tensors go, by one asynchronous copy.
+
+    Returns:
+        A `MixPlan` of n rows. lam is always recounted from the integer box.
+
+    Raises:
+        TypeError, ValueError: for an argument outside what is said above, naming it.
+    """
+    n = check_integer("n", n, low=0, what="a number of rows, 0 or more")
+    height, width = _check_size(size)
+    seed = check_integer("seed", seed, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
+    step = check_integer("step", step, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
+    view = check_integer("view", view, low=0, high=2**32 - 1, what="a view number, 0 or more")
+    world_size = check_integer("world_size", world_size, low=1, what="a number of ranks, 1 or more")
+    rank = check_integer("rank", rank, low=0, high=world_size - 1, what=f"a rank in [0, world_size={world_size})")
+    prob = check_number("prob", prob, low=0.0, high=1.0, what="a probability in [0, 1]")
+    check_choice("per", per, ("batch", "sample"))
+    check_choice("box", box, ("inside", "clip"))
+    check_choice("flip", flip, ("local", "global"))
+    chances = _check_rules(rules)
+    alphas = _check_alpha(alpha, tuple(chances))
+    low, high = _check_lam_range(lam_range)
+    partners, mirrored = _check_partner(partner, n, flip)
+
+    # Drawn for all ranks, then sliced. The order of these draws is pinned by tests/golden; do not reorder.
+    total = n * world_size
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    values = np.array([int(rule) for rule in chances], dtype=np.uint8)
+    edges = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
+    picks = rng.random(1 if per == "batch" else total)
+    choice = np.minimum(np.searchsorted(edges / edges[-1], picks, side="right"), len(values) - 1)
+    rule = np.broadcast_to(values[choice], (total,)).copy()
+    mixed = rng.random(total) < prob
+    shape = np.array([alphas[Rule(r)] for r in range(4)], dtype=np.float64)[rule]
+    drawn = _draw_lam(rng, shape, shared=shared_lam)
+    rule[~mixed] = Rule.KEEP
+
+    # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
+    boxes_rng = np.random.Generator(
+        np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=np.array([0, 0, 0, view + 1], np.uint64))
+    )
+    boxes = draw_boxes(boxes_rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
+    lam = count_lam(rule, drawn, boxes, height * width)
+    if mirrored:
+        partner_lam = lam[::-1] if flip == "global" else lam.reshape(world_size, n)[:, ::-1].reshape(-1)
+        partner_lam = partner_lam[rank * n : (rank + 1) * n]
+    else:
+        partner_lam = lam[rank * n : (rank + 1) * n][partners]
+    rows = slice(rank * n, (rank + 1) * n)
+    occurring = {r for r, chance in chances.items() if chance > 0 and prob > 0}
+    if prob < 1:
+        occurring.add(Rule.KEEP)
+    plan = MixPlan(
+        rule=torch.from_numpy(rule[rows].copy()),
+        partner=torch.from_numpy(partners),
+        lam=torch.from_numpy(lam[rows].copy()),
+        partner_lam=torch.from_numpy(partner_lam.copy()),
+        box=torch.from_numpy(boxes[rows].copy()),
+        size=(height, width),
+        mirrored=mirrored,
+        rules=tuple(sorted(occurring)),
+    )
+    return plan.to(device)
+
+
+def _draw_lam(rng: np.random.Generator, alpha: np.ndarray, *, shared: bool) -> np.ndarray:
+    """lam ~ Beta(alpha, alpha) for every row, or, with `shared`, one draw for all rows of one alpha."""
+    if not shared:
+        return rng.beta(alpha, alpha)
+    kinds, inverse = np.unique(alpha, return_inverse=True)
+    return rng.beta(kinds, kinds)[inverse]
+
+
+def draw_boxes(
+    rng: np.random.Generator,
+    rule: np.ndarray,
+    drawn: np.ndarray,
+    lam_range: tuple[float, float],
+    size: tuple[int, int],
+    *,
+    clip: bool,
+) -> np.ndarray:
+    """(N, 4) int32 boxes of the CutMix and ResizeMix rows, zeros elsewhere (method: paper Eq. 2, timm for `clip`)."""
+    low, high = lam_range
+    squeezed = np.where(rule == Rule.RESIZEMIX, low + (high - low) * drawn, drawn)
+    ratio = np.sqrt(np.clip(1 - squeezed, 0, 1))
+    boxes = np.zeros((len(rule), 4), dtype=np.int32)
+    for axis, extent in enumerate(size):
+        uniform = rng.random(len(rule))
+        cut = np.floor(extent * ratio).astype(np.int64)
+        if clip:
+            centre = np.minimum(np.floor(uniform * extent).astype(np.int64), extent - 1)
+            start = np.clip(centre - cut // 2, 0, extent)
+            end = np.clip(centre + (cut + 1) // 2, 0, extent)
+        else:
+            room = extent - cut
+            start = np.minimum(np.floor(uniform * (room + 1)).astype(np.int64), room)
+            end = start + cut
+        boxes[:, axis] = start
+        boxes[:, 2 + axis] = end - start
+    boxes[~np.isin(rule, _BOXED)] = 0
+    return boxes
+
+
+def count_lam(rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, area: int) -> np.ndarray:
+    """(N,) float32: the share of a row's own pixels, counted from its integer box."""
+    counted = 1 - boxes[:, 2].astype(np.int64) * boxes[:, 3] / area
+    lam = np.where(rule == Rule.KEEP, 1.0, np.where(rule == Rule.MIXUP, drawn, counted))
+    return lam.astype(np.float32)
+
+
+def _pack(plan: MixPlan, *, pin: bool) -> tuple[Tensor, list[tuple[str, int, int]]]:
+    """All tensors of a plan in one byte buffer, so that a move to another device is one copy."""
+    layout, start = [], 0
+    for name in _TENSORS:
+        tensor = getattr(plan, name)
+        length = tensor.numel() * tensor.element_size()
+        layout.append((name, start, length))
+        start += -(-length // 16) * 16
+    packed = torch.empty(start, dtype=torch.uint8, device=plan.device, pin_memory=pin)
+    for name, begin, length in layout:
+        packed[begin : begin + length].view(_DTYPES[name]).copy_(getattr(plan, name).reshape(-1))
+    return packed, layout
+
+
+def _unpack(packed: Tensor, layout: list[tuple[str, int, int]], plan: MixPlan) -> MixPlan:
+    parts = {name: packed[begin : begin + length].view(_DTYPES[name]) for name, begin, length in layout}
+    parts["box"] = parts["box"].view(-1, 4)
+    return MixPlan(size=plan.size, mirrored=plan.mirrored, rules=plan.rules, **parts)
+
+
+def _check_size(size: object) -> tuple[int, int]:
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise TypeError(f"size must be (H, W) in pixels, got {size!r}")
+    height = check_integer("size[0]", size[0], low=1, high=2**31 - 1, what="a height in pixels, 1 or more")
+    width = check_integer("size[1]", size[1], low=1, high=2**31 - 1, what="a width in pixels, 1 or more")
+    return height, width
+
+
+def _check_rules_tuple(rules: object) -> tuple[Rule, ...]:
+    if isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence):
+        raise TypeError(f"rules must be a tuple of Rule values, got {rules!r}")
+    try:
+        return tuple(sorted({Rule(r) for r in rules}))
+    except ValueError:
+        raise ValueError(f"rules must hold Rule values (0 to 3), got {tuple(rules)!r}") from None
+
+
+def _rule(argument: str, name: object) -> Rule:
+    if isinstance(name, Rule):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must hold rule names such as 'mixup', got {name!r}")
+    try:
+        return Rule[name.upper()]
+    except KeyError:
+        known = near(name.lower(), [r.name.lower() for r in Rule])
+        raise ValueError(f"{argument} names an unknown rule {name!r}: {known}") from None
+
+
+def _check_rules(rules: object) -> dict[Rule, float]:
+    """Rules and their probabilities, in ascending order of rule so that the spelling order never moves a draw."""
+    if isinstance(rules, Mapping):
+        chances = {
+            _rule("rules", name): check_number(f"rules[{name!r}]", p, low=0.0, high=1.0, what="a probability in [0, 1]")
+            for name, p in rules.items()
+        }
+        if chances and abs(sum(chances.values()) - 1) > 1e-6:
+            raise ValueError(f"rules must have probabilities that add up to 1, got a sum of {sum(chances.values()):g}")
+    elif isinstance(rules, Sequence) and not isinstance(rules, str):
+        names = [_rule("rules", name) for name in rules]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"rules names a rule twice: {tuple(rules)!r}; use a mapping name -> probability for weights"
+            )
+        chances = {name: 1 / len(names) for name in names}
+    else:
+        raise TypeError(f"rules must be a sequence of names or a mapping name -> probability, got {rules!r}")
+    if not chances:
+        raise ValueError("rules is empty: name at least one of mixup, cutmix, resizemix, keep")
+    return dict(sorted(chances.items()))
+
+
+def _check_alpha(alpha: object, rules: tuple[Rule, ...]) -> dict[Rule, float]:
+    what = "a number above 0"
+    if isinstance(alpha, Mapping):
+        given = {_rule("alpha", name): value for name, value in alpha.items()}
+        missing = [r.name.lower() for r in rules if r not in given and r != Rule.KEEP]
+        if missing:
+            raise ValueError(f"alpha has no entry for {', '.join(missing)}; give one per rule, or a single number")
+        alphas = {r: given.get(r, 1.0) for r in Rule}
+    else:
+        alphas = dict.fromkeys(Rule, alpha)
+    numbers = {r: check_number("alpha", a, low=0.0, what=what) for r, a in alphas.items()}
+    if any(a <= 0 or a == float("inf") for a in numbers.values()):
+        raise ValueError(f"alpha must be {what}, got {alpha!r}; leave a rule out of `rules` to switch it off")
+    return numbers
+
+
+def _check_lam_range(lam_range: object) -> tuple[float, float]:
+    if not isinstance(lam_range, Sequence) or isinstance(lam_range, str) or len(lam_range) != 2:
+        raise TypeError(f"lam_range must be (low, high) within [0, 1], got {lam_range!r}")
+    low = check_number("lam_range[0]", lam_range[0], low=0.0, high=1.0, what="a share in [0, 1]")
+    high = check_number("lam_range[1]", lam_range[1], low=0.0, high=1.0, what="a share in [0, 1]")
+    if low > high:
+        raise ValueError(f"lam_range must be (low, high) with low <= high, got {lam_range!r}")
+    return low, high
+
+
+def _check_partner(partner: Tensor | None, n: int, flip: str) -> tuple[np.ndarray, bool]:
+    if partner is None:
+        return np.arange(n - 1, -1, -1, dtype=np.int64), True
+    if flip == "global":
+        raise ValueError(
+            "partner and flip='global' exclude each other: a given partner vector indexes this rank's rows"
+        )
+    check_tensor("partner", partner, dtypes=(torch.int64,), ndim=1, shape="(n,)")
+    if len(partner) != n:
+        raise ValueError(f"partner must have n={n} rows, got {len(partner)}")
+    rows = partner.cpu().numpy().copy()
+    if n and (rows.min() < 0 or rows.max() >= n):
+        raise ValueError(f"partner must hold row numbers in [0, {n}), got {rows.min()} to {rows.max()}")
+    return rows, False
+
+
+def _check_values(plan: MixPlan) -> None:
+    """The promises of MixPlan that need the values: only for tensors on the CPU."""
+    rule, box, lam = plan.rule.numpy(), plan.box.numpy().astype(np.int64), plan.lam.numpy()
+    partner, height, width = plan.partner.numpy(), *plan.size
+    if len(rule) == 0:
+        return
+    unknown = sorted(set(rule.tolist()) - {int(r) for r in plan.rules})
+    if unknown:
+        raise ValueError(f"rule holds {unknown}, but rules says only {tuple(int(r) for r in plan.rules)} may occur")
+    if partner.min() < 0:
+        raise ValueError(f"partner must hold row numbers of 0 or more, got {partner.min()}")
+    if plan.mirrored and not np.array_equal(partner, np.arange(len(rule) - 1, -1, -1)):
+        raise ValueError("mirrored is True but partner is not the flip N-1-i; give mirrored=False")
+    for name, share in (("lam", lam), ("partner_lam", plan.partner_lam.numpy())):
+        if not ((share >= 0) & (share <= 1)).all():
+            raise ValueError(f"{name} must hold shares in [0, 1], got {share[~((share >= 0) & (share <= 1))][0]}")
+    boxed = np.isin(rule, _BOXED)
+    if box[~boxed].any():
+        raise ValueError("box must be zeros for rows with KEEP or MIXUP")
+    inside = (box >= 0).all(1) & (box[:, 0] + box[:, 2] <= height) & (box[:, 1] + box[:, 3] <= width)
+    if not inside.all():
+        row = int(np.flatnonzero(~inside)[0])
+        raise ValueError(f"box must lie inside the {height} x {width} image, but row {row} has {box[row].tolist()}")
+    if (lam[rule == Rule.KEEP] != 1).any():
+        raise ValueError("lam must be 1 for rows with KEEP")
+    counted = 1 - box[:, 2] * box[:, 3] / (height * width)
+    wrong = boxed & (np.abs(lam - counted) > 1e-6)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"lam of row {row} is {lam[row]:g}, but its box leaves a share of {counted[row]:g}: for CUTMIX and "
+            f"RESIZEMIX lam must be 1 - h*w/(H*W)"
+        )
