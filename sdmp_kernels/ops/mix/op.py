@@ -1,0 +1,203 @@
+"""The registered operators of `mix`: schemas, fakes, autograd, and which backend serves which call.
+
+`sdmp::mix` makes its outputs, `sdmp::mix_out` writes into given ones, `sdmp::mix_` works in place.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from sdmp_kernels import _backends
+from sdmp_kernels.plan import Rule
+
+OP = _backends.register("mix", cpu=("cpp", "torch", "reference"), cuda=("triton", "cuda", "torch", "reference"))
+
+
+def _refuse(backend: str, images: Tensor, out: torch.dtype) -> str | None:
+    if torch.float64 in (images.dtype, out) and backend not in ("torch", "reference"):
+        return "float64 images are computed by torch and reference only"
+    if backend == "triton" and images.device.type == "cpu" and torch.bfloat16 in (images.dtype, out):
+        return "triton's interpreter rounds bfloat16 wrongly"
+    return None
+
+
+def _run(
+    images: Tensor,
+    partners: Tensor | None,
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+    mixed: Tensor,
+    clean: Tensor | None,
+) -> None:
+    """Run the chosen backend; give it a scratch copy of whatever it would overwrite before the last read."""
+    backend = _backends.choose(OP, images.device, lambda name: _refuse(name, images, mixed.dtype))
+    if images.numel() == 0:
+        return
+    pairs = backend not in ("torch", "reference") and mirrored and partners is None and Rule.RESIZEMIX not in rules
+    if same_memory(images, mixed) and not pairs:
+        images = images.clone()
+    if partners is not None and any(out is not None and overlaps(partners, out) for out in (mixed, clean)):
+        partners = partners.clone()
+    args = (images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, clean)
+    OP.module(backend).mix(*args)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one and the same view of one storage."""
+    return a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
+
+
+def overlaps(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors meet (says yes for interleaved views that share no element)."""
+    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    spans = []
+    for t in (a, b):
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+
+@torch.library.custom_op("sdmp::mix", mutates_args=())
+def mix_op(
+    images: Tensor,
+    partners: Optional[Tensor],
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: Optional[list[float]],
+    std: Optional[list[float]],
+    dtype: torch.dtype,
+    clean: bool,
+) -> tuple[Tensor, Tensor]:
+    """(mixed, clean): clean is an empty tensor unless asked for."""
+    mixed, kept = _outputs(images, dtype, clean)
+    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept if clean else None)
+    return mixed, kept
+
+
+def _outputs(images: Tensor, dtype: torch.dtype, clean: bool) -> tuple[Tensor, Tensor]:
+    mixed = torch.empty_like(images, dtype=dtype)
+    return mixed, torch.empty_like(mixed) if clean else images.new_empty(0, dtype=dtype)
+
+
+@mix_op.register_fake
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, dtype, clean):
+    return _outputs(images, dtype, clean)
+
+
+@torch.library.custom_op("sdmp::mix_out", mutates_args=("mixed", "kept"))
+def mix_out_op(
+    images: Tensor,
+    partners: Optional[Tensor],
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: Optional[list[float]],
+    std: Optional[list[float]],
+    mixed: Tensor,
+    kept: Optional[Tensor],
+) -> None:
+    """As `sdmp::mix`, into existing tensors."""
+    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept)
+
+
+@mix_out_op.register_fake
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept):
+    return None
+
+
+@torch.library.custom_op("sdmp::mix_", mutates_args=("images", "kept"))
+def mix_in_place_op(
+    images: Tensor,
+    partners: Optional[Tensor],
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: Optional[list[float]],
+    std: Optional[list[float]],
+    kept: Optional[Tensor],
+) -> None:
+    """As `sdmp::mix`, over the images themselves."""
+    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, images, kept)
+
+
+@mix_in_place_op.register_fake
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, kept):
+    return None
+
+
+@torch.library.custom_op("sdmp::mix_backward", mutates_args=())
+def mix_backward_op(
+    grad_mixed: Optional[Tensor],
+    grad_clean: Optional[Tensor],
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    std: Optional[list[float]],
+    dtype: torch.dtype,
+    partner_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """(grad_images, grad_partners): the second is empty where partner_rows < 0, that is, images are the partners."""
+    given: Tensor = grad_mixed if grad_mixed is not None else grad_clean  # type: ignore[assignment]
+    grad_images, grad_partners = _gradients(given, dtype, partner_rows)
+    backend = _backends.choose(OP, given.device, lambda name: _refuse(name, given, dtype))
+    others = grad_partners if partner_rows >= 0 else None
+    if grad_images.numel() or grad_partners.numel():
+        OP.module(backend).mix_backward(
+            grad_mixed, grad_clean, rule, partner, lam, box, mirrored, rules, std, grad_images, others
+        )
+    return grad_images, grad_partners
+
+
+def _gradients(given: Tensor, dtype: torch.dtype, partner_rows: int) -> tuple[Tensor, Tensor]:
+    grad_images = given.new_empty(given.shape, dtype=dtype)
+    shape = (partner_rows, *given.shape[1:]) if partner_rows >= 0 else (0,)
+    return grad_images, given.new_empty(shape, dtype=dtype)
+
+
+@mix_backward_op.register_fake
+def _(grad_mixed, grad_clean, rule, partner, lam, box, mirrored, rules, std, dtype, partner_rows):
+    return _gradients(grad_mixed if grad_mixed is not None else grad_clean, dtype, partner_rows)
+
+
+def _save(ctx, inputs, output):
+    images, partners, rule, partner, lam, box, mirrored, rules, _mean, std, _dtype, clean = inputs
+    ctx.save_for_backward(rule, partner, lam, box)
+    ctx.host = (mirrored, rules, std, images.dtype, -1 if partners is None else partners.shape[0], clean)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_mixed, grad_kept):
+    rule, partner, lam, box = ctx.saved_tensors
+    mirrored, rules, std, dtype, partner_rows, clean = ctx.host
+    grad_kept = grad_kept if clean else None
+    none = (None,) * 10
+    if grad_mixed is None and grad_kept is None:
+        return None, None, *none
+    grad_images, grad_partners = torch.ops.sdmp.mix_backward(
+        grad_mixed, grad_kept, rule, partner, lam, box, mirrored, rules, std, dtype, partner_rows
+    )
+    return grad_images, grad_partners if partner_rows >= 0 else None, *none
+
+
+mix_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,139 @@
+"""The definition of `mix`, one row at a time (method: paper Eq. 1 and 2).
+
+Shapes: images (N, C, H, W), partners (M, C, H, W), rule, partner, lam (N,), box (N, 4).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdmp_kernels.plan import Rule
+
+
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+    mixed: Tensor,
+    clean: Tensor | None,
+) -> None:
+    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`."""
+    pixels = mix_pixels(images, partners, rule, partner, lam, box)
+    mixed.copy_(store(normalise(pixels, images.dtype, mean, std), mixed.dtype))
+    if clean is not None:
+        clean.copy_(store(normalise(images.to(pixels.dtype), images.dtype, mean, std), clean.dtype))
+
+
+def mix_pixels(
+    images: Tensor, partners: Tensor | None, rule: Tensor, partner: Tensor, lam: Tensor, box: Tensor
+) -> Tensor:
+    """(N, C, H, W) mixed pixels in float32 (float64 for float64 images), not rounded, not normalised."""
+    own = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+    others = own if partners is None else partners.to(own.dtype)
+    rows = []
+    for i, (r, j, corner) in enumerate(zip(rule.tolist(), partner.tolist(), box.tolist(), strict=True)):
+        itself = partners is None and i == j
+        rows.append(mix_row(own[i], others[j], Rule(r), lam[i].to(own.dtype), corner, itself))
+    return torch.stack(rows) if rows else own.clone()
+
+
+def mix_row(own: Tensor, other: Tensor, rule: Rule, lam: Tensor, box: list[int], itself: bool) -> Tensor:
+    """(C, H, W): one image mixed with its partner."""
+    if rule == Rule.MIXUP and lam != 1 and not itself:
+        return lam * own + (1 - lam) * other
+    top, left, height, width = box
+    if rule in (Rule.KEEP, Rule.MIXUP) or height * width == 0:
+        return own
+    if rule == Rule.CUTMIX:
+        patch = other[:, top : top + height, left : left + width]
+    else:
+        patch = F.interpolate(other[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    pasted = own.clone()
+    pasted[:, top : top + height, left : left + width] = patch
+    return pasted
+
+
+def normalise(pixels: Tensor, source: torch.dtype, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    """(x - mean) / std per channel, x on the 0 to 1 scale (uint8 sources divided by 255)."""
+    if mean is None or std is None:
+        return pixels
+    unit = pixels / 255 if source == torch.uint8 else pixels
+    centre = torch.tensor(mean, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+    spread = torch.tensor(std, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+    return (unit - centre) / spread
+
+
+def store(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """One rounding to `dtype`; to nearest, ties to even, and within 0 to 255 for uint8 (NaN becomes 0)."""
+    if dtype == torch.uint8:
+        pixels = pixels.nan_to_num(nan=0.0).round().clamp(0, 255)
+    return pixels.to(dtype)
+
+
+def mix_backward(
+    grad_mixed: Tensor | None,
+    grad_clean: Tensor | None,
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    std: list[float] | None,
+    grad_images: Tensor,
+    grad_partners: Tensor | None,
+) -> None:
+    """Write the gradients of float images, and of `partners` where they were given: the transpose of `mix`."""
+    work = torch.float64 if grad_images.dtype == torch.float64 else torch.float32
+    own = torch.zeros_like(grad_images, dtype=work)
+    others = own if grad_partners is None else torch.zeros_like(grad_partners, dtype=work)
+    if grad_clean is not None:
+        own += denormalise(grad_clean.to(work), std)
+    if grad_mixed is not None:
+        grads = denormalise(grad_mixed.to(work), std)
+        rows = zip(rule.tolist(), partner.tolist(), box.tolist(), strict=True)
+        for i, (r, j, corner) in enumerate(rows):
+            itself = grad_partners is None and i == j
+            to_own, to_other = mix_row_backward(grads[i], Rule(r), lam[i].to(work), corner, itself)
+            own[i] += to_own
+            if to_other is not None:
+                others[j] += to_other
+    grad_images.copy_(own)
+    if grad_partners is not None:
+        grad_partners.copy_(others)
+
+
+def mix_row_backward(
+    grad: Tensor, rule: Rule, lam: Tensor, box: list[int], itself: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(C, H, W) gradients of one mixed image to its own pixels and to its partner's."""
+    if rule == Rule.MIXUP and lam != 1 and not itself:
+        return lam * grad, (1 - lam) * grad
+    top, left, height, width = box
+    if rule in (Rule.KEEP, Rule.MIXUP) or height * width == 0:
+        return grad, None
+    inside = (slice(None), slice(top, top + height), slice(left, left + width))
+    to_own = grad.clone()
+    to_own[inside] = 0
+    if rule == Rule.CUTMIX:
+        to_other = torch.zeros_like(grad)
+        to_other[inside] = grad[inside]
+    else:
+        to_other = torch.ops.aten.upsample_bilinear2d_backward(
+            grad[inside][None].contiguous(), [height, width], [1, *grad.shape], False
+        )[0]
+    return to_own, to_other
+
+
+def denormalise(grads: Tensor, std: list[float] | None) -> Tensor:
+    """The gradient through (x - mean) / std of float images."""
+    if std is None:
+        return grads
+    return grads / torch.tensor(std, dtype=grads.dtype, device=grads.device).view(-1, 1, 1)

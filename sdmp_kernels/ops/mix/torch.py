@@ -1,0 +1,238 @@
+"""`mix` as a composition of PyTorch's own operators: no loop over rows and no host synchronisation.
+
+It serves GPUs without Triton and machines without a compiler, and computes in float64 where images are float64.
+Letters: N rows, M partners, H W pixels of an image, (top, left, height, width) a row's box.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdmp_kernels.ops.mix.reference import store
+from sdmp_kernels.plan import Rule
+
+# A source pixel lies between at most this many pixels of a box that is not larger than the image: two in exact
+# arithmetic, and one more on either side for the rounding of the float32 tap positions.
+_CANDIDATES = 4
+
+
+class _Rows(NamedTuple):
+    """The plan as (N, 1, 1, 1) columns; rows that copy their own pixels have neither mark."""
+
+    blended: Tensor
+    own_share: Tensor
+    partner_share: Tensor
+    cut: Tensor  # CUTMIX rows
+    resized: Tensor  # RESIZEMIX rows
+    inside: Tensor  # (N, 1, H, W): in the box, of either kind
+
+
+class _Taps(NamedTuple):
+    """Where each of an axis' positions looks in the source: two neighbours and their weights, all (N, extent)."""
+
+    first: Tensor
+    second: Tensor
+    w0: Tensor
+    w1: Tensor
+
+
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    mean: list[float] | None,
+    std: list[float] | None,
+    mixed: Tensor,
+    clean: Tensor | None,
+) -> None:
+    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`."""
+    work = _work_dtype(images)
+    own = images.to(work)
+    others = _taken(own if partners is None else partners, partner, mirrored).to(work)
+    rows = _rows(rule, partner, lam, box, own, partners is None)
+    pixels = own
+    if Rule.MIXUP in rules:
+        pixels = torch.where(rows.blended, rows.own_share * own + rows.partner_share * others, pixels)
+    if Rule.CUTMIX in rules:
+        pixels = torch.where(rows.cut & rows.inside, others, pixels)
+    if Rule.RESIZEMIX in rules:
+        pixels = torch.where(rows.resized & rows.inside, _resize(others, box), pixels)
+    if clean is not None:
+        clean.copy_(store(_normalise(own, images.dtype, mean, std), clean.dtype))
+    mixed.copy_(store(_normalise(pixels, images.dtype, mean, std), mixed.dtype))
+
+
+def mix_backward(
+    grad_mixed: Tensor | None,
+    grad_clean: Tensor | None,
+    rule: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    box: Tensor,
+    mirrored: bool,
+    rules: list[int],
+    std: list[float] | None,
+    grad_images: Tensor,
+    grad_partners: Tensor | None,
+) -> None:
+    """Write the gradients of float images, and of `partners` where they were given: the transpose of `mix`."""
+    work = _work_dtype(grad_images)
+    own = torch.zeros_like(grad_images, dtype=work)
+    others = None if grad_partners is None else torch.zeros_like(grad_partners, dtype=work)
+    if grad_clean is not None:
+        own = own + _denormalise(grad_clean.to(work), std)
+    if grad_mixed is not None:
+        grads = _denormalise(grad_mixed.to(work), std)
+        rows = _rows(rule, partner, lam, box, grads, grad_partners is None)
+        to_own, to_others = _split(grads, rows, box, rules)
+        own = own + to_own
+        if others is None:
+            own = _give(own, to_others, partner, mirrored)
+        else:
+            others = _give(others, to_others, partner, mirrored)
+    grad_images.copy_(own)
+    if grad_partners is not None and others is not None:
+        grad_partners.copy_(others)
+
+
+def _work_dtype(images: Tensor) -> torch.dtype:
+    return torch.float64 if images.dtype == torch.float64 else torch.float32
+
+
+def _normalise(pixels: Tensor, source: torch.dtype, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    if mean is None or std is None:
+        return pixels
+    unit = pixels / 255 if source == torch.uint8 else pixels
+    return (unit - _channels(mean, pixels)) / _channels(std, pixels)
+
+
+def _denormalise(grads: Tensor, std: list[float] | None) -> Tensor:
+    return grads if std is None else grads / _channels(std, grads)
+
+
+def _channels(values: list[float], like: Tensor) -> Tensor:
+    """(C, 1, 1), filled on the device: copying a list to a GPU would wait for it."""
+    filled = [torch.full((1, 1, 1), value, dtype=like.dtype, device=like.device) for value in values]
+    return torch.cat(filled)
+
+
+def _taken(images: Tensor, partner: Tensor, mirrored: bool) -> Tensor:
+    """(N, C, H, W): every row's partner."""
+    return images.flip(0) if mirrored else images[partner.clamp(0, images.shape[0] - 1)]
+
+
+def _give(images: Tensor, grads: Tensor, partner: Tensor, mirrored: bool) -> Tensor:
+    """`images` plus the gradients of the rows that took each of them; deterministic on every device."""
+    if mirrored:
+        return images + grads.flip(0)
+    index = partner.clamp(0, images.shape[0] - 1)
+    if images.is_cuda:  # sorts the index; index_add_ would use atomics there
+        return images.index_put((index,), grads, accumulate=True)
+    return images.index_add(0, index, grads)
+
+
+def _rows(rule: Tensor, partner: Tensor, lam: Tensor, box: Tensor, images: Tensor, own_partners: bool) -> _Rows:
+    share = lam.to(images.dtype)
+    itself = partner == torch.arange(len(rule), device=rule.device)
+    blended = (rule == Rule.MIXUP) & (lam != 1)
+    top, left, height, width = (side.unsqueeze(1) for side in box.unbind(1))
+    y = torch.arange(images.shape[2], device=box.device)
+    x = torch.arange(images.shape[3], device=box.device)
+    down, across = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    return _Rows(
+        blended=_column(blended & ~itself if own_partners else blended),
+        own_share=_column(share),
+        partner_share=_column(1 - share),
+        cut=_column(rule == Rule.CUTMIX),
+        resized=_column(rule == Rule.RESIZEMIX),
+        inside=(down[:, :, None] & across[:, None, :])[:, None],
+    )
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _taps(start: Tensor, target: Tensor, extent: int, dtype: torch.dtype) -> _Taps:
+    """The taps of an axis of boxes: bilinear, align_corners=False, as `torch.nn.functional.interpolate` has them.
+
+    Positions are those of the image; outside the box the taps mean nothing but lie within the image.
+    """
+    start, target = start.unsqueeze(1), target.unsqueeze(1).clamp(min=1)
+    position = torch.arange(extent, device=start.device) - start
+    # A quotient of tensors: a number over a tensor would be computed by way of its reciprocal.
+    scale = torch.full((), extent, dtype=dtype, device=start.device) / target.to(dtype)
+    # torch's kernels round this once (fused multiply-add); in float64 the product of two float32 is exact.
+    source = (scale.to(torch.float64) * (position + 0.5) - 0.5).to(dtype).clamp(min=0)
+    first = source.floor().clamp(max=extent - 1)
+    w1 = (source - first).clamp(max=1)
+    second = (first + 1).clamp(max=extent - 1)
+    same = target == extent
+    here = position.clamp(0, extent - 1)
+    first = torch.where(same, here, first.to(torch.int64))
+    second = torch.where(same, here, second.to(torch.int64))
+    w1 = torch.where(same, 0.0, w1)
+    return _Taps(first, second, 1 - w1, w1)
+
+
+def _resize(images: Tensor, box: Tensor) -> Tensor:
+    """(N, C, H, W): at the positions of a row's box, its image resized to the box: rows first, then columns."""
+    top, left, height, width = box.unbind(1)
+    y = _taps(top, height, images.shape[2], images.dtype)
+    x = _taps(left, width, images.shape[3], images.dtype)
+    down = y.w0[:, None, :, None] * _pick(images, y.first, 2) + y.w1[:, None, :, None] * _pick(images, y.second, 2)
+    return x.w0[:, None, None, :] * _pick(down, x.first, 3) + x.w1[:, None, None, :] * _pick(down, x.second, 3)
+
+
+def _pick(images: Tensor, index: Tensor, axis: int) -> Tensor:
+    """(N, C, H, W): along `axis`, every row's own choice of positions, (N, extent of the axis)."""
+    shape = (index.shape[0], 1, -1, 1) if axis == 2 else (index.shape[0], 1, 1, -1)
+    return images.gather(axis, index.view(shape).expand(images.shape))
+
+
+def _split(grads: Tensor, rows: _Rows, box: Tensor, rules: list[int]) -> tuple[Tensor, Tensor]:
+    """The gradient of every mixed image to its own pixels and to its partner's."""
+    to_own, to_others = grads, torch.zeros_like(grads)
+    if Rule.MIXUP in rules:
+        to_own = torch.where(rows.blended, rows.own_share * grads, to_own)
+        to_others = torch.where(rows.blended, rows.partner_share * grads, to_others)
+    if Rule.CUTMIX in rules or Rule.RESIZEMIX in rules:
+        to_own = torch.where((rows.cut | rows.resized) & rows.inside, 0.0, to_own)
+    if Rule.CUTMIX in rules:
+        to_others = torch.where(rows.cut & rows.inside, grads, to_others)
+    if Rule.RESIZEMIX in rules:
+        pasted = torch.where(rows.resized & rows.inside, grads, 0.0)
+        to_others = torch.where(rows.resized, _spread(pasted, box), to_others)
+    return to_own, to_others
+
+
+def _spread(grads: Tensor, box: Tensor) -> Tensor:
+    """The transpose of `_resize`, gathered: every source pixel adds up what the few box pixels around it give."""
+    top, left, height, width = box.unbind(1)
+    across = _collect(grads, _taps(left, width, grads.shape[3], grads.dtype), left, width, 3)
+    return _collect(across, _taps(top, height, grads.shape[2], grads.dtype), top, height, 2)
+
+
+def _collect(grads: Tensor, taps: _Taps, start: Tensor, target: Tensor, axis: int) -> Tensor:
+    extent = grads.shape[axis]
+    start, end = start.unsqueeze(1), (start + target).unsqueeze(1)
+    here = torch.arange(extent, device=grads.device).expand(len(start), -1).contiguous()
+    # Taps ascend within the box. With those before it below, and those behind it above every pixel, all ascend.
+    first = torch.where(here < start, -2, torch.where(here >= end, extent, taps.first))
+    begin = torch.searchsorted(first, here - 1)
+    total = torch.zeros_like(grads)
+    for k in range(_CANDIDATES):
+        at = (begin + k).clamp(max=extent - 1)
+        within = (begin + k < extent) & (at >= start) & (at < end)
+        for tap, weight in ((taps.first, taps.w0), (taps.second, taps.w1)):
+            hit = within & (tap.gather(1, at) == here)
+            shape = (len(start), 1, -1, 1) if axis == 2 else (len(start), 1, 1, -1)
+            given = weight.gather(1, at).view(shape) * _pick(grads, at, axis)
+            total = total + torch.where(hit.view(shape), given, 0.0)
+    return total
