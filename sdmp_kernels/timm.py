@@ -1,0 +1,264 @@
+"""timm's `Mixup` as a drop-in: its arguments, its laws, its results, with one fused call in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor
+from sdmp_kernels._drop_in import LABELS, Draws, build_plan, choose, class_numbers, dense_target
+from sdmp_kernels.ops.mix import mix
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_boxes
+
+_MODES = ("batch", "pair", "elem")
+_IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Shares that ResizeMix maps its draw onto, as `draw_plan` does (paper: the pasted image is never hidden nor all).
+_RESIZEMIX_RANGE = (0.1, 0.9)
+
+
+class Mixup:
+    """Mixup and CutMix of a labelled batch as `timm.data.Mixup` does them, and ResizeMix beside them.
+
+    Row i is mixed with row N-1-i. Every mode is one fused call, on the device of the images. What timm gets wrong is
+    right here: odd batches work (the middle row is its own partner), uint8 images are mixed in float32 and rounded
+    once, and lam and the targets are float32 whatever the dtype of the images.
+
+    Args:
+        mixup_alpha: Mixup's lam ~ Beta(alpha, alpha); 0 switches Mixup off.
+        cutmix_alpha: the same for CutMix. Its box has sides floor(side * sqrt(1 - lam)), a centre anywhere, and is
+            clipped at the border.
+        cutmix_minmax: (low, high) shares of the sides within [0, 1]; then CutMix is on, its sides are drawn from that
+            range independently, its box lies inside, and `cutmix_alpha` is not used.
+        prob: chance that a batch (mode "batch"), pair or element is mixed at all.
+        switch_prob: chance to paste (CutMix, ResizeMix) instead of blending (Mixup) where both are on. With CutMix
+            and ResizeMix both on, each takes half of it; without Mixup, half of everything. 2/3 makes three equal.
+        mode: "batch" draws one rule, lam and box for the batch, "pair" one for rows i and N-1-i, "elem" one per row.
+        correct_lam: labels weigh by the clipped box (True) or, for CutMix, by lam as drawn (False).
+        label_smoothing: s in [0, 1]: dense targets are (1 - s) * target + s / K; multi-label ones go towards 0.5.
+            Not applied to `labels="two_hot"`: give it to `soft_cross_entropy` then.
+        num_classes: K.
+        multi_label: targets are dense (N, K) rows instead of class numbers.
+        resizemix_alpha: ResizeMix's drawn lam ~ Beta(alpha, alpha), mapped onto [0.1, 0.9]; its box lies inside the
+            image and labels weigh by its area. 0 (the default) switches it off: timm has none.
+        labels: "dense" returns timm's (N, K) float32 target; "two_hot" a `TwoHot`, for this package's losses.
+        seed: of this object's draws; by default torch's seed (`torch.initial_seed()`), which is only read. In
+            DataLoader workers torch's seed of the worker is folded in. No global random state is read or written.
+
+    Attributes:
+        mixup_enabled: set to False to switch mixing off; targets are made all the same, and nothing is drawn.
+        step: number of draws so far. Draws depend on (seed, step) alone: set it to resume.
+        last_plan: the `MixPlan` of the last call, to mix another view alike with `plan=`.
+
+    Example::
+
+        mixup = Mixup(0.8, 1.0, mode="elem", resizemix_alpha=1.0)
+        images, target = mixup(images, target)  # images: (N, C, H, W), changed in place
+
+    Source: Mixup, Zhang et al. 2018; CutMix, Yun et al. 2019; ResizeMix, Qin et al. 2020.
+    """
+
+    def __init__(
+        self,
+        mixup_alpha: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.1,
+        num_classes: int = 1000,
+        multi_label: bool = False,
+        *,
+        resizemix_alpha: float = 0.0,
+        labels: str = "dense",
+        seed: int | None = None,
+    ) -> None:
+        self.mixup_alpha = _alpha("mixup_alpha", mixup_alpha)
+        self.cutmix_alpha = _alpha("cutmix_alpha", cutmix_alpha)
+        self.resizemix_alpha = _alpha("resizemix_alpha", resizemix_alpha)
+        self.cutmix_minmax = _minmax(cutmix_minmax)
+        if self.cutmix_minmax is not None:
+            self.cutmix_alpha = 1.0
+        self.mix_prob = check_number("prob", prob, low=0.0, high=1.0, what="a probability in [0, 1]")
+        self.switch_prob = check_number("switch_prob", switch_prob, low=0.0, high=1.0, what="a probability in [0, 1]")
+        self.label_smoothing = check_number(
+            "label_smoothing", label_smoothing, low=0.0, high=1.0, what="a number in [0, 1]"
+        )
+        self.num_classes = check_integer("num_classes", num_classes, low=1, what="a number of classes, 1 or more")
+        self.multi_label = bool(multi_label)
+        check_choice("mode", mode, _MODES)
+        self.mode = mode
+        self.correct_lam = bool(correct_lam)
+        check_choice("labels", labels, LABELS)
+        if labels == "two_hot" and self.multi_label:
+            raise ValueError("labels='two_hot' needs class numbers, but multi_label=True has dense rows; use 'dense'")
+        self.labels = labels
+        self.mixup_enabled = True
+        self.last_plan: MixPlan | None = None
+        self._draws = Draws(seed)
+
+    @property
+    def seed(self) -> int:
+        """The seed of this object's draws."""
+        return self._draws.seed
+
+    @property
+    def step(self) -> int:
+        """Number of draws so far; set it to resume."""
+        return self._draws.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._draws.step = check_integer("step", step, low=0, what="a number of draws, 0 or more")
+
+    def __call__(self, x: Tensor, target: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, Tensor | TwoHot]:
+        """Mix `x` in place and make its target.
+
+        Args:
+            x: (N, C, H, W) uint8, float16, bfloat16 or float32, any N. Overwritten.
+            target: (N,) integer class numbers in [0, K); with `multi_label` (N, K) rows.
+            plan: replay this plan instead of drawing one (needs `correct_lam=True`: a plan holds the counted lam).
+
+        Returns:
+            (x, target): the same tensor `x`, and (N, K) float32, or a `TwoHot`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything is written.
+        """
+        check_tensor("x", x, dtypes=_IMAGES, ndim=4, shape="(N, C, H, W)")
+        target = self._check_target(target, len(x))
+        lam = None
+        if plan is None:
+            plan, lam = self._draw(len(x), (x.shape[2], x.shape[3]))
+        elif not isinstance(plan, MixPlan):
+            raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
+        elif not self.correct_lam:
+            raise ValueError("plan cannot be replayed with correct_lam=False: a plan holds the counted lam only")
+        if len(plan) != len(x):
+            raise ValueError(f"plan has {len(plan)} rows but x {len(x)}; draw it with n={len(x)}")
+        here = plan.to(x.device)
+        labels = self._target(here if target.device == x.device else plan.to(target.device), lam, target)
+        if plan.rules != (Rule.KEEP,):
+            mix(x, here, out=x)
+        self.last_plan = here
+        return x, labels
+
+    def draw(self, n: int, size: tuple[int, int]) -> MixPlan:
+        """The plan of the next step, on the CPU, as a call on n images of `size` = (H, W) would draw it."""
+        return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), size)[0]
+
+    def _draw(self, n: int, size: tuple[int, int]) -> tuple[MixPlan, Tensor | None]:
+        """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's."""
+        unit = self._units(n)
+        count = int(unit.max(initial=-1)) + 1
+        if self.mixup_enabled:
+            rng = self._draws.next()
+            rule, drawn = self._draw_rules(rng, count)
+            boxes = self._draw_boxes(rng, rule, drawn, size)
+            rules = self._rules()
+        else:
+            rule, drawn = np.full(count, int(Rule.KEEP), dtype=np.uint8), np.ones(count)
+            boxes, rules = np.zeros((count, 4), dtype=np.int32), (Rule.KEEP,)
+        rule, drawn, boxes = rule[unit], drawn[unit], boxes[unit]
+        flip = np.arange(n - 1, -1, -1)
+        plan = build_plan(rule, drawn, boxes, flip, size, rules=rules, mirrored=True)
+        if self.correct_lam or self.cutmix_minmax is not None:
+            return plan, None
+        uncorrected = np.where(rule == Rule.CUTMIX, drawn.astype(np.float32), plan.lam.numpy())
+        return plan, torch.from_numpy(uncorrected)
+
+    def _units(self, n: int) -> np.ndarray:
+        """(n,) which of the draws each row takes: one for all, one per pair (the middle row its own), one per row."""
+        rows = np.arange(n)
+        return {"batch": 0 * rows, "pair": np.minimum(rows, n - 1 - rows), "elem": rows}[self.mode]
+
+    def _chances(self) -> dict[Rule, float]:
+        """How likely each rule is for what is mixed at all."""
+        blend = self.mixup_alpha > 0
+        alphas = {Rule.CUTMIX: self.cutmix_alpha, Rule.RESIZEMIX: self.resizemix_alpha}
+        paste = [rule for rule, alpha in alphas.items() if alpha > 0]
+        if not blend and not paste:
+            raise ValueError(
+                "mixup_alpha, cutmix_alpha and resizemix_alpha are all 0 and cutmix_minmax is None: give one of them, "
+                "or set mixup_enabled=False to make targets only"
+            )
+        share = self.switch_prob if blend and paste else float(bool(paste))
+        return ({Rule.MIXUP: 1 - share} if blend else {}) | {rule: share / len(paste) for rule in paste}
+
+    def _rules(self) -> tuple[Rule, ...]:
+        """The rules that may occur, the same for every call."""
+        rules = [rule for rule, chance in self._chances().items() if chance > 0 and self.mix_prob > 0]
+        return tuple(([Rule.KEEP] if self.mix_prob < 1 else []) + rules)
+
+    def _draw_rules(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(count,) rules and drawn lam."""
+        mixed = rng.random(count) < self.mix_prob
+        rule = choose(rng, self._chances(), count)
+        alpha = np.array([1.0, self.mixup_alpha, self.cutmix_alpha, self.resizemix_alpha])[rule]
+        drawn = rng.beta(alpha, alpha)
+        rule[~mixed] = Rule.KEEP
+        return rule, drawn
+
+    def _draw_boxes(
+        self, rng: np.random.Generator, rule: np.ndarray, drawn: np.ndarray, size: tuple[int, int]
+    ) -> np.ndarray:
+        """(count, 4) boxes: clipped or min-max ones for CutMix, inside ones for ResizeMix, zeros elsewhere."""
+        boxes = draw_boxes(rng, rule, drawn, _RESIZEMIX_RANGE, size, clip=False)
+        if self.cutmix_minmax is not None:
+            cut = _minmax_boxes(rng, len(rule), self.cutmix_minmax, size)
+        else:
+            cut = draw_boxes(rng, rule, drawn, _RESIZEMIX_RANGE, size, clip=True)
+        return np.where((rule == Rule.CUTMIX)[:, None], cut, boxes)
+
+    def _check_target(self, target: Tensor, rows: int) -> Tensor:
+        if not self.multi_label:
+            return class_numbers("target", target, rows, self.num_classes)
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor of shape (N, {self.num_classes}), got {type(target).__name__}")
+        if target.shape != (rows, self.num_classes):
+            raise ValueError(
+                f"target must have shape ({rows}, {self.num_classes}) with multi_label=True, got {tuple(target.shape)}"
+            )
+        return target
+
+    def _target(self, plan: MixPlan, lam: Tensor | None, target: Tensor) -> Tensor | TwoHot:
+        rows = torch.arange(len(target), device=target.device) if self.multi_label else target
+        two_hot = plan.label_target(rows)
+        if lam is not None:
+            two_hot = two_hot._replace(weight=lam.to(target.device, non_blocking=True))
+        if self.multi_label:
+            smoothed = target.float() * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
+            weight = two_hot.weight[:, None]
+            return smoothed * weight + smoothed[two_hot.second] * (1 - weight)
+        return two_hot if self.labels == "two_hot" else dense_target(two_hot, self.num_classes, self.label_smoothing)
+
+
+def _alpha(name: str, alpha: float) -> float:
+    return check_number(name, alpha, low=0.0, high=1e6, what="a number in [0, 1e6], 0 to switch it off")
+
+
+def _minmax(minmax: Sequence[float] | None) -> tuple[float, float] | None:
+    if minmax is None:
+        return None
+    if isinstance(minmax, str) or not isinstance(minmax, Sequence) or len(minmax) != 2:
+        raise TypeError(f"cutmix_minmax must be (low, high) within [0, 1] or None, got {minmax!r}")
+    low = check_number("cutmix_minmax[0]", minmax[0], low=0.0, high=1.0, what="a share in [0, 1]")
+    high = check_number("cutmix_minmax[1]", minmax[1], low=low, high=1.0, what=f"a share in [{low:g}, 1]")
+    return low, high
+
+
+def _minmax_boxes(
+    rng: np.random.Generator, count: int, minmax: tuple[float, float], size: tuple[int, int]
+) -> np.ndarray:
+    """(count, 4) boxes inside the image whose sides are uniform integers in [int(low * side), int(high * side))."""
+    boxes = np.zeros((count, 4), dtype=np.int32)
+    for axis, extent in enumerate(size):
+        low, high = int(extent * minmax[0]), int(extent * minmax[1])
+        cut = rng.integers(low, max(high, low + 1), size=count)  # a range that rounds to nothing is its lower end
+        boxes[:, axis] = rng.integers(0, extent - cut + 1)
+        boxes[:, 2 + axis] = cut
+    return boxes
