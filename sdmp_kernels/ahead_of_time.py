@@ -1,0 +1,316 @@
+"""Compile every Triton configuration without a GPU and check what came out: `python -m sdmp_kernels.ahead_of_time`.
+
+Registers, spills, shared memory, widths of memory accesses and tensor-core instructions are read from the PTX and
+the machine code that Triton and its bundled ptxas make, so a regression shows on a machine that has no GPU at all.
+
+A tensor access that is narrow by nature (a gather, say) is excused by a comment `# narrow: <why>` on its line.
+Loads and stores of scalars are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import linecache
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdmp_kernels._launch import Compile
+
+OPS = ("mix", "soft_cross_entropy", "info_nce", "distillation")
+# Shared memory that one program may have, in bytes (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
+FACTS = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma")
+_TENSOR_CORE = re.compile(r"\b(HMMA|IMMA|QMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
+_WARPGROUP: dict[str, str | tuple[str, ...]] = {"sm_90": ("HGMMA", "QGMMA"), "sm_100": "UTC"}
+_REGISTERS = "registers<="
+
+
+@dataclass
+class Report:
+    """What one compilation came to.
+
+    Attributes:
+        name, arch, num_warps, num_stages: as asked for.
+        registers: per thread. spills: instructions that touch local memory. stack: bytes of stack per thread.
+        shared: bytes of shared memory per program.
+        loads, stores: how many accesses of tensors in global memory there are of each width in bits.
+        narrow: source lines ("triton.py:31") whose tensor accesses are under 128 bits and not excused.
+        tensor_cores: tensor-core instructions by name.
+        failed: the declared facts that do not hold, in words; empty where all is well.
+        seconds: what compiling took.
+    """
+
+    name: str
+    arch: str
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+    narrow: dict[str, list[str]] = field(default_factory=dict)
+    tensor_cores: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Access:
+    """A load or store of global memory in the PTX: its width in bits and the source line it comes from."""
+
+    store: bool
+    bits: int
+    file: str
+    line: int
+
+
+def compilations(arch: str, op: str) -> list[Compile]:
+    """Everything that `ops/<op>/triton.py` says it launches on `arch`; none where the op has no such file."""
+    module = f"sdmp_kernels.ops.{op}.triton"
+    if importlib.util.find_spec(module) is None:
+        return []
+    return importlib.import_module(module).compiles(arch)
+
+
+def check(item: Compile, arch: str) -> Report:
+    """Compile one configuration for `arch` and compare it with its declared facts.
+
+    Raises:
+        ValueError: for an unknown fact, or where Triton is in interpreter mode.
+    """
+    unknown = [fact for fact in item.facts if fact not in FACTS and not re.fullmatch(_REGISTERS + r"\d+", fact)]
+    if unknown:
+        raise ValueError(f"{item.name} declares the unknown facts {unknown}; expected some of {FACTS}, registers<=N")
+    report = Report(item.name, arch, item.num_warps, item.num_stages)
+    begin = time.perf_counter()
+    compiled = _compile(item, arch)
+    _read_machine_code(compiled.asm["cubin"], report)
+    report.shared += compiled.metadata.shared
+    scalars = _scalar_lines(compiled.asm["ttgir"])
+    for access in _accesses(compiled.asm["ptx"]):
+        if (access.file, access.line) not in scalars:
+            _count(access, report)
+    report.failed = _failures(item, arch, report)
+    report.seconds = round(time.perf_counter() - begin, 2)
+    return report
+
+
+def _compile(item: Compile, arch: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(item.kernel, triton.JITFunction):
+        raise ValueError(f"{item.name} cannot be compiled in Triton's interpreter mode; unset TRITON_INTERPRET")
+    names = item.kernel.arg_names
+    missing = [n for n in names if n not in item.signature] + [n for n in item.signature if n not in names]
+    if missing:
+        raise ValueError(f"the signature of {item.name} and its kernel differ in {', '.join(missing)}")
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in item.divisible}
+    signature = {name: item.signature[name] for name in names}
+    source = ASTSource(fn=item.kernel, signature=signature, constexprs=item.constants, attrs=attrs)
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+
+
+def _read_machine_code(cubin: bytes, report: Report) -> None:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError("cuobjdump printed no resource usage; its format has changed")
+    report.registers, report.stack = int(usage[1]), int(usage[2]) + int(usage[4])
+    report.shared = int(usage[3])
+    report.spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+    report.tensor_cores = dict(Counter(_TENSOR_CORE.findall(text)))
+
+
+def _scalar_lines(ttgir: str) -> set[tuple[str, int]]:
+    """(file, line) of the loads and stores of single values, which are narrow and few by nature."""
+    places = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", ttgir, re.MULTILINE))
+    found = set()
+    for line in ttgir.splitlines():
+        if re.search(r"= tt\.load .* : !tt\.ptr<|\btt\.store .* : !tt\.ptr<", line):
+            place = re.search(r"loc\((#loc\w*)\)\s*$", line)
+            if place is not None:
+                found.add(_innermost(place[1], places))
+    return found
+
+
+def _innermost(place: str, places: dict[str, str]) -> tuple[str, int]:
+    """Follow names and call sites to the line where the operation is written."""
+    while place in places:
+        place = places[place]
+        direct = re.match(r'"([^"]+)":(\d+):\d+', place)
+        if direct is not None:
+            return direct[1], int(direct[2])
+        inner = re.search(r"#loc\w*", place)
+        if inner is None:
+            break
+        place = inner[0]
+    return "", 0
+
+
+def _accesses(ptx: str) -> list[_Access]:
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
+    found, place, inside, settled = [], ("", 0), False, False
+    for line in ptx.splitlines():
+        if "// begin inline asm" in line or "// end inline asm" in line:
+            inside, settled = "begin" in line, False
+        where = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line)
+        if where is not None and not settled:
+            place = (files.get(where[1], ""), int(where[2]))
+            # LLVM counts the lines of inline assembly on from the first place in it, which alone is meant.
+            settled = inside
+        bits = _width(line)
+        if bits is not None:
+            found.append(_Access("st.global" in line, bits, *place))
+    return found
+
+
+def _width(line: str) -> int | None:
+    """The bits one thread moves by a PTX line that accesses global memory; None for any other line."""
+    plain = re.search(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", line)
+    if plain is not None:
+        return int(plain[1] or 1) * int(plain[2])
+    copied = re.search(r"\bcp\.async\.c[ag]\.shared\.global\b.*?,\s*(0x[0-9a-fA-F]+|\d+)\s*[,;]", line)
+    if copied is not None:
+        return 8 * int(copied[1], 0)
+    return 1024 if "cp.async.bulk" in line and "global" in line else None
+
+
+def _count(access: _Access, report: Report) -> None:
+    kind, widths = ("stores", report.stores) if access.store else ("loads", report.loads)
+    widths[str(access.bits)] = widths.get(str(access.bits), 0) + 1
+    text = linecache.getline(access.file, access.line)
+    place = f"{Path(access.file).name}:{access.line}"
+    if access.bits < 128 and "# narrow:" not in text and place not in report.narrow.setdefault(kind, []):
+        report.narrow[kind].append(place)
+
+
+def _failures(item: Compile, arch: str, report: Report) -> list[str]:
+    failed = []
+    limit = SHARED_LIMIT[arch]
+    if report.shared > limit:
+        failed.append(f"shared memory: {report.shared} bytes, {arch} has {limit}")
+    # A frame that is never touched costs nothing (Triton 3.8 leaves a byte in some kernels).
+    if "no_spills" in item.facts and report.spills:
+        failed.append(f"no_spills: {report.spills} local accesses, {report.stack} bytes of stack")
+    for fact, kind, widths in (("wide_loads", "loads", report.loads), ("wide_stores", "stores", report.stores)):
+        if fact not in item.facts:
+            continue
+        if report.narrow.get(kind):
+            failed.append(f"{fact}: narrower than 128 bits at {', '.join(report.narrow[kind])}")
+        if not any(int(bits) >= 128 for bits in widths):
+            failed.append(f"{fact}: no access of 128 bits at all")
+    if "tensor_cores" in item.facts and not report.tensor_cores:
+        failed.append("tensor_cores: none used")
+    missing = not any(name.startswith(_WARPGROUP.get(arch, "")) for name in report.tensor_cores)
+    if "warpgroup_mma" in item.facts and arch in _WARPGROUP and missing:
+        failed.append(f"warpgroup_mma: only {', '.join(report.tensor_cores) or 'no tensor cores'}")
+    bound = min((int(f.removeprefix(_REGISTERS)) for f in item.facts if f.startswith(_REGISTERS)), default=255)
+    if report.registers > bound:
+        failed.append(f"registers: {report.registers} per thread, expected at most {bound}")
+    return failed
+
+
+def _setup_worker(cache: str) -> None:
+    from triton import knobs
+
+    knobs.cache.dir = cache
+
+
+def _work(task: tuple[str, str, int]) -> Report:
+    arch, op, index = task
+    item = compilations(arch, op)[index]
+    try:
+        return check(item, arch)
+    except Exception as error:
+        # Triton raises many kinds, each caused by the next inner one; the last says what is wrong.
+        lines = []
+        cause: BaseException | None = error
+        while cause is not None:
+            lines.append(f"{type(cause).__name__}: {cause}")
+            cause = cause.__cause__
+        return Report(item.name, arch, item.num_warps, item.num_stages, failed=["does not compile: " + lines[-1]])
+
+
+def run(archs: Sequence[str], ops: Sequence[str], jobs: int) -> list[Report]:
+    """Compile everything the named ops launch on the named architectures, `jobs` at a time."""
+    tasks = [(arch, op, i) for op in ops for arch in archs for i in range(len(compilations(arch, op)))]
+    with tempfile.TemporaryDirectory(prefix="sdmp-triton-") as cache:
+        if jobs <= 1:
+            _setup_worker(cache)
+            return [_work(task) for task in tasks]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_setup_worker, initargs=(cache,)) as pool:
+            return list(pool.map(_work, tasks))
+
+
+def _table(reports: Sequence[Report]) -> str:
+    def widths(counts: dict[str, int]) -> str:
+        return "+".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), key=lambda i: -int(i[0]))) or "-"
+
+    rows = [("architecture", "configuration", "warps", "regs", "spills", "shared", "loads", "stores", "tensor", "")]
+    rows += [
+        (
+            r.arch,
+            r.name,
+            str(r.num_warps),
+            str(r.registers),
+            str(r.spills),
+            str(r.shared),
+            widths(r.loads),
+            widths(r.stores),
+            "+".join(f"{n} {name}" for name, n in r.tensor_cores.items()) or "-",
+            "ok" if not r.failed else "FAILED " + "; ".join(r.failed),
+        )
+        for r in reports
+    ]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, wide, strict=False)), row[-1]]) for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 1 where a declared fact does not hold."""
+    parser = argparse.ArgumentParser(prog="python -m sdmp_kernels.ahead_of_time", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT), metavar="sm_90")
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, metavar="mix")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    chosen = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed, so there is nothing to compile", file=sys.stderr)
+        return 2
+    reports = run(chosen.arch, chosen.op, chosen.jobs)
+    print(_table(reports))
+    failed = sum(bool(r.failed) for r in reports)
+    print(f"{len(reports)} configurations, {failed} with a fact that fails")
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Self-distillation with mixed targets (DINO with SDMP); no probability tensor exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch as pytorch  # the backend torch.py, once imported, is this package's attribute `torch`
+from torch import Tensor
+
+from sdmp_kernels._checks import check_choice, check_integer, check_number, check_same_device, check_tensor, readable
+from sdmp_kernels.ops.distillation import op as _op  # noqa: F401  registers the operators
+from sdmp_kernels.ops.target import REDUCTIONS, reduce
+
+_FLOATS = (pytorch.float16, pytorch.bfloat16, pytorch.float32, pytorch.float64)
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    own: Tensor,
+    other: Tensor | None = None,
+    partner: Tensor | None = None,
+    center: Tensor | None = None,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+    teacher_mean: bool | Sequence[int] = False,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropies of student crops with the teacher's, of the same row and of its partner (paper Eq. 7 to 9).
+
+    With P_t = softmax((teacher_t - center) / teacher_temperature), a constant, S_v = softmax(student_v /
+    student_temperature) and H(P, S) = -sum_k P_k log S_k:
+
+        loss_i = sum over v, t of own[v, t, i] H(P_t[i], S_v[i]) + other[v, t, i] H(P_t[partner_i], S_v[i])
+
+    DINO's loss is own = 1/18 except for own[v, v] = 0 (10 student crops, of which the first two are the teacher's;
+    Caron et al. 2021, Eq. 3). H is linear in P, so all terms of a crop are one cross-entropy with one combined
+    target: the cost does not grow with the number of terms. For the backward pass only a maximum and a sum per row
+    are kept.
+
+    Args:
+        student: (V, N, K) raw logits of V crops, float16, bfloat16, float32 or float64, any strides. Differentiable.
+        teacher: (T, N, K) raw logits, float64 if and only if the student is. A constant: it gets no gradient.
+        own: (V, T) or (V, T, N) weights of the row's own terms, any float dtype, a constant.
+        other: the same for the terms with the partner's probabilities; default none of them.
+        partner: (N,) int64 in [0, N), default the flip N-1-i, which is the fast form: leave it out where
+            `MixPlan.mirrored` is True. Only together with `other`.
+        center: (K,) what is subtracted from the teacher's logits, any float dtype; default nothing.
+        student_temperature, teacher_temperature: numbers in [1e-20, 1e20].
+        teacher_mean: True for the mean over all teachers and rows of the raw logits as well, or the indices of the
+            teachers to average over (those of clean crops). It comes out of the same pass over the teacher's logits.
+        reduction: over i: "mean" (NaN for N = 0, as torch), "sum", or "none" for (N,).
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); with `teacher_mean`, (loss, (K,) mean of that dtype, without
+        gradient; NaN for N = 0). Never NaN for finite logits, whatever their size. A teacher's logit of -inf has
+        probability 0; one of the student's gives what the formula gives, inf or NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument. Partners on a GPU are not read back: a term whose partner is out of
+            range is left out.
+    """
+    _check_logits(student, teacher)
+    weights = {"own": own} if other is None else {"own": own, "other": other}
+    for name, weight in weights.items():
+        weights[name] = _check_weights(name, weight, student, teacher)
+    if partner is not None:
+        _check_partner(partner, other, student)
+    if center is not None:
+        check_tensor("center", center, dtypes=_FLOATS, ndim=1, shape="(K,)")
+        if len(center) != student.shape[2]:
+            raise ValueError(f"center has {len(center)} columns but student has {student.shape[2]}; give it shape (K,)")
+        check_same_device(center=center, student=student)
+    temperatures = [
+        check_number(name, value, low=1e-20, high=1e20, what="a temperature in [1e-20, 1e20]")
+        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature))
+    ]
+    mean_of = _check_mean(teacher_mean, teacher.shape[0])
+    check_choice("reduction", reduction, REDUCTIONS)
+    losses, _, _, mean = pytorch.ops.sdmp.distillation(
+        student, teacher, weights["own"], weights.get("other"), partner, center, *temperatures, mean_of
+    )
+    loss = reduce(losses, reduction)
+    return (loss, mean) if mean_of else loss
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    check_tensor("student", student, dtypes=_FLOATS, ndim=3, shape="(V, N, K)")
+    check_tensor("teacher", teacher, dtypes=_FLOATS, ndim=3, shape="(T, N, K)")
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if 0 in (logits.shape[0], logits.shape[2]):
+            raise ValueError(f"{name} must have at least one crop and one column, got shape {tuple(logits.shape)}")
+    if student.shape[1:] != teacher.shape[1:]:
+        raise ValueError(
+            f"student and teacher must have the same N rows and K columns, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}; stack the crops in the first dimension"
+        )
+    if (student.dtype == pytorch.float64) != (teacher.dtype == pytorch.float64):
+        raise TypeError(
+            f"student and teacher must both be float64 or neither, got {student.dtype} and {teacher.dtype}; "
+            "convert one of them"
+        )
+    check_same_device(teacher=teacher, student=student)
+
+
+def _check_weights(name: str, weight: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """(V, T, N), expanded from (V, T)."""
+    views, n, _ = student.shape
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        weight = weight[..., None].expand(*weight.shape, n)
+    check_tensor(name, weight, dtypes=_FLOATS, ndim=3, shape="(V, T) or (V, T, N)")
+    expected = (views, teacher.shape[0], n)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"{name} must have shape (V, T) or (V, T, N) = {expected}, got {tuple(weight.shape)}")
+    check_same_device(**{name: weight, "student": student})
+    return weight
+
+
+def _check_partner(partner: Tensor, other: Tensor | None, student: Tensor) -> None:
+    if other is None:
+        raise ValueError(
+            "partner is given but other is not, so it has no use; give the weights `other` or leave it out"
+        )
+    n = student.shape[1]
+    check_tensor("partner", partner, dtypes=(pytorch.int64,), ndim=1, shape="(N,)")
+    if len(partner) != n:
+        raise ValueError(f"partner has {len(partner)} rows but student has {n}; give one partner per row")
+    check_same_device(partner=partner, student=student)
+    if n and readable(partner):
+        low, high = partner.aminmax()
+        if low < 0 or high >= n:
+            raise ValueError(f"partner must hold rows in [0, {n}), got {int(low)} to {int(high)}")
+
+
+def _check_mean(teacher_mean: bool | Sequence[int], crops: int) -> list[int]:
+    """The indices of the teachers to average over, none for False."""
+    if isinstance(teacher_mean, bool):
+        return list(range(crops)) if teacher_mean else []
+    if isinstance(teacher_mean, (str, bytes)) or not isinstance(teacher_mean, Sequence):
+        raise TypeError(f"teacher_mean must be True, False or teacher indices, got {type(teacher_mean).__name__}")
+    what = f"the index of a teacher, in [0, {crops})"
+    found = [check_integer("teacher_mean", t, low=0, high=crops - 1, what=what) for t in teacher_mean]
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"teacher_mean must name at least one teacher, each once, got {list(teacher_mean)}")
+    return found

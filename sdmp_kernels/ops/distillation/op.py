@@ -1,0 +1,118 @@
+"""The registered operators of `distillation`: schemas, fakes, autograd, backends."""
+
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+from sdmp_kernels import _backends
+
+OP = _backends.register("distillation", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
+# The probabilities of a pair stay in registers: so many rows of them fit.
+MOST_ROWS = 16
+
+
+def _refuse(backend: str, student: Tensor, teacher: Tensor, mixed: bool) -> str | None:
+    if backend != "triton":
+        return None
+    if student.dtype == torch.float64:
+        return "float64 logits are computed by the torch and reference backends"
+    if student.device.type == "cpu" and torch.bfloat16 in (student.dtype, teacher.dtype):
+        return "triton's interpreter rounds bfloat16 wrongly"
+    if teacher.shape[0] * (2 if mixed else 1) > MOST_ROWS:
+        return f"triton serves up to {MOST_ROWS} teacher crops, {MOST_ROWS // 2} with `other`, got {teacher.shape[0]}"
+    return None
+
+
+def _module(student: Tensor, teacher: Tensor, mixed: bool):
+    return OP.module(_backends.choose(OP, student.device, lambda name: _refuse(name, student, teacher, mixed)))
+
+
+def _empty(student: Tensor, teacher: Tensor, mean_of: List[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    views, n, k = student.shape
+    shapes = ((n,), (2, views, n), (2, teacher.shape[0], n), (k if mean_of else 0,))
+    loss, student_stats, teacher_stats, mean = (student.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, student_stats, teacher_stats, mean
+
+
+@torch.library.custom_op("sdmp::distillation", mutates_args=())
+def distillation_op(
+    student: Tensor,
+    teacher: Tensor,
+    own: Tensor,
+    other: Optional[Tensor],
+    partner: Optional[Tensor],
+    center: Optional[Tensor],
+    student_temperature: float,
+    teacher_temperature: float,
+    mean_of: List[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss (N,), student_stats (2, V, N), teacher_stats (2, T, N), mean (K,)): see `reference.forward`."""
+    if student.shape[1] == 0:
+        loss, student_stats, teacher_stats, mean = _empty(student, teacher, mean_of)
+        return loss, student_stats, teacher_stats, mean.fill_(float("nan"))
+    run = _module(student, teacher, other is not None).forward
+    return run(student, teacher, own, other, partner, center, student_temperature, teacher_temperature, mean_of)
+
+
+@distillation_op.register_fake
+def _(student, teacher, own, other, partner, center, student_temperature, teacher_temperature, mean_of):
+    return _empty(student, teacher, mean_of)
+
+
+@torch.library.custom_op("sdmp::distillation_backward", mutates_args=())
+def distillation_backward_op(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    own: Tensor,
+    other: Optional[Tensor],
+    partner: Optional[Tensor],
+    center: Optional[Tensor],
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """(V, N, K) gradient of the student's logits."""
+    if student.shape[1] == 0:
+        return student.new_empty(student.shape)
+    run = _module(student, teacher, other is not None).backward
+    return run(
+        grad,
+        student,
+        teacher,
+        own,
+        other,
+        partner,
+        center,
+        student_stats,
+        teacher_stats,
+        student_temperature,
+        teacher_temperature,
+    )
+
+
+@distillation_backward_op.register_fake
+def _(grad, student, *rest):
+    return student.new_empty(student.shape)
+
+
+def _save(ctx, inputs, output):
+    student, teacher, own, other, partner, center, student_temperature, teacher_temperature, _ = inputs
+    _, student_stats, teacher_stats, mean = output
+    ctx.save_for_backward(student, teacher, own, other, partner, center, student_stats, teacher_stats)
+    ctx.temperatures = (student_temperature, teacher_temperature)
+    ctx.mark_non_differentiable(student_stats, teacher_stats, mean)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_constants):
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 9
+    gradient = torch.ops.sdmp.distillation_backward(grad, *ctx.saved_tensors, *ctx.temperatures)
+    return (gradient,) + (None,) * 8
+
+
+distillation_op.register_autograd(_backward, setup_context=_save)
