@@ -1,0 +1,1 @@
+"""Self-supervised pretraining with SDMP: `python -m sdmp_train`."""

@@ -1,0 +1,250 @@
+"""Command line. `python -m sdmp_train` without an argument is the quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from . import run_folder
+from .config import Config, ConfigError, load_config, near
+from .presets import get_preset, presets
+
+DONE, BAD_INPUT, BAD_IMAGES, UNWRITABLE = 0, 2, 4, 5
+PROGRAM = "python -m sdmp_train"
+ABOUT = f"""\
+{PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
+{PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
+{PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
+{PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
+{PROGRAM} presets                      recipes, with the paper's numbers
+{PROGRAM} verify DIR                   index and check a folder of images
+{PROGRAM} SUBCOMMAND --help            the flags of a subcommand
+"""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PretrainArguments:
+    """Settings of a run: preset < --config file < flags."""
+
+    config: OmitArgPrefixes[Config] = field(default_factory=Config)
+    folder: Positional[str | None] = None
+    """The same as --data."""
+    config_file: Annotated[str | None, arg(name="config")] = None
+    """YAML with some or all settings, such as a run folder's config.yaml."""
+    output: str | None = None
+    """Run folder; default runs/<date>-<time>-<preset>."""
+    resume: str | None = None
+    """Go on with a run: its folder, or nothing where --output names it."""
+    resume_previous: bool = False
+    """With --resume: take the checkpoint before the newest."""
+    overwrite: bool = False
+    """Delete a former run in the output folder."""
+
+
+@dataclass(frozen=True)
+class KnnArguments:
+    """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
+
+    run: str | None = None
+    """Run folder, whose exported backbone is measured."""
+    weights: str | None = None
+    """Or the folder of an exported backbone."""
+    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
+    """Folder of class folders; default: the run's."""
+    test_data: str | None = None
+    """Folder of the queries; without it every fifth image of --data is one."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours."""
+    temperature: float = 0.07
+    """Votes weigh exp(similarity / temperature)."""
+    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
+    """Images per forward pass."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    workers: Annotated[int | None, arg(aliases=("-j",))] = None
+    """Decoding threads; None chooses by the number of cores."""
+    raw_pixels: bool = True
+    """Also measure the pixels themselves."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write the backbone of a run's checkpoint as safetensors with timm's names."""
+
+    run: Positional[str]
+    """Run folder."""
+    step: int | None = None
+    """Step of the checkpoint; default the newest."""
+    output: str | None = None
+    """Folder to write; default <run>/exported."""
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Index a folder of images, decode every one, and report."""
+
+    folder: Positional[str]
+    """Folder of images."""
+
+
+def parse(kind: type[T], subcommand: str, argv: Sequence[str], default: T | None = None) -> T:
+    """Arguments by tyro: exits with code 2, naming near matches, for a flag that does not exist."""
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
+
+
+def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
+    """Preset, then config file (or the resumed run's), then flags."""
+    argv = fill_resume(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--preset", "--config", "--resume", "--output"):
+        early.add_argument(flag)
+    first = early.parse_known_args(argv)[0]
+    base = get_preset(first.preset or "custom")
+    if first.config:
+        base = load_config(Path(first.config), base)
+    elif first.resume and not first.preset:
+        base = run_folder.stored_config(resumed_folder(first.resume, first.output))
+    if first.preset:
+        base = replace(base, run=replace(base.run, preset=first.preset))
+    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base))
+    return take_folder(arguments)
+
+
+def fill_resume(argv: Sequence[str]) -> list[str]:
+    """`--resume` without a value becomes `--resume auto`."""
+    filled = list(argv)
+    for i, word in enumerate(argv):
+        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            filled[i] = "--resume=auto"
+    return filled
+
+
+def resumed_folder(resume: str, output: str | None) -> Path:
+    """The run folder that `--resume` means."""
+    if resume != "auto":
+        folder = Path(resume)
+        if output and Path(output) != folder:
+            raise ConfigError(f"--resume names {resume} and --output {output}; give one of them")
+    elif output:
+        folder = Path(output)
+    else:
+        raise ConfigError("--resume without a folder needs --output, the folder of the run to go on with")
+    run_folder.check_folder(folder, resume=True, overwrite=False)
+    return folder
+
+
+def take_folder(arguments: PretrainArguments) -> PretrainArguments:
+    """Put the positional folder where --data is."""
+    if arguments.folder is None:
+        return arguments
+    data = replace(arguments.config.data, data=arguments.folder)
+    return replace(arguments, config=replace(arguments.config, data=data), folder=None)
+
+
+def run_pretrain(argv: Sequence[str]) -> int:
+    from .pretrain import pretrain
+
+    arguments = parse_pretrain("pretrain", argv)
+    output = Path(arguments.output) if arguments.output else None
+    if arguments.resume:
+        output = resumed_folder(arguments.resume, arguments.output)
+    return pretrain(
+        arguments.config,
+        output,
+        resume=arguments.resume is not None,
+        previous=arguments.resume_previous,
+        overwrite=arguments.overwrite,
+    )
+
+
+def run_plan(argv: Sequence[str]) -> int:
+    from .pretrain import dry_run
+
+    arguments = parse_pretrain("plan", argv)
+    return dry_run(arguments.config, Path(arguments.output) if arguments.output else None, arguments.overwrite)
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    from .evaluate.command import evaluate_knn
+
+    if not argv or argv[0] != "knn":
+        given = argv[0] if argv else ""
+        raise ConfigError(f"eval: unknown protocol {given!r}; expected knn.{near(given, ['knn'])}")
+    arguments = parse(KnnArguments, "eval knn", argv[1:])
+    return evaluate_knn(**dataclasses.asdict(arguments))
+
+
+def run_export(argv: Sequence[str]) -> int:
+    from .pretrain import export_checkpoint
+
+    arguments = parse(ExportArguments, "export", argv)
+    run = Path(arguments.run)
+    return export_checkpoint(run, arguments.step, Path(arguments.output) if arguments.output else run / "exported")
+
+
+def run_presets(argv: Sequence[str]) -> int:
+    if argv:
+        raise ConfigError(f"presets takes no arguments, got {' '.join(argv)}")
+    known = presets()
+    widest = max(len(name) for name in known)
+    for name, preset in known.items():
+        print(f"{name:{widest}}  {preset.result}  [{preset.source}]")
+    return DONE
+
+
+def run_verify(argv: Sequence[str]) -> int:
+    from .evaluate.command import verify_folder
+
+    return verify_folder(parse(VerifyArguments, "verify", argv).folder)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": run_pretrain,
+    "plan": run_plan,
+    "eval": run_eval,
+    "export": run_export,
+    "presets": run_presets,
+    "verify": run_verify,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a subcommand; returns the exit code."""
+    from .checkpoint import Unwritable
+    from .data import DataError, TooManyBadFiles
+
+    if not argv:
+        argv = ["pretrain", "--preset", "quickstart"]
+    name, *rest = argv
+    if name in ("-h", "--help"):
+        print(ABOUT, end="")
+        return DONE
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown subcommand {name!r}.{near(name, COMMANDS)} Known: {', '.join(COMMANDS)}")
+        return COMMANDS[name](rest)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except TooManyBadFiles as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_IMAGES
+    except Unwritable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNWRITABLE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""Checkpoints that are complete or invisible: safetensors, JSON, a SHA-256 manifest, one rename.
+
+A checkpoint is a folder `step-000123` with a safetensors file per part, `state.json` and, written last,
+`manifest.json`. A folder without a manifest is unfinished and ignored. There is no pickle: nothing read can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is missing, damaged, or does not fit this run. Exit code 2."""
+
+
+class Unwritable(OSError):
+    """Checkpoints could not be written several times in a row. Exit code 5."""
+
+
+def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `folder/step-<step>` so that a kill at any instant leaves it whole or absent; verify it; return its path.
+
+    Raises:
+        OSError: where it cannot be written; what was there before is untouched.
+    """
+    target = folder / f"step-{step:06d}"
+    if is_whole(target):
+        return target  # the same run at the same step: already there, and equal
+    shutil.rmtree(target, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{target.name}.tmp-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        for name, tensors in parts.items():
+            # Cloned, because batch-norm buffers are views of one storage, which safetensors refuses.
+            copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+            save_file(copies, draft / f"{name}.safetensors")
+        (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        files = {path.name: fingerprint(path) for path in sorted(draft.iterdir())}
+        write_durably(draft / MANIFEST, json.dumps({"format": 1, "files": files}, indent=2))
+        for path in draft.iterdir():
+            sync(path)
+        sync(draft)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(folder)
+    verify(target)
+    write_durably(folder / "latest", target.name)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The parts (on the CPU) and the state of a checkpoint, after its manifest has been verified."""
+    verify(path)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+
+
+def newest_checkpoint(folder: Path, *, previous: bool = False) -> Path:
+    """The finished checkpoint of the highest step, or with `previous` the one before it."""
+    finished = finished_checkpoints(folder)
+    wanted = 2 if previous else 1
+    if len(finished) < wanted:
+        raise CheckpointError(f"{folder} holds {len(finished)} finished checkpoints; expected at least {wanted}")
+    return finished[-wanted]
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Folders `step-<number>` that have a manifest, in order of their steps."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def delete_old_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest finished checkpoints, and drafts that a killed process left behind."""
+    for path in finished_checkpoints(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a finished, undamaged checkpoint is there."""
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest; `CheckpointError` names the first that is not what was written."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        present = {p.name for p in path.iterdir()} - {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+    if present != set(files):
+        raise CheckpointError(f"{path} holds {sorted(present)}; its manifest names {sorted(files)}")
+    for name, expected in files.items():
+        if fingerprint(path / name) != expected:
+            raise CheckpointError(
+                f"{path / name} is damaged: its size or SHA-256 differs from the manifest. "
+                "`--resume-previous` takes the checkpoint before this one"
+            )
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a text file atomically, and be on disk when this returns."""
+    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    sync(draft)
+    draft.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], part: str) -> None:
+    """Copy tensors into a module; every name and shape must match, or `CheckpointError` lists what does not."""
+    own = module.state_dict()
+    compare(part, {name: tensor.shape for name, tensor in own.items()}, {n: t.shape for n, t in tensors.items()})
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimiser's state as "moment/parameter" -> tensor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"{key}/{names[p]}": value for p in parameters for key, value in optimizer.state.get(p, {}).items()}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+) -> None:
+    """The inverse of `optimizer_tensors`; unknown parameters and wrong shapes raise `CheckpointError`."""
+    trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+    for full_name, tensor in tensors.items():
+        moment, _, name = full_name.partition("/")
+        if name not in trained:
+            raise CheckpointError(f"the checkpoint's optimiser trains {name!r}, which this run does not")
+        parameter = trained[name]
+        if tensor.ndim and tensor.shape != parameter.shape:
+            raise CheckpointError(f"{full_name} has shape {tuple(tensor.shape)}; expected {tuple(parameter.shape)}")
+        layout = torch.empty_like(parameter) if tensor.ndim else torch.empty((), device=parameter.device)
+        optimizer.state[parameter][moment] = layout.copy_(tensor)
+
+
+def compare(part: str, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Raise `CheckpointError` listing missing, unknown and misshapen tensors, if there are any."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name])}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{part} does not fit this model: {'; '.join(problems[:10])}{more}")

@@ -1,0 +1,168 @@
+"""One process or many: torchrun starts them, this file lets them agree. N rows per rank, W ranks, D features."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """The processes that torchrun started (or just this one), until the end of the block."""
+    rank, size, local = (
+        int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU here; leave --device away, or take --device cpu")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(place)
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(place, rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """(N, D) of every rank as one (W * N, D), in rank order, without gradient."""
+    if world.size == 1:
+        return rows.detach()
+    gathered = [torch.empty_like(rows) for _ in range(world.size)]
+    dist.all_gather(gathered, rows.detach().contiguous())
+    return torch.cat(gathered)
+
+
+def reduce_max(flags: Tensor, world: World) -> Tensor:
+    """The largest value over the ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
+
+
+def reduce_mean(values: Tensor, world: World) -> Tensor:
+    """The mean over the ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+def wait_for_all(world: World) -> None:
+    """Return once every rank has come here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def distribute(module: nn.Module, world: World, *, trained: bool = True) -> nn.Module:
+    """The module with synchronised batch norm; if it is trained, wrapped so that gradients are averaged."""
+    if world.size == 1:
+        return module
+    synchronise_batch_norm(module, world)
+    if not trained:
+        return module
+    # Buffers are equal on all ranks as it is: the start is, and so are the synchronised statistics.
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    kind = nn.parallel.DistributedDataParallel
+    # torch 2.14 renamed the option and warns about the former name; torch 2.11 knows only that.
+    renamed = "forward_sync_buffers" in inspect.signature(kind).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return kind(module, device_ids=ids, **options)
+
+
+def synchronise_batch_norm(module: nn.Module, world: World) -> None:
+    """Replace every batch norm inside `module`, in place, by one whose statistics are over all ranks."""
+    if world.device.type == "cuda":
+        for name, child in module.named_children():
+            setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        return
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, CpuSyncBatchNorm.take_over(child))
+        else:
+            synchronise_batch_norm(child, world)
+
+
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over all ranks on CPUs, which torch's SyncBatchNorm refuses. For tests and small trials."""
+
+    @classmethod
+    def take_over(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> CpuSyncBatchNorm:
+        """The same layer, holding the same parameters and buffers."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        new._parameters, new._buffers = norm._parameters, norm._buffers
+        return new
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        dims = [0, *range(2, input.ndim)]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        ranks = dist.get_world_size()
+        count = input.numel() / input.shape[1] * ranks
+        mean = sum_over_ranks(input.sum(dims)) / count
+        centred = input - mean.view(shape)
+        variance = sum_over_ranks(centred.square().sum(dims)) / count
+        self._track(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        output = centred * (variance + self.eps).rsqrt().view(shape)
+        return output if self.weight is None else output * self.weight.view(shape) + self.bias.view(shape)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over the ranks, differentiable: every rank's gradient reaches every rank's values."""
+    return _SumOverRanks.apply(values)

@@ -1,0 +1,117 @@
+"""Weighted nearest neighbours on frozen features, DINO's protocol (Caron et al. 2021, after Wu et al. 2018).
+
+Q queries, B bank rows, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+from ..config import DataConfig
+from ..data import Index, eval_loader
+
+NEIGHBOURS = (10, 20, 100, 200)
+RAW_PX = 32
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows (N, D) of unit length, with their class numbers (N,)."""
+
+    rows: Tensor
+    labels: Tensor
+
+
+def weighted_knn(
+    bank: Features,
+    queries: Features,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    *,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+) -> dict[int, float]:
+    """Top-1 accuracy (0 to 1) for every k: the k nearest rows of the bank vote with weight exp(similarity / 0.07).
+
+    A k above the size of the bank means the whole bank. Queries go through in chunks, so memory stays at chunk * B.
+    """
+    classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
+    ks = {k: min(k, len(bank.rows)) for k in neighbours}
+    right = dict.fromkeys(ks, 0)
+    for start in range(0, len(queries.rows), chunk):
+        labels = queries.labels[start : start + chunk]
+        similarity, nearest = (queries.rows[start : start + chunk] @ bank.rows.T).topk(max(ks.values()), dim=1)
+        votes, choices = (similarity / temperature).exp(), bank.labels[nearest]
+        for name, k in ks.items():
+            ballot = votes.new_zeros(len(labels), classes).scatter_add_(1, choices[:, :k], votes[:, :k])
+            right[name] += int((ballot.argmax(1) == labels).sum())
+    return {name: count / max(len(queries.rows), 1) for name, count in right.items()}
+
+
+def image_features(
+    backbone: nn.Module | None,
+    index: Index,
+    data: DataConfig,
+    *,
+    device: torch.device,
+    bf16: bool = False,
+    batch_size: int = 256,
+) -> Features:
+    """Unit-length features of every image that has a class; of the pixels themselves where `backbone` is None.
+
+    The backbone is in eval mode for the time being. Pixels are averaged down to at most 32 a side.
+    """
+    was_training = backbone is not None and backbone.training
+    rows, labels = [], []
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        eval_loader(
+            index, data.image_px, batch_size=batch_size, device=device, loader=data.loader, workers=data.workers
+        ) as batches,
+    ):
+        if backbone is not None:
+            backbone.eval()
+        try:
+            for batch in batches:
+                images = standardise(batch.views[0], data.mean, data.std)
+                features = backbone(images) if backbone is not None else pixels(images)
+                rows.append(normalize(features.float(), dim=1))
+                labels.append(batch.labels.to(device))
+        finally:
+            if backbone is not None:
+                backbone.train(was_training)
+    known = torch.cat(labels) >= 0
+    return Features(torch.cat(rows)[known], torch.cat(labels)[known])
+
+
+def standardise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images as float32, (x / 255 - mean) / std per channel."""
+    centre, scale = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - centre) / scale
+
+
+def pixels(images: Tensor) -> Tensor:
+    """(N, 3, S, S) -> (N, 3 * S * S) with S at most 32: what a backbone's features have to beat."""
+    return (adaptive_avg_pool2d(images, RAW_PX) if images.shape[-1] > RAW_PX else images).flatten(1)
+
+
+def knn_images(train: Index, test: Index | None, max_images: int) -> tuple[Index, Index]:
+    """Bank and queries, at most `max_images` together: the two splits, or four fifths and one fifth of the first."""
+    if test is not None:
+        return spread(train, max_images * 4 // 5), spread(test, max_images // 5)
+    chosen = spread(train, max_images)
+    is_query = np.arange(len(chosen)) % 5 == 4
+    return chosen.subset(np.flatnonzero(~is_query)), chosen.subset(np.flatnonzero(is_query))
+
+
+def spread(index: Index, count: int) -> Index:
+    """At most `count` rows, evenly spread over the index, so over its classes."""
+    if len(index) <= count:
+        return index
+    return index.subset(np.linspace(0, len(index) - 1, max(count, 1)).astype(np.int64))

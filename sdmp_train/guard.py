@@ -1,0 +1,109 @@
+"""What keeps a run safe from bad numbers and signals without the host ever waiting for the device in a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+
+class BufferGuard:
+    """Batch-norm statistics that a forward pass has changed, and that a non-finite step must not keep.
+
+    All buffers of one dtype become views of one storage, so that keeping and restoring them is one kernel each.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        places: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
+        for module in modules:
+            for part in module.modules():
+                for name, buffer in part._buffers.items():
+                    if buffer is not None:
+                        places.setdefault(buffer.dtype, []).append((part, name))
+        self._storages = [merge(found) for found in places.values()]
+        self._kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Remember the buffers as they are."""
+        self._kept = [storage.clone() for storage in self._storages]
+
+    def restore(self, bad: Tensor) -> None:
+        """Put back what `keep` remembered, where `bad` (0-dim bool on the device) is true."""
+        for storage, kept in zip(self._storages, self._kept, strict=True):
+            storage.copy_(torch.where(bad, kept, storage))
+
+
+def merge(places: list[tuple[nn.Module, str]]) -> Tensor:
+    """Move the buffers at `places` into one storage and make them views of it."""
+    buffers = [part._buffers[name] for part, name in places]
+    storage = torch.cat([buffer.reshape(-1) for buffer in buffers if buffer is not None])
+    start = 0
+    for (part, name), buffer in zip(places, buffers, strict=True):
+        if buffer is not None:
+            part._buffers[name] = storage[start : start + buffer.numel()].view(buffer.shape)
+            start += buffer.numel()
+    return storage
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the host learns of a step: its number, which images it saw, whether it was bad or asked to stop."""
+
+    step: int
+    ids: Tensor
+    bad: bool
+    stop: bool
+
+
+class LateFlags:
+    """Carries a step's flags to the host one step late, so that the device always has the next step queued."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, step: int, ids: Tensor, flags: Tensor) -> None:
+        """Start the copy of `flags` ([bad, stop], any device) to the host."""
+        event = None
+        if flags.is_cuda:
+            flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, ids, flags, event))
+
+    def pop(self, keep: int = 1) -> StepReport | None:
+        """The report of the oldest step, once more than `keep` are waiting."""
+        if len(self._waiting) <= keep:
+            return None
+        step, ids, flags, event = self._waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        bad, stop = flags.tolist()
+        return StepReport(step, ids, bad > 0, stop > 0)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second signal ends the process at once. A context manager."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

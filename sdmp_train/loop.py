@@ -1,0 +1,135 @@
+"""The training loop: decode, augment, plan, mix, encode, loss, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from .config import Config
+from .data import Loader
+from .distributed import World, reduce_max
+from .guard import BufferGuard, LateFlags, StopRequest
+from .log import Log
+from .meter import Meter
+from .methods.mocov3 import MoCoV3
+from .optim import LARS, AdamW, key_momentum, learning_rate
+
+
+class Outcome(Enum):
+    """How a loop ended."""
+
+    DONE = "done"
+    STOPPED = "stopped on request"
+    NOT_FINITE = "not finite"
+
+
+@dataclass
+class Training:
+    """All that a step reads and changes. `step` counts the steps made."""
+
+    config: Config
+    world: World
+    method: MoCoV3
+    optimizer: AdamW | LARS
+    buffers: BufferGuard
+    steps_per_epoch: int
+    step: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """The steps that the schedules span."""
+        return self.config.optim.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run ends."""
+        return min(self.total_steps, self.config.run.max_steps or self.total_steps)
+
+
+def train(
+    training: Training, loader: Loader, log: Log, stop: StopRequest, after_step: Callable[[Training], None]
+) -> Outcome:
+    """Train from `training.step` to its last step; `after_step` (checkpoints, kNN) runs between steps.
+
+    The host never waits for the device within a step: whether a step was finite, and whether any rank was asked to
+    stop, it reads one step late.
+    """
+    config, method = training.config, training.method
+    flags, meter, bad_steps = LateFlags(), Meter(training.world, config.optim.batch_size), 0
+    log.start_progress(training.last_step, training.step)
+    batches = iter(loader)
+    while training.step < training.last_step:
+        with meter.waiting():
+            batch = next(batches)  # decode, augment
+        plan = method.plan(training.step)
+        images = method.mix(batch.views, plan)
+        training.buffers.keep()
+        queries, keys = method.encode(images)
+        loss, terms = method.loss(queries, keys, plan)
+        grad_norm, bad_or_stop = update(training, loss, stop)
+
+        flags.push(training.step, batch.ids, bad_or_stop)
+        training.step += 1
+        last = training.step == training.last_step
+        meter.add({"loss": loss, **terms, "grad_norm": grad_norm, **method.facts(plan)})
+        if last or training.step % config.run.log_every_steps == 0:
+            write_line(training, meter, log)
+        with meter.paused():
+            after_step(training)
+        while (report := flags.pop(keep=0 if last else 1)) is not None:
+            bad_steps = bad_steps + 1 if report.bad else 0
+            if report.bad:
+                log.say(f"step {report.step} was not finite and changed nothing; its images: {report.ids.tolist()}")
+            if bad_steps >= config.run.max_bad_steps:
+                return Outcome.NOT_FINITE
+            if report.stop and not last:
+                return Outcome.STOPPED
+        log.advance(training.step)
+    return Outcome.DONE
+
+
+def update(training: Training, loss: Tensor, stop: StopRequest) -> tuple[Tensor, Tensor]:
+    """Backward, optimiser, momentum encoder. Where loss or gradient is not finite on any rank, nothing changes.
+
+    Returns the gradient's norm and the flags [bad, stop], the largest over the ranks; both stay on the device.
+    """
+    config, method, optimizer = training.config, training.method, training.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    grad_norm = get_total_norm([p.grad for p in method.student.parameters() if p.grad is not None])
+    bad = ~(loss.detach().isfinite() & grad_norm.isfinite())
+    flags = torch.stack([bad.float(), torch.full_like(grad_norm, float(stop.asked))])
+    bad = reduce_max(flags, training.world)[0]
+    warmup_steps = config.optim.warmup_epochs * training.steps_per_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(
+            training.step, lr=config.optim.lr, steps=training.total_steps, warmup_steps=warmup_steps
+        )
+    optimizer.found_inf = bad
+    optimizer.step()
+    # MoCo v3 averages just before it makes a step's keys, with that step's momentum: the same as doing it here.
+    momentum = key_momentum(
+        training.step + 1,
+        start=config.method.momentum,
+        steps=training.total_steps,
+        cosine=config.method.momentum_cosine,
+    )
+    method.follow_student((1 - momentum) * (1 - bad))
+    training.buffers.restore(bad > 0)
+    return grad_norm, flags
+
+
+def write_line(training: Training, meter: Meter, log: Log) -> None:
+    """One object for metrics.jsonl and one line for people."""
+    epoch = training.step / training.steps_per_epoch
+    values = meter.read()
+    log.metrics({"step": training.step, "epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"], **values})
+    log.report(
+        f"step {training.step}/{training.last_step}  epoch {epoch:.1f}  loss {values['loss']:.3f}  "
+        f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
+    )

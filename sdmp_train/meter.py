@@ -1,0 +1,59 @@
+"""Numbers of the last few steps, summed on the device: the host waits for it only when it writes a line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .distributed import World, reduce_mean
+
+
+class Meter:
+    """Means over the steps since the last reading, and how the time went."""
+
+    def __init__(self, world: World, batch_size: int) -> None:
+        self.world = world
+        self.batch_size = batch_size
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = 0
+        self._waited_seconds = 0.0
+        self._began = time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one step's 0-dim tensors."""
+        self._steps += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited_seconds += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent here does not count."""
+        start = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Means over steps and ranks, images per second of all ranks, and the fraction of time spent waiting."""
+        means = reduce_mean(torch.stack([self._sums[name] / self._counts[name] for name in self._sums]), self.world)
+        values = dict(zip(self._sums, means.tolist(), strict=True))
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        values["images_per_second"] = self._steps * self.batch_size / seconds
+        values["data_wait_fraction"] = min(self._waited_seconds / seconds, 1.0)
+        self._clear()
+        return values
