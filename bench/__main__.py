@@ -1,0 +1,124 @@
+"""`python -m bench`: what there is, then a short run of `mix` and `losses` on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+QUESTIONS = ("mix", "losses", "step")
+OVERVIEW = """\
+python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, eager PyTorch, torch.compile, timm,
+                         torchvision, kornia
+python -m bench losses   info_nce, soft_cross_entropy, distillation, beside literal and best eager, torch.compile,
+                         SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
+python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
+python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
+python -m bench tune     measure the launch tables of the Triton kernels for this GPU
+python -m bench table    the table of the README, from the newest results of every machine
+python -m bench env      what this machine is, and which libraries there are to compare with
+python -m bench offline  carry wheels to a GPU host without a package registry
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = OVERVIEW
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for question in QUESTIONS:
+        _measuring(commands.add_parser(question, help=f"measure {question}"))
+    gpu = commands.add_parser("gpu", help="the whole proof on a GPU")
+    gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
+    gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
+    gpu.add_argument("--json", type=Path, help="where the results go (default bench/results/<gpu>-<date>.json)")
+    gpu.add_argument("--stages", help="only these stages, separated by commas")
+    tune = commands.add_parser("tune", help="measure launch tables")
+    tune.add_argument("--op", action="append", help="only this op (may be given more than once)")
+    tune.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
+    tune.add_argument("--dry-run", action="store_true", help="tiny sizes through the interpreter; writes nothing")
+    tune.add_argument("--out", type=Path, help="the table file (default sdmp_kernels/tables/<arch>.json)")
+    table = commands.add_parser("table", help="the README's table")
+    table.add_argument("--write", action="store_true", help="put it between the README's markers")
+    table.add_argument("--plots", action="store_true", help="draw the plots of the newest results again")
+    check = commands.add_parser("check", help="one of the checks that `gpu` runs")
+    check.add_argument("name", choices=("ceilings", "large", "nosync"))
+    check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    check.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    check.add_argument("--json", type=Path, required=True, help="the results file to write into")
+    commands.add_parser("env", help="machine and libraries")
+    offline = commands.add_parser("offline", help="carry wheels to an offline host")
+    offline.add_argument("action", choices=("pack", "unpack"))
+    offline.add_argument("folder", type=Path, help="the folder of wheels")
+    offline.add_argument("--python", default="3.12", help="Python version of the offline host (default 3.12)")
+    offline.add_argument("--into", type=Path, help="unpack: where to install (default: this environment)")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        print(OVERVIEW)
+        return overview()
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hand over to the file that answers; imported here so that `--help` needs no torch."""
+    if args.command in QUESTIONS:
+        from bench import question
+
+        return question.run(args.command, args)
+    if args.command == "check":
+        from bench import checks, question
+        from bench.results import Results
+
+        device = question.choose_device(args.device)
+        return checks.run(args.name, device, tiny=args.tiny, results=Results(args.json))
+    if args.command == "gpu":
+        from bench import gpu
+
+        return gpu.run(args)
+    if args.command == "tune":
+        from bench import tune
+
+        return tune.run(args)
+    if args.command == "table":
+        from bench import table
+
+        return table.run(args)
+    if args.command == "offline":
+        from bench import offline
+
+        return offline.run(args)
+    from bench import environment, peers
+
+    print(environment.line())
+    for name, words in peers.present():
+        print(f"  {name:<22} {words}")
+    return 0
+
+
+def overview() -> int:
+    """A short run of the two questions anyone can ask of any machine; each in a process of its own."""
+    for question in ("mix", "losses"):
+        done = subprocess.run([sys.executable, "-m", "bench", question, "--quick"], cwd=Path(__file__).parent.parent)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+def _measuring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: GPU if any)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a minute, small sizes")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="more sizes, dtypes and layouts")
+    size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    parser.set_defaults(size="default")
+    parser.add_argument("--only", help="only settings whose name contains this")
+    parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds per setting (default 6)")
+    parser.add_argument("--minutes", type=float, help="start no setting after so many minutes")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
+    parser.add_argument("--json", type=Path, help="where the results go (default: bench/results, unless --quick)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

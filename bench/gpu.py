@@ -1,0 +1,347 @@
+"""The whole proof on a GPU in ten minutes: `python -m bench gpu`, or `make gpu`.
+
+Every stage is a process of its own, bounded in time, that writes what it finds as it finds it: a run cut short, a
+kernel that kills its context or a stage that hangs cost only themselves. First what must be right, then what is
+fastest to tell, most valuable first. `--dry-run` walks the same path at tiny sizes through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import environment, goals, plots, table
+from bench.results import FOLDER, Results, default_path
+
+MATRIX = "tests/ops/test_every_op.py"
+OPS = ("mix", "soft_cross_entropy", "info_nce", "distillation")
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+@dataclass
+class Run:
+    """One `bench gpu` run.
+
+    Attributes:
+        path: the results file.
+        device: "cuda", or "cpu" in a dry run.
+        dry: tiny sizes through the interpreter.
+        ends: time.monotonic() at which it must be over.
+        failed: names of what failed.
+        children: the processes that run now.
+    """
+
+    path: Path
+    device: str
+    dry: bool
+    ends: float
+    failed: list[str] = field(default_factory=list)
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return max(0.0, self.ends - time.monotonic())
+
+    def child(self, *words: str, seconds: float, env: dict[str, str] | None = None, quiet: bool = False) -> int | None:
+        """Run a process of this run's own; its exit code, or None where its time ran out and it was ended."""
+        settings = {"PYTHONUNBUFFERED": "1", **({"TRITON_INTERPRET": "1"} if self.dry else {}), **(env or {})}
+        process = subprocess.Popen(
+            words,
+            cwd=environment.ROOT,
+            env={**os.environ, **settings},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL if quiet else None,
+        )
+        self.children.append(process)
+        try:
+            return process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            end(process)
+            self.children.remove(process)
+
+    def bench(self, *words: str, seconds: float) -> int | None:
+        """A subcommand of this package in a process of its own, writing into the same results file."""
+        return self.child(sys.executable, "-m", "bench", *words, "--json", str(self.path), seconds=seconds)
+
+    def note(self, name: str, status: str, detail: str, seconds: float, **facts: object) -> None:
+        """Record a check, and remember it where it failed."""
+        if status == "failed":
+            self.failed.append(name)
+        print(f"  {name}: {status} ({detail})")
+        Results(self.path).check(name, status, detail, seconds, **facts)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a child and whatever it started, if it still runs: it began a session, and so a group, of its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, and its share of the time that is left when its turn comes, against the later ones."""
+
+    name: str
+    weight: float
+    run: Callable[[Run, float], None]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all stages, or those named; returns 0 where nothing failed, 1 where something did, 2 without a GPU."""
+    if not args.dry_run and not torch.cuda.is_available():
+        print("bench gpu: torch sees no CUDA device. `python -m bench gpu --dry-run` walks the same path without one.")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        path = args.json or (Path(scratch) / "dry-run.json" if args.dry_run else default_path())
+        path = path.resolve()
+        state = Run(path, "cpu" if args.dry_run else "cuda", args.dry_run, time.monotonic() + 60 * args.minutes)
+        print(environment.line())
+        Results(path, dry_run=args.dry_run).begin("gpu", threads=torch.get_num_threads(), allocator="default")
+        wanted = args.stages.split(",") if args.stages else [stage.name for stage in STAGES]
+        unknown = set(wanted) - {stage.name for stage in STAGES}
+        if unknown:
+            print(f"--stages: unknown {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in STAGES)}")
+            return 2
+        # Children have sessions of their own, so a signal to this process would leave them running.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            run_stages(state, [stage for stage in STAGES if stage.name in wanted])
+        finally:
+            for process in state.children:
+                end(process)
+        Results(path, dry_run=args.dry_run).finish("gpu")
+        if not args.dry_run:
+            print(f"results in {path.relative_to(environment.ROOT) if environment.ROOT in path.parents else path}")
+    print(f"failed: {', '.join(state.failed)}" if state.failed else "nothing failed")
+    return 1 if state.failed else 0
+
+
+def run_stages(state: Run, stages: list[Stage]) -> None:
+    """Every stage gets its share of the time left; what it does not use goes to the later ones.
+
+    A dry run, which proves no time, takes a minute where nothing else runs, and may take longer elsewhere.
+    """
+    for number, stage in enumerate(stages):
+        share = state.left if state.dry else state.left * stage.weight / sum(later.weight for later in stages[number:])
+        print(f"\n== {stage.name} (up to {share:.0f} s)")
+        if share < 1:
+            print("  no time left")
+            Results(state.path).skip("gpu", stage.name)
+            continue
+        stage.run(state, share)
+
+
+def build(state: Run, seconds: float) -> None:
+    """Compile csrc/ where nvcc is and no library newer than its sources: the `cuda` backend."""
+    started = time.monotonic()
+    library = _library()
+    if library is not None:
+        return state.note("build csrc", "passed", f"{library.name} is there", 0)
+    if state.dry or environment.nvcc() is None:
+        why = "a dry run builds nothing" if state.dry else "nvcc is not installed; triton serves the GPU"
+        return state.note("build csrc", "absent", why, 0)
+    code = state.child(sys.executable, "setup.py", "build_ext", "--inplace", seconds=seconds)
+    taken, library = time.monotonic() - started, _library()
+    if library is not None:
+        return state.note("build csrc", "passed", f"built {library.name} with nvcc {environment.nvcc()}", taken)
+    if code is None:
+        return state.note("build csrc", "out of time", "ended before its end", taken)
+    report = environment.ROOT / "sdmp_kernels" / "_build.json"
+    why = json.loads(report.read_text()).get("_native_cuda", "") if report.exists() else f"exit code {code}"
+    return state.note("build csrc", "failed", f"no CUDA library: {why}", taken)
+
+
+def _library() -> Path | None:
+    """The compiled CUDA kernels, if they are newer than every source."""
+    found = sorted((environment.ROOT / "sdmp_kernels").glob("_native_cuda*.so"))
+    sources = [path.stat().st_mtime for path in (environment.ROOT / "csrc").iterdir()]
+    return found[0] if found and found[0].stat().st_mtime >= max(sources, default=0) else None
+
+
+def check(name: str) -> Callable[[Run, float], None]:
+    """A stage that is one of bench/checks.py."""
+
+    def stage(state: Run, seconds: float) -> None:
+        started = time.monotonic()
+        tiny = ["--tiny"] if state.dry else []
+        code = state.bench("check", name, "--device", state.device, *tiny, seconds=seconds)
+        _judge(state, name, code, time.monotonic() - started)
+
+    return stage
+
+
+def question(name: str) -> Callable[[Run, float], None]:
+    """A stage that is one of the questions: mix, losses, step."""
+
+    def stage(state: Run, seconds: float) -> None:
+        started = time.monotonic()
+        size = (
+            ["--tiny", "--threads", "1"] if state.dry else ["--minutes", f"{0.8 * seconds / 60:.2f}", "--seconds", "2"]
+        )
+        code = state.bench(name, "--device", state.device, *size, seconds=seconds)
+        _judge(state, f"bench {name}", code, time.monotonic() - started)
+
+    return stage
+
+
+def _judge(state: Run, name: str, code: int | None, taken: float) -> None:
+    if code is None:
+        state.note(name, "out of time", "ended; what it had finished is kept", taken)
+    elif code:
+        state.note(name, "failed", f"ended with exit code {code}", taken)
+    else:
+        state.note(name, "passed", "ran to its end", taken)
+
+
+def matrix(state: Run, seconds: float) -> None:
+    """The op matrix on this device's compiled backends, one process per op, side by side where there are cores."""
+    if importlib.util.find_spec("pytest") is None:
+        return state.note("op matrix", "absent", "pytest is not installed", 0)
+    started = time.monotonic()
+    place = state.device
+    if state.dry:
+        # The interpreter is slow, and CI runs the whole matrix anyway: here the path counts, not the cases.
+        wanted = [
+            (op, f"test_values and [{op}- and float32-triton-{place}]") for op in OPS if op == "soft_cross_entropy"
+        ]
+    else:
+        wanted = [(op, f"[{op}- and -{place}]") for op in OPS]
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        reports = {op: Path(folder) / f"{op}.xml" for op, _ in wanted}
+        commands = {op: _pytest(chosen, reports[op]) for op, chosen in wanted}
+        codes = _side_by_side(state, commands, seconds)
+        counts: Counter[str] = Counter()
+        for op, _ in wanted:
+            found = read_report(reports[op])
+            counts.update(found)
+            failures = found["failed"]
+            if codes[op] is None:
+                status, detail = "out of time", "ended before its end"
+            elif codes[op] == 5:
+                status, detail = "absent", "no case of this op runs here yet"
+            else:
+                status = "failed" if codes[op] or failures else "passed"
+                detail = f"{found['passed']} passed, {failures} failed, {found['skipped']} skipped"
+            state.note(f"op matrix {op}", status, detail, time.monotonic() - started, **dict(found))
+    print(f"  cases per backend: {', '.join(f'{k} {v}' for k, v in sorted(counts.items()) if '-' in k)}")
+
+
+def _pytest(chosen: str, report: Path) -> list[str]:
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", f"--junitxml={report}", "-k", chosen]
+    return [sys.executable, "-m", "pytest", MATRIX, *options]
+
+
+def _side_by_side(state: Run, commands: dict[str, list[str]], seconds: float) -> dict[str, int | None]:
+    """Exit codes of the commands, as many at a time as there are cores for."""
+    ends = time.monotonic() + seconds
+    if environment.cores() < 8:
+        return {name: state.child(*words, seconds=ends - time.monotonic()) for name, words in commands.items()}
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        futures = {name: pool.submit(state.child, *words, seconds=seconds) for name, words in commands.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+def read_report(path: Path) -> Counter[str]:
+    """Counts of a JUnit report: "passed", "failed", "skipped", and passed value tests by "backend-device"."""
+    counts: Counter[str] = Counter()
+    if not path.exists():
+        return counts
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        outcomes = {child.tag for child in case}
+        state = "failed" if outcomes & {"failure", "error"} else "skipped" if "skipped" in outcomes else "passed"
+        counts[state] += 1
+        name = case.get("name", "")
+        if state == "passed" and name.startswith("test_values["):
+            counts["-".join(name.removesuffix("]").split("-")[-2:])] += 1
+    return counts
+
+
+def sanitizer(state: Run, seconds: float) -> None:
+    """compute-sanitizer over the value tests of every op's small cases, on the compiled GPU backends."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return state.note("compute-sanitizer", "absent", "compute-sanitizer is not installed", 0)
+    if state.dry:
+        return state.note("compute-sanitizer", "absent", "a dry run has no GPU code to check", 0)
+    for tool in SANITIZER_TOOLS:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            report = Path(folder) / "report.xml"
+            chosen = "test_values and (triton-cuda or cuda-cuda) and (float32 or bfloat16 or uint8)"
+            code = state.child(
+                program,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "99",
+                *_pytest(chosen, report),
+                seconds=seconds / len(SANITIZER_TOOLS),
+                # Tensors of their own allocations, so that a read past one is seen.
+                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            counts = read_report(report)
+        taken = time.monotonic() - started
+        if code is None:
+            state.note(f"compute-sanitizer {tool}", "out of time", f"no error within {taken:.0f} s", taken)
+        else:
+            found = "errors found" if code == 99 else f"{counts['passed']} cases, exit code {code}"
+            state.note(f"compute-sanitizer {tool}", "passed" if code == 0 else "failed", found, taken)
+    return None
+
+
+def pictures(state: Run, seconds: float) -> None:
+    """Goals into the results file; plots; the README's table, where it has the markers."""
+    results = Results(state.path)
+    results.document["goals"] = goals.summary(results.document)
+    results.write()
+    for outcome in results.document["goals"]:
+        value = outcome["why"] if outcome["value"] is None else f"{outcome['value']:.4g}"
+        mark = {True: "held", False: "MISSED", None: "not measured"}[outcome["held"]]
+        print(f"  {outcome['goal']:<4} {outcome['words']}: {outcome['bound']}, {mark} ({value})")
+    for goal, words in goals.NOT_BUILT.items():
+        print(f"  {goal:<4} {words}: not built yet")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("  no plots: matplotlib is not installed")
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        for path in plots.draw(results.document, Path(scratch) if state.dry else FOLDER):
+            print(f"  drew {path.name}")
+    if state.dry:
+        print(f"  the table has {len(table.render([results.document]).splitlines())} lines")
+    elif state.path.parent == FOLDER:
+        print("  README.md: table written" if table.write_readme() else "  README.md has no markers for the table")
+
+
+STAGES = (
+    Stage("build", 8, build),
+    Stage("ceilings", 3, check("ceilings")),
+    Stage("matrix", 22, matrix),
+    Stage("large", 6, check("large")),
+    Stage("nosync", 5, check("nosync")),
+    Stage("mix", 18, question("mix")),
+    Stage("losses", 20, question("losses")),
+    Stage("step", 10, question("step")),
+    Stage("sanitizer", 10, sanitizer),
+    Stage("pictures", 2, pictures),
+)

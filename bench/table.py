@@ -1,0 +1,152 @@
+"""The README's table, made from the newest results of every machine. `python -m bench table --write`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bench import goals, plots, report
+from bench.environment import ROOT
+from bench.results import FOLDER, newest
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or put it between the README's markers; returns the exit code."""
+    documents = newest()
+    if args.plots:
+        for document in documents:
+            print("\n".join(f"drew {path.name}" for path in plots.draw(document, FOLDER)))
+    text = render(documents)
+    if not args.write:
+        print(text)
+        return 0
+    if not README.exists() or not {BEGIN, END} <= set(README.read_text().split("\n")):
+        print(f"README.md has no lines {BEGIN} and {END}; add them where the table belongs")
+        return 2
+    README.write_text(between_markers(README.read_text(), text))
+    print("README.md: table written")
+    return 0
+
+
+def between_markers(readme: str, text: str) -> str:
+    """`readme` with what lies between the markers replaced by `text`."""
+    head, rest = readme.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    return f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}"
+
+
+def render(documents: list[dict[str, Any]]) -> str:
+    """Everything between the markers: what exists, a table per machine, and the goals beside what was measured."""
+    gpus = [d for d in documents if d["environment"]["gpu"]]
+    cpus = [d for d in documents if not d["environment"]["gpu"]]
+    parts = [existing(gpus, cpus)]
+    parts += [machine(document) for document in (*gpus, *cpus)]
+    parts.append(goal_table(gpus[-1] if gpus else None, "cuda", "Goals on a GPU"))
+    parts.append(goal_table(cpus[-1] if cpus else None, "cpu", "Goals on a CPU"))
+    return "\n\n".join(parts)
+
+
+def existing(gpus: list[dict[str, Any]], cpus: list[dict[str, Any]]) -> str:
+    """Which figures there are and which there are not, plainly."""
+    lines = [f"Measured on {_where(d)}, {d['date']} ({_commands(d)})." for d in (*gpus, *cpus)]
+    if not gpus:
+        lines.append(
+            "**No GPU figure exists yet**: no run on a GPU has been recorded. `make gpu` makes one in ten minutes."
+        )
+    if not cpus:
+        lines.append("**No CPU figure exists yet**: `python -m bench mix` and `python -m bench losses` make them.")
+    lines.append(
+        "Every ratio is a median of ratios taken round by round in one process, after each answer was checked against "
+        "float64; above 1 the other takes longer. Rows that we lose are in the table too, in bold. How it is measured: "
+        "[docs/benchmarks.md](docs/benchmarks.md)."
+    )
+    return "\n".join(lines)
+
+
+def _commands(document: dict[str, Any]) -> str:
+    return ", ".join(f"`{run['command']}`" for run in document["runs"].values())
+
+
+def _where(document: dict[str, Any]) -> str:
+    facts = document["environment"]
+    if facts["gpu"]:
+        return facts["gpu"]["name"]
+    threads = {run["threads"] for run in document["runs"].values()}
+    return f"{facts['cpu']} with {', '.join(map(str, sorted(threads)))} threads"
+
+
+def machine(document: dict[str, Any]) -> str:
+    """The table of one machine."""
+    lines = [f"#### {_where(document)}", "", "| what | ours | of the ceiling | how many times longer the others take |"]
+    lines += ["|---|---|---|---|", *(_row(row) for row in document["rows"])]
+    absent = sorted({a["name"] for row in document["rows"] for a in row["arms"] if a["status"] == "absent"})
+    if absent:
+        lines += ["", f"Absent from this run: {', '.join(absent)}."]
+    broken = [
+        f"{a['name']} in {row['setting']} ({a['status']}: {a['reason']})"
+        for row in document["rows"]
+        for a in row["arms"]
+        if a["status"] in ("wrong", "failed")
+    ]
+    if broken:
+        lines += ["", f"Without a time: {'; '.join(broken)}."]
+    missed = [setting for run in document["runs"].values() for setting in run["skipped"]]
+    if missed:
+        lines += ["", f"Not reached in the time given, or broken off: {'; '.join(missed)}."]
+    checks = document["checks"]
+    if checks:
+        passed = sum(check["status"] == "passed" for check in checks.values())
+        lines += ["", f"Checks on this machine: {passed} of {len(checks)} passed."]
+        lines += [f"- {name}: {c['status']} ({c['detail']})" for name, c in checks.items() if c["status"] != "passed"]
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    own = next((a for a in row["arms"] if a["name"] == row["ours"]), None)
+    if own is None:
+        reasons = [f"{a['name']}: {a['reason']}" for a in row["arms"] if a["kind"] == "ours" and a["status"] != "ok"]
+        return f"| {row['setting']} | none ran ({'; '.join(reasons)}) | | |"
+    share = next((own[f] for f in ("share_of_copy", "share_of_matmul") if f in own), None)
+    of = "" if share is None else f"{100 * share['p50']:.0f} % of a {'copy' if 'share_of_copy' in own else 'matmul'}"
+    if "images_per_s" in own:
+        of = f"{own['images_per_s']:.0f} images/s"
+    others = [a for a in row["arms"] if a["kind"] != "ceiling" and a is not own and "times_ours" in a]
+    cells = [_ratio(a) for a in sorted(others, key=lambda a: a["times_ours"]["p50"])]
+    return f"| {row['setting']} | {report.seconds(own['seconds']['p50'])} ({own['name']}) | {of} | {', '.join(cells)} |"
+
+
+def _ratio(arm: dict[str, Any]) -> str:
+    text = f"{arm['name']} {report.ratio(arm['times_ours']['p50'])}"
+    return f"**{text}**" if arm["times_ours"]["p50"] < 1 and arm["kind"] != "ours" else text
+
+
+def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
+    """Every goal beside what was measured, or why there is nothing."""
+    found = goals.outcomes(document, device)
+    measured_ones = [outcome for outcome in found if outcome.value is not None]
+    held = sum(bool(outcome.held) for outcome in measured_ones)
+    count = f"{held} of {len(measured_ones)} measured claims hold" if measured_ones else "none measured yet"
+    lines = [f"<details><summary>{title}: {count}</summary>", "", "| goal | | asked | measured |", "|---|---|---|---|"]
+    for outcome in found:
+        claim = outcome.claim
+        asked = f"{'<=' if claim.at_most else '>='} {claim.bound:g}{claim.unit}"
+        if outcome.value is None:
+            measured = f"not measured: {outcome.why}"
+        else:
+            measured = f"{report.ratio(outcome.value)}{claim.unit}" + ("" if outcome.held else " (**missed**)")
+        lines.append(f"| {claim.goal} | {claim.words} | {asked} | {measured} |")
+    if device == "cuda":
+        lines += [f"| {goal} | {words} | | not built yet |" for goal, words in goals.NOT_BUILT.items()]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def write_readme(readme: Path = README) -> bool:
+    """Refresh the README's table where the markers are; whether they were there."""
+    if not readme.exists() or BEGIN not in readme.read_text() or END not in readme.read_text():
+        return False
+    readme.write_text(between_markers(readme.read_text(), render(newest())))
+    return True
