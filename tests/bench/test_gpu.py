@@ -1,0 +1,144 @@
+"""The ten-minute proof, walked without a GPU: the same stages at tiny sizes, through Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.environment import ROOT
+from bench.results import validate
+
+
+def bench(*words, timeout=570, **env):
+    command = [sys.executable, "-m", "bench", *words]
+    given = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env=given | env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """(what it printed, its document)."""
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU, run `make gpu` itself")
+    path = tmp_path_factory.mktemp("dry") / "dry.json"
+    done = bench("gpu", "--dry-run", "--json", str(path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_every_stage_runs_and_nothing_fails(dry_run):
+    printed, document = dry_run
+    for stage in gpu.STAGES:
+        assert f"== {stage.name} " in printed
+    assert {name: run["skipped"] for name, run in document["runs"].items() if run["skipped"]} == {}
+    assert "nothing failed" in printed
+    statuses = {name: check["status"] for name, check in document["checks"].items()}
+    assert "failed" not in statuses.values(), statuses
+    assert "out of time" not in statuses.values(), statuses
+
+
+def test_the_document_is_whole(dry_run):
+    _, document = dry_run
+    assert validate(document) == []
+    assert document["dry_run"] is True
+    assert {run for run, facts in document["runs"].items() if facts["finished"]} == {"gpu", "mix", "losses", "step"}
+    assert document["ceilings"]["copy_gb_per_s"] > 0
+    assert any(goal["goal"] == "G12" for goal in document["goals"])
+
+
+def test_no_arm_is_wrong_or_broken(dry_run):
+    """Peers included: what is called otherwise than its version wants would show here."""
+    _, document = dry_run
+    bad = [
+        (row["setting"], arm["name"], arm["reason"])
+        for row in document["rows"]
+        for arm in row["arms"]
+        if arm["status"] in ("wrong", "failed")
+    ]
+    assert bad == []
+
+
+def test_triton_ran_through_the_interpreter(dry_run):
+    _, document = dry_run
+    ran = {
+        row["op"]
+        for row in document["rows"]
+        for arm in row["arms"]
+        if arm["name"] == "sdmp triton" and arm["status"] == "ok"
+    }
+    assert {"mix", "soft_cross_entropy", "info_nce"} <= ran
+    large = {
+        name for name, check in document["checks"].items() if name.startswith("large") and check["status"] == "passed"
+    }
+    assert {"large mix triton", "large soft_cross_entropy triton", "large info_nce triton"} <= large
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = bench("gpu")
+    assert done.returncode == 2
+    assert "--dry-run" in done.stdout
+
+
+def test_reports_are_counted(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="test_values[mix-a-float32-triton-cuda]"/>'
+        '<testcase name="test_values[mix-b-float32-cuda-cuda]"><skipped/></testcase>'
+        '<testcase name="test_gradients[mix-a-float32-triton-cuda]"><failure/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert gpu.read_report(report) == {"passed": 1, "skipped": 1, "failed": 1, "triton-cuda": 1}
+    assert gpu.read_report(tmp_path / "none.xml") == {}
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path):
+    state = gpu.Run(tmp_path / "x.json", "cpu", True, ends=0.0)
+    assert state.child(sys.executable, "-c", "import time; time.sleep(60)", seconds=1) is None
+    assert state.child(sys.executable, "-c", "raise SystemExit(3)", seconds=60) == 3
+
+
+PARENT = """
+import pathlib, signal, sys, time
+from bench import gpu
+child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(100)"
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+state = gpu.Run(pathlib.Path("x.json"), "cpu", True, ends=time.monotonic() + 100)
+state.child(sys.executable, "-c", child, sys.argv[1], seconds=100)
+"""
+
+
+def test_a_run_that_is_told_to_end_takes_its_children_along(tmp_path):
+    note = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(note)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not note.exists() or not note.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
+def test_the_slice_for_pytest_benchmark_runs():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable",
+        "bench/test_slice.py",
+    ]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,88 @@
+"""The tuner: what it tries, that it only takes what is right and clearly faster, and that the table is put back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from bench import tune
+from bench.environment import ROOT
+from bench.harness import Arm, Call, Setting
+from sdmp_kernels import _launch
+
+
+def test_neighbours_are_powers_of_two_within_what_a_kernel_can_have():
+    assert tune.neighbours("block", 1024) == [512, 2048]
+    assert tune.neighbours("block", 16) == [32]
+    assert tune.neighbours("num_warps", 4) == [2, 8]
+    assert tune.neighbours("num_warps", 16) == [8]
+    assert tune.neighbours("num_stages", 3) == [2, 4]
+    assert tune.neighbours("num_stages", 1) == [2]
+    assert tune.neighbours("block", 48) == []
+    assert tune.neighbours("order", "ij") == []
+    assert tune.neighbours("wide", True) == []
+
+
+def workload(wrong_above=10**9):
+    """A kernel whose time falls with its block, and whose answer is wrong above some block."""
+
+    def run():
+        block = _launch.constants("cpu", "op.kernel.small")["block"]
+        total = sum(range(40_000_000 * 64 // block**2))
+        return [torch.tensor([1.0 if block <= wrong_above else 2.0 + 0 * total])]
+
+    setting = Setting("op", "op small", {}, lambda _: {}, list, list, ("y",), torch.float32, [])
+    return tune.Workload(setting, Call(run), ["op.kernel.small"], [torch.tensor([1.0])])
+
+
+def test_it_walks_to_the_faster_entry():
+    table = {"op.kernel.small": {"block": 64}}
+    chosen, line = tune.best(workload(), "op.kernel.small", table, torch.device("cpu"), dry=True)
+    assert chosen == {"block": 128}
+    assert "op.kernel.small: block=128" in line
+    assert table == {"op.kernel.small": {"block": 64}}
+
+
+def test_a_faster_entry_with_another_answer_is_not_taken(capsys):
+    table = {"op.kernel.small": {"block": 64}}
+    chosen, line = tune.best(workload(wrong_above=64), "op.kernel.small", table, torch.device("cpu"), dry=True)
+    assert chosen == {"block": 64}
+    assert "kept" in line
+    assert "block=128: wrong" in capsys.readouterr().out
+
+
+def test_the_librarys_own_table_is_in_force_again_afterwards():
+    before = _launch.table
+    with tune.in_force(tune.Table({"a.b.c": {"block": 1}})) as table:
+        assert _launch.constants("cpu", "a.b.c") == {"block": 1}
+        assert table.read == ["a.b.c"]
+    assert _launch.table is before
+
+
+def test_an_entry_that_is_cached_cannot_be_measured(capsys):
+    cached = Call(lambda: [torch.tensor([1.0])])
+    setting = Setting("op", "op small", {}, lambda _: {}, list, list, ("y",), torch.float32, [])
+    asked = tune.Workload(setting, cached, ["k"], [torch.tensor([1.0])])
+    chosen, _ = tune.best(asked, "k", {"k": {"block": 64}}, torch.device("cpu"), dry=True)
+    assert chosen == {"block": 64}
+    assert "was not read again" in capsys.readouterr().out
+
+
+def test_a_setting_without_a_triton_arm_is_passed_over():
+    arm = Arm("sdmp torch", "", "ours", lambda _: Call(list))
+    setting = Setting("op", "op small", {}, lambda _: {}, list, list, ("y",), torch.float32, [arm])
+    assert tune.bind(setting, {}, torch.device("cpu")) is None
+
+
+def test_dry_run_writes_a_whole_table(tmp_path):
+    """The same path through the interpreter, in a process of its own."""
+    out = tmp_path / "table.json"
+    command = [sys.executable, "-m", "bench", "tune", "--dry-run", "--op", "mix", "--minutes", "0", "--out", str(out)]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(out.read_text())
+    assert set(written) == set(_launch.table(_launch.DEFAULT_ARCH))
+    assert "mix." in done.stdout

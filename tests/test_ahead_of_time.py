@@ -1,0 +1,113 @@
+"""Every Triton configuration, compiled for every architecture on a machine that needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SERVED = [op for op in OPS if importlib.util.find_spec(f"sdmp_kernels.ops.{op}.triton") is not None]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # In interpreter mode, which the tests run in, nothing compiles.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sdmp_kernels.ahead_of_time", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    file = tmp_path_factory.mktemp("ahead_of_time") / "reports.json"
+    done = run("--json", str(file))
+    assert file.exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_every_declared_fact_holds(reports: list[dict[str, Any]], arch: str) -> None:
+    failed = {r["name"]: r["failed"] for r in reports if r["arch"] == arch and r["failed"]}
+    assert not failed
+    assert any(r["arch"] == arch for r in reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", SERVED)
+def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> None:
+    module = importlib.import_module(f"sdmp_kernels.ops.{op}.triton")
+    for arch in SHARED_LIMIT:
+        compiled = {item.kernel.__name__ for item in module.compiles(arch)}
+        assert compiled == set(module.KERNELS), arch
+        names = [item.name for item in module.compiles(arch)]
+        assert len(set(names)) == len(names)
+        assert set(names) <= {r["name"] for r in reports if r["arch"] == arch}
+
+
+@pytest.mark.slow
+def test_bad_facts_are_found(tmp_path: Path) -> None:
+    """The checks can fail: a narrow, spilling kernel without tensor cores is reported as all three."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-c", "import faulty; faulty.main()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    failed = json.loads(done.stdout.splitlines()[-1])
+    assert {fact.split(":")[0] for fact in failed["faulty"]} == {
+        "no_spills",
+        "wide_loads",
+        "wide_stores",
+        "tensor_cores",
+        "warpgroup_mma",
+        "registers",
+        "shared memory",
+    }
+    assert failed["excused"] == []
+
+
+FAULTY = """
+import json
+import triton
+from triton import language as tl
+from sdmp_kernels import ahead_of_time
+from sdmp_kernels._launch import Compile
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, scale_ptr, stride, BLOCK: tl.constexpr, BIG: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    scale = tl.load(scale_ptr + start)
+    offsets = start + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    x = x * scale + tl.load(x_ptr + offsets * stride)  # narrow: a column of a matrix
+    if BIG:
+        x = x / tl.sum(x)
+    tl.store(y_ptr + offsets, x)
+
+
+def report(name, block, warps, divisible, facts, big):
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "scale_ptr": "*fp32", "stride": "i64", "BLOCK": "constexpr"}
+    signature["BIG"] = "constexpr"
+    constants = {"BLOCK": block, "BIG": big}
+    item = Compile(copy_kernel, signature, constants, divisible, warps, 2, facts, name)
+    return ahead_of_time.check(item, "sm_90").failed
+
+
+def main():
+    facts = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma", "registers<=32")
+    ahead_of_time.SHARED_LIMIT["sm_90"] = 8
+    found = {"faulty": report("faulty", 32768, 4, (), facts, True)}
+    excused = ("no_spills", "wide_loads", "wide_stores", "registers<=64")
+    found["excused"] = report("excused", 1024, 4, ("x_ptr", "y_ptr"), excused, False)
+    print(json.dumps(found))
+"""

@@ -1,0 +1,719 @@
+"""Plans: what `draw_plan` promises, the targets a plan makes, and what a plan built by hand refuses.
+
+The draws are pinned by `golden/plans.json`. Only where a change of the draws is wanted, `python tests/test_plan.py`
+writes it anew, and the diff shows what moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from global_random import untouched
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan
+from sdmp_kernels.plan import _pack, _unpack
+
+GOLDEN = Path(__file__).parent / "golden" / "plans.json"
+TENSORS = ("rule", "partner", "lam", "partner_lam", "box")
+NAMES = ("keep", "mixup", "cutmix", "resizemix")
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+def draw_arguments(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of `draw_plan`, except those fixed here."""
+    free: dict[str, Any] = {
+        "n": st.integers(0, 9),
+        "size": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        "rules": st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True),
+        "alpha": st.sampled_from([0.2, 1.0, 4.0, dict.fromkeys(NAMES, 0.5) | {"mixup": 2.0}]),
+        "per": st.sampled_from(["batch", "sample"]),
+        "prob": st.sampled_from([0.0, 0.4, 1.0]),
+        "lam_range": st.sampled_from([(0.1, 0.9), (0.0, 1.0), (0.3, 0.3)]),
+        "box": st.sampled_from(["inside", "clip"]),
+        "shared_lam": st.booleans(),
+        "seed": st.integers(0, 2**64 - 1),
+        "step": st.integers(0, 2**40),
+        "view": st.integers(0, 5),
+    }
+    return st.fixed_dictionaries({k: v for k, v in free.items() if k not in fixed}).map(lambda drawn: drawn | fixed)
+
+
+def same(a: MixPlan, b: MixPlan, names: tuple[str, ...] = TENSORS) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def counted(plan: MixPlan) -> torch.Tensor:
+    """lam as float32 of 1 - h*w/(H*W) in double precision."""
+    area = plan.size[0] * plan.size[1]
+    return (1 - plan.box[:, 2].long() * plan.box[:, 3].long() / torch.tensor(float(area), dtype=torch.float64)).float()
+
+
+def by_hand(**changes: Any) -> MixPlan:
+    """A valid plan of four rows, one of each rule, with some fields replaced."""
+    fields = {
+        "rule": torch.tensor([0, 1, 2, 3], dtype=torch.uint8),
+        "partner": torch.tensor([3, 2, 1, 0]),
+        "lam": torch.tensor([1.0, 0.25, 0.75, 0.5]),
+        "partner_lam": torch.tensor([0.5, 0.75, 0.25, 1.0]),
+        "box": torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 2, 2], [0, 2, 4, 2]], dtype=torch.int32),
+        "size": (4, 4),
+        "mirrored": True,
+        "rules": tuple(Rule),
+    }
+    return MixPlan(**(fields | changes))
+
+
+# ---- what a drawn plan promises
+
+
+@PROPERTY
+@given(draw_arguments())
+def test_rows_keep_every_promise(arguments: dict[str, Any]) -> None:
+    plan = draw_plan(**arguments)
+    n, (height, width) = arguments["n"], arguments["size"]
+    assert len(plan) == n
+    assert plan.size == (height, width)
+    assert plan.mirrored
+    assert torch.equal(plan.partner, torch.arange(n - 1, -1, -1))
+    assert torch.equal(plan.partner_lam, plan.lam.flip(0))
+    asked = {Rule[name.upper()] for name in arguments["rules"]} if arguments["prob"] > 0 else set()
+    assert set(plan.rules) == asked | ({Rule.KEEP} if arguments["prob"] < 1 else set())
+    assert {Rule(r) for r in plan.rule.tolist()} <= set(plan.rules)
+    top, left, rows, columns = plan.box.long().unbind(1)
+    assert bool((plan.box >= 0).all())
+    assert bool((top + rows <= height).all())
+    assert bool((left + columns <= width).all())
+    boxed = (plan.rule == Rule.CUTMIX) | (plan.rule == Rule.RESIZEMIX)
+    assert torch.equal(plan.lam[boxed], counted(plan)[boxed])
+    assert not plan.box[~boxed].any()
+    assert bool((plan.lam[plan.rule == Rule.KEEP] == 1).all())
+    assert bool(((plan.lam >= 0) & (plan.lam <= 1)).all())
+
+
+@PROPERTY
+@given(draw_arguments())
+def test_drawn_twice_is_the_same_and_touches_no_global_state(arguments: dict[str, Any]) -> None:
+    with untouched():
+        first = draw_plan(**arguments)
+    np.random.seed(1)  # noqa: NPY002  another global state must not matter
+    torch.manual_seed(1)
+    assert same(first, draw_plan(**arguments))
+
+
+@PROPERTY
+@given(draw_arguments(per="sample"), st.permutations(NAMES))
+def test_order_of_names_never_moves_a_draw(arguments: dict[str, Any], order: list[str]) -> None:
+    spelled = [name for name in order if name in arguments["rules"]]
+    weights = dict.fromkeys(spelled, 1 / len(spelled))
+    assert same(draw_plan(**arguments), draw_plan(**arguments | {"rules": spelled}))
+    assert same(draw_plan(**arguments), draw_plan(**arguments | {"rules": weights}))
+
+
+@PROPERTY
+@given(draw_arguments(), st.integers(6, 2**32 - 1))
+def test_views_share_rule_and_drawn_lam(arguments: dict[str, Any], view: int) -> None:
+    one, other = draw_plan(**arguments), draw_plan(**arguments | {"view": view})
+    assert torch.equal(one.rule, other.rule)
+    assert one.rules == other.rules
+    if arguments["box"] == "inside":
+        assert torch.equal(one.lam, other.lam)
+        assert torch.equal(one.box[:, 2:], other.box[:, 2:])
+    mixup = one.rule == Rule.MIXUP
+    assert torch.equal(one.lam[mixup], other.lam[mixup])
+
+
+def test_views_have_boxes_of_their_own() -> None:
+    views = [draw_plan(64, (32, 32), rules=["cutmix"], view=view) for view in range(4)]
+    for i, one in enumerate(views):
+        for other in views[:i]:
+            assert (one.box[:, :2] != other.box[:, :2]).any(1).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"seed": 2**63}])
+def test_seed_and_step_move_every_draw(change: dict[str, int]) -> None:
+    arguments = {"n": 64, "size": (32, 32), "per": "sample"}
+    one, other = draw_plan(**arguments), draw_plan(**arguments | change)
+    assert (one.rule != other.rule).float().mean() > 0.4
+    assert (one.lam != other.lam).float().mean() > 0.9
+
+
+@PROPERTY
+@given(draw_arguments(n=8), st.sampled_from(["local", "global"]))
+def test_world_size_moves_only_local_partners(arguments: dict[str, Any], flip: str) -> None:
+    whole = draw_plan(**arguments)
+    for world in (1, 2, 4, 8):
+        n = 8 // world
+        parts = [draw_plan(**arguments | {"n": n, "rank": r, "world_size": world, "flip": flip}) for r in range(world)]
+        for name in ("rule", "lam", "box"):
+            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+        assert {p.rules for p in parts} == {whole.rules}
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.partner, torch.arange(n - 1, -1, -1))
+            source = parts[rank if flip == "local" else world - 1 - rank]
+            assert torch.equal(part.partner_lam, source.lam[part.partner])
+        if flip == "global":
+            assert torch.equal(torch.cat([p.partner_lam for p in parts]), whole.partner_lam)
+
+
+def test_global_flip_pairs_across_ranks() -> None:
+    parts = [draw_plan(3, (8, 8), rank=r, world_size=4, flip="global", seed=5) for r in range(4)]
+    everything = torch.cat([p.lam for p in parts])
+    for rank, part in enumerate(parts):
+        for i in range(3):
+            row = rank * 3 + i
+            assert part.partner_lam[i] == everything[11 - row]
+
+
+@PROPERTY
+@given(draw_arguments(), st.data())
+def test_given_partners_replace_the_flip(arguments: dict[str, Any], data: st.DataObject) -> None:
+    n = arguments["n"]
+    rows = st.integers(0, max(n - 1, 0))
+    vector = torch.tensor(data.draw(st.lists(rows, min_size=n, max_size=n)), dtype=torch.int64)
+    plan = draw_plan(**arguments | {"partner": vector})
+    assert not plan.mirrored
+    assert torch.equal(plan.partner, vector)
+    assert torch.equal(plan.partner_lam, plan.lam[vector])
+    assert same(plan, draw_plan(**arguments), ("rule", "lam", "box"))
+    given_rows = vector.tolist()
+    vector.fill_(99)
+    assert plan.partner.tolist() == given_rows, "the plan has a copy of its own"
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+def test_any_number_of_rows(n: int) -> None:
+    plan = draw_plan(n, (5, 3), per="sample", world_size=3, rank=2)
+    assert [getattr(plan, name).shape for name in TENSORS] == [(n,), (n,), (n,), (n,), (n, 4)]
+    assert [getattr(plan, name).dtype for name in TENSORS] == [
+        torch.uint8,
+        torch.int64,
+        torch.float32,
+        torch.float32,
+        torch.int32,
+    ]
+    if n % 2:
+        assert plan.partner[n // 2] == n // 2
+
+
+def test_per_batch_draws_one_rule_and_per_sample_many() -> None:
+    drawn = [draw_plan(16, (8, 8), step=step).rule.unique() for step in range(60)]
+    assert all(len(rules) == 1 for rules in drawn)
+    assert {int(rules[0]) for rules in drawn} == {1, 2, 3}
+    assert len(draw_plan(64, (8, 8), per="sample").rule.unique()) == 3
+
+
+def test_shared_lam_is_one_number_for_the_batch() -> None:
+    for rule in ("mixup", "cutmix", "resizemix"):
+        plan = draw_plan(32, (64, 64), rules=[rule], shared_lam=True)
+        assert len(plan.lam.unique()) == 1
+    boxes = draw_plan(32, (64, 64), rules=["cutmix"], shared_lam=True).box
+    assert len(boxes[:, 0].unique()) > 5, "shared lam, but every sample has its own place"
+    assert len(draw_plan(32, (64, 64), rules=["mixup"]).lam.unique()) == 32
+
+
+def test_pairs_draw_their_lam_independently() -> None:
+    lam = draw_plan(20_000, (8, 8), rules=["mixup"]).lam.double()
+    correlation = np.corrcoef(lam.numpy(), lam.flip(0).numpy())[0, 1]
+    assert abs(correlation) < 0.03
+
+
+# ---- laws
+
+
+def test_probabilities_of_rules() -> None:
+    weights = {"mixup": 0.5, "cutmix": 0.3, "resizemix": 0.2, "keep": 0.0}
+    n = 40_000
+    rule = draw_plan(n, (8, 8), rules=weights, per="sample").rule
+    for name, p in weights.items():
+        share = float((rule == Rule[name.upper()]).float().mean())
+        assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
+    batches = [int(draw_plan(1, (8, 8), rules=weights, step=s).rule) for s in range(2000)]
+    assert abs(batches.count(Rule.MIXUP) / 2000 - 0.5) < 0.05
+    uniform = draw_plan(n, (8, 8), per="sample").rule
+    for rule_value in (1, 2, 3):
+        assert abs(float((uniform == rule_value).float().mean()) - 1 / 3) < 0.01
+
+
+def test_prob_is_the_chance_of_being_mixed() -> None:
+    n = 40_000
+    kept = draw_plan(n, (8, 8), prob=0.3).rule == Rule.KEEP
+    assert abs(float(kept.float().mean()) - 0.7) <= 4 * (0.21 / n) ** 0.5
+    assert bool((draw_plan(50, (8, 8), prob=0.0).rule == Rule.KEEP).all())
+    assert not bool((draw_plan(50, (8, 8), prob=1.0).rule == Rule.KEEP).any())
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_lam_follows_beta(alpha: float) -> None:
+    n = 40_000
+    lam = draw_plan(n, (8, 8), rules=["mixup"], alpha=alpha, seed=2).lam.double()
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(float(lam.mean()) - 0.5) <= 4 * (variance / n) ** 0.5
+    assert abs(float(lam.var()) - variance) < 0.02 * variance + 4 * variance * (2 / n) ** 0.5
+
+
+def test_alpha_of_each_rule() -> None:
+    alpha = {"mixup": 50.0, "cutmix": 0.01}
+    plan = draw_plan(20_000, (500, 500), rules=["mixup", "cutmix"], per="sample", alpha=alpha)
+    assert float(plan.lam[plan.rule == Rule.MIXUP].std()) < 0.06
+    lam = plan.lam[plan.rule == Rule.CUTMIX]
+    assert float(((lam < 0.05) | (lam > 0.95)).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e6])
+def test_extreme_alpha_stays_in_range(alpha: float) -> None:
+    plan = draw_plan(500, (17, 5), per="sample", alpha=alpha)
+    assert bool(((plan.lam >= 0) & (plan.lam <= 1)).all())
+
+
+def test_resizemix_shares_stay_in_lam_range() -> None:
+    plan = draw_plan(4000, (1000, 1000), rules=["resizemix"], lam_range=(0.2, 0.6))
+    assert 0.199 < float(plan.lam.min()) < 0.21
+    assert 0.59 < float(plan.lam.max()) < 0.603
+    assert abs(float(plan.lam.mean()) - 0.4) < 0.01
+
+
+@PROPERTY
+@given(draw_arguments(rules=["resizemix"], prob=1.0, box="inside"), st.floats(0, 1))
+def test_sides_are_the_floor_of_the_side_ratio(arguments: dict[str, Any], lam: float) -> None:
+    plan = draw_plan(**arguments | {"lam_range": (lam, lam)})
+    for axis, side in enumerate(plan.size):
+        assert set(plan.box[:, 2 + axis].tolist()) <= {int(np.floor(side * np.sqrt(1 - lam)))}
+
+
+def test_corner_is_uniform_over_all_places_ends_included() -> None:
+    # Half of the area of 12 x 20: sides 8 and 14, so tops 0 to 4 and lefts 0 to 6.
+    n = 35_000
+    box = draw_plan(n, (12, 20), rules=["resizemix"], lam_range=(0.5, 0.5)).box.numpy()
+    for axis, places in ((0, 5), (1, 7)):
+        counts = np.bincount(box[:, axis], minlength=places)
+        assert len(counts) == places, "no place beyond the last"
+        assert counts.min() > 0, "both ends occur"
+        chi2 = ((counts - n / places) ** 2 / (n / places)).sum()
+        assert chi2 < 25, counts
+    joint = np.bincount(box[:, 0] * 7 + box[:, 1], minlength=35)
+    assert ((joint - n / 35) ** 2 / (n / 35)).sum() < 80, "top and left are independent"
+
+
+def timm_extents(side: int, lam: float) -> Counter[tuple[int, int]]:
+    """How many of the equally likely centres give each (start, length) along one axis: timm's law, restated."""
+    cut = int(side * np.sqrt(1 - lam))
+    found: Counter[tuple[int, int]] = Counter()
+    for centre in range(side):
+        start, end = max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, side)
+        found[start, end - start] += 1
+    return found
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.21, 0.5, 0.77, 0.999, 1.0])
+def test_clip_is_timms_law(lam: float) -> None:
+    n = 6000
+    box = draw_plan(n, (13, 24), rules=["resizemix"], lam_range=(lam, lam), box="clip").box
+    for axis, side in enumerate((13, 24)):
+        drawn = Counter(map(tuple, box[:, [axis, 2 + axis]].tolist()))
+        wanted = timm_extents(side, lam)
+        assert set(drawn) == set(wanted)
+        chi2 = sum((drawn[key] - n * w / side) ** 2 / (n * w / side) for key, w in wanted.items())
+        assert chi2 < 60, "at most 23 degrees of freedom: five standard deviations"
+
+
+# ---- overlap and targets
+
+
+def brute_overlap(plan: MixPlan, other: MixPlan) -> list[float]:
+    """The definition in words: parts of query i that key row partner[i] holds too, each part by its smaller share."""
+    result = []
+    for i, f in enumerate(plan.partner.tolist()):
+        own, key_own = float(plan.lam[i]), float(other.partner_lam[i])
+        query = [(i, own), (f, 1 - own)]
+        key = [(int(plan.partner[f]), 1 - key_own), (f, key_own)]
+        # The query's own part meets the key's foreign one, and the other way round.
+        result.append(sum(min(a, b) for (x, a), (y, b) in zip(query, key, strict=True) if x == y))
+    return result
+
+
+@PROPERTY
+@given(draw_arguments(), st.booleans(), st.integers(0, 2**32), st.data())
+def test_overlap_is_its_definition(arguments: dict[str, Any], flip: bool, seed: int, data: st.DataObject) -> None:
+    n = arguments["n"]
+    if not flip:
+        rows = st.integers(0, max(n - 1, 0))
+        vector = data.draw(st.lists(rows, min_size=n, max_size=n))
+        arguments = arguments | {"partner": torch.tensor(vector, dtype=torch.int64)}
+    plan, other = draw_plan(**arguments), draw_plan(**arguments | {"seed": seed})
+    for keys in (plan, other):
+        c = plan.overlap(keys)
+        np.testing.assert_allclose(c.numpy(), brute_overlap(plan, keys), atol=2e-7)
+        assert bool(((c >= 0) & (c <= 1)).all())
+        target = plan.pair_target(other=keys)
+        own = 1 - (plan.lam.double() - keys.lam.double()).abs()
+        total = own + c.double()
+        expected = torch.where(total > 0, own / torch.where(total > 0, total, 1.0), 0.5)
+        torch.testing.assert_close(target.weight.double(), expected, atol=1e-6, rtol=0)
+
+
+@PROPERTY
+@given(draw_arguments())
+def test_overlap_of_one_plan_has_a_closed_form(arguments: dict[str, Any]) -> None:
+    plan = draw_plan(**arguments)
+    closed = 1 - (plan.lam.double() + plan.lam.flip(0).double() - 1).abs()
+    torch.testing.assert_close(plan.overlap().double(), closed, atol=2e-7, rtol=0)
+    torch.testing.assert_close(plan.overlap(), plan.overlap().flip(0), atol=2e-7, rtol=0)
+
+
+def test_overlap_counts_shared_pixels() -> None:
+    """Two rows that are each other's partner, mixed by known shares: what both hold, source by source."""
+    plan = by_hand(
+        rule=torch.tensor([1, 1], dtype=torch.uint8),
+        partner=torch.tensor([1, 0]),
+        lam=torch.tensor([0.75, 0.5]),
+        partner_lam=torch.tensor([0.5, 0.75]),
+        box=torch.zeros(2, 4, dtype=torch.int32),
+    )
+    # Row 0 is 3/4 a + 1/4 b, row 1 is 1/2 b + 1/2 a: they share 1/2 of a and 1/4 of b.
+    assert plan.overlap().tolist() == [0.75, 0.75]
+    assert plan.pair_target().weight.tolist() == [pytest.approx(1 / 1.75)] * 2
+
+
+def test_nothing_in_common_weighs_one_half() -> None:
+    rows = {"partner": torch.tensor([1, 0]), "box": torch.zeros(2, 4, dtype=torch.int32)}
+    mixup = torch.tensor([1, 1], dtype=torch.uint8)
+    query = by_hand(rule=mixup, lam=torch.tensor([1.0, 1.0]), partner_lam=torch.tensor([1.0, 1.0]), **rows)
+    keys = by_hand(rule=mixup, lam=torch.tensor([0.0, 0.0]), partner_lam=torch.tensor([0.0, 0.0]), **rows)
+    # Query rows are a and b; key rows b and a: the own key shares nothing, the partner's key everything.
+    assert query.pair_target(other=keys).weight.tolist() == [0.0, 0.0]
+    # Key rows are b and b: row 0 shares nothing with either, row 1 everything with both.
+    lopsided = by_hand(rule=mixup, lam=torch.tensor([0.0, 1.0]), partner_lam=torch.tensor([1.0, 0.0]), **rows)
+    assert query.overlap(lopsided).tolist() == [0.0, 1.0]
+    assert query.pair_target(other=lopsided).weight.tolist() == [0.5, 0.5]
+
+
+@PROPERTY
+@given(draw_arguments(), st.integers(0, 1000), st.none() | st.integers(0, 1000))
+def test_targets_point_at_the_right_columns(arguments: dict[str, Any], offset: int, partner_offset: int | None) -> None:
+    plan = draw_plan(**arguments)
+    n = len(plan)
+    there = offset if partner_offset is None else partner_offset
+    for target in (plan.source_target(offset, partner_offset), plan.pair_target(offset, partner_offset)):
+        assert torch.equal(target.first, offset + torch.arange(n))
+        assert torch.equal(target.second, there + plan.partner)
+        check_rows_sum_to_one(target)
+    assert torch.equal(plan.source_target(offset).weight, plan.lam)
+
+
+def check_rows_sum_to_one(target: TwoHot) -> None:
+    columns = int(torch.cat([target.first, target.second]).max()) + 1 if len(target.first) else 1
+    dense = torch.zeros(len(target.first), columns, dtype=torch.float64)
+    dense.scatter_add_(1, target.first[:, None], target.weight.double()[:, None])
+    dense.scatter_add_(1, target.second[:, None], 1 - target.weight.double()[:, None])
+    assert bool((dense >= 0).all())
+    torch.testing.assert_close(dense.sum(1), torch.ones(len(dense), dtype=torch.float64), atol=1e-12, rtol=0)
+    assert target.first.dtype == target.second.dtype == torch.int64
+    assert target.weight.dtype == torch.float32
+
+
+@PROPERTY
+@given(draw_arguments(n=7), st.lists(st.integers(0, 2), min_size=7, max_size=7))
+def test_label_target_with_colliding_classes(arguments: dict[str, Any], classes: list[int]) -> None:
+    plan, labels = draw_plan(**arguments), torch.tensor(classes)
+    target = plan.label_target(labels)
+    assert target.first.tolist() == classes
+    assert target.second.tolist() == classes[::-1]
+    assert torch.equal(target.weight, plan.lam)
+    check_rows_sum_to_one(target)
+
+
+def test_label_target_with_labels_of_other_rows() -> None:
+    plan = by_hand(partner=torch.tensor([4, 4, 0, 2]), mirrored=False)
+    target = plan.label_target(torch.tensor([1, 2, 3, 4]), torch.tensor([10, 11, 12, 13, 14]))
+    assert target.first.tolist() == [1, 2, 3, 4]
+    assert target.second.tolist() == [14, 14, 10, 12]
+
+
+def test_middle_row_of_an_odd_batch_has_one_column() -> None:
+    plan = draw_plan(5, (8, 8), rules=["mixup"])
+    for target in (plan.source_target(10), plan.pair_target(10), plan.label_target(torch.arange(5))):
+        assert target.first[2] == target.second[2]
+    assert plan.overlap()[2] == pytest.approx(1 - abs(2 * float(plan.lam[2]) - 1))
+
+
+# ---- the record itself
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    plan = by_hand()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.lam = torch.zeros(4)  # type: ignore[misc]
+    assert plan != by_hand(), "plans are compared by identity, so that they can be keys"
+    assert {plan: "found"}[plan] == "found"
+
+
+def test_built_by_hand() -> None:
+    plan = by_hand()
+    assert len(plan) == 4
+    assert plan.device == torch.device("cpu")
+    assert plan.rules == (Rule.KEEP, Rule.MIXUP, Rule.CUTMIX, Rule.RESIZEMIX)
+    assert by_hand(rules=[3, 2, 1, 0, 0]).rules == plan.rules, "rules come out sorted and once each"
+    assert by_hand(size=torch.Size([4, 4])).size == (4, 4)
+    beyond = by_hand(partner=torch.tensor([9, 0, 0, 0]), mirrored=False)
+    assert beyond.partner[0] == 9, "partners may be another set of images"
+
+
+HAND_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"rule": [0, 1, 2, 3]}, TypeError, r"rule must be a torch.Tensor of shape \(N,\), got list"),
+    ({"rule": torch.zeros(4)}, TypeError, "rule must be uint8, got float32; convert"),
+    ({"partner": torch.zeros(4, dtype=torch.int32)}, TypeError, "partner must be int64, got int32"),
+    ({"lam": torch.ones(4).double()}, TypeError, "lam must be float32, got float64"),
+    ({"partner_lam": torch.ones(4).half()}, TypeError, "partner_lam must be float32, got float16"),
+    ({"box": torch.zeros(4, 4)}, TypeError, "box must be int32, got float32"),
+    ({"lam": torch.ones(4, 1)}, ValueError, r"lam must have shape \(N,\), got \(4, 1\)"),
+    ({"box": torch.zeros(4, dtype=torch.int32)}, ValueError, r"box must have shape \(N, 4\), got \(4,\)"),
+    ({"box": torch.zeros(4, 3, dtype=torch.int32)}, ValueError, r"box must have shape \(N, 4\), got \(4, 3\)"),
+    ({"lam": torch.ones(3)}, ValueError, "lam has 3 rows but rule has 4; give every tensor N rows"),
+    ({"partner": torch.zeros(5, dtype=torch.int64)}, ValueError, "partner has 5 rows but rule has 4"),
+    ({"lam": torch.ones(4, device="meta")}, ValueError, r"lam is on meta but rule is on cpu; use MixPlan.to"),
+    ({"size": 4}, TypeError, r"size must be \(H, W\) in pixels, got 4"),
+    ({"size": (4, 4, 4)}, TypeError, r"size must be \(H, W\) in pixels, got \(4, 4, 4\)"),
+    ({"size": (0, 4)}, ValueError, r"size\[0\] must be a height in pixels, 1 or more, got 0"),
+    ({"size": (4, 4.5)}, TypeError, r"size\[1\] must be a width in pixels, 1 or more, got float"),
+    ({"mirrored": 1}, TypeError, "mirrored must be True or False, got int"),
+    ({"rules": "mixup"}, TypeError, "rules must be a tuple of Rule values, got 'mixup'"),
+    ({"rules": 3}, TypeError, "rules must be a tuple of Rule values, got 3"),
+    ({"rules": (0, 7)}, ValueError, r"rules must hold Rule values \(0 to 3\), got \(0, 7\)"),
+    ({"rules": (Rule.KEEP, Rule.MIXUP)}, ValueError, r"rule holds \[2, 3\], but rules says only \(0, 1\) may occur"),
+    ({"partner": torch.tensor([3, 2, -1, 0])}, ValueError, "partner must hold row numbers of 0 or more, got -1"),
+    (
+        {"partner": torch.tensor([0, 1, 2, 3])},
+        ValueError,
+        "mirrored is True but partner is not the flip N-1-i; give mirrored=False",
+    ),
+    ({"lam": torch.tensor([1.0, 1.5, 0.75, 0.5])}, ValueError, r"lam must hold shares in \[0, 1\], got 1.5"),
+    ({"lam": torch.tensor([1.0, float("nan"), 0.75, 0.5])}, ValueError, r"lam must hold shares in \[0, 1\], got nan"),
+    ({"partner_lam": torch.tensor([0.5, -0.25, 0.2, 1])}, ValueError, r"partner_lam must hold shares .*, got -0.25"),
+    ({"lam": torch.tensor([0.5, 0.25, 0.75, 0.5])}, ValueError, "lam must be 1 for rows with KEEP"),
+    (
+        {"lam": torch.tensor([1.0, 0.25, 0.5, 0.5])},
+        ValueError,
+        r"lam of row 2 is 0.5, but its box leaves a share of 0.75: .* lam must be 1 - h\*w/\(H\*W\)",
+    ),
+    (
+        {"box": torch.tensor([[0, 0, 1, 1], [0] * 4, [1, 1, 2, 2], [0, 2, 4, 2]], dtype=torch.int32)},
+        ValueError,
+        "box must be zeros for rows with KEEP or MIXUP",
+    ),
+    (
+        {"box": torch.tensor([[0] * 4, [0] * 4, [3, 1, 2, 2], [0, 2, 4, 2]], dtype=torch.int32)},
+        ValueError,
+        r"box must lie inside the 4 x 4 image, but row 2 has \[3, 1, 2, 2\]",
+    ),
+    (
+        {"box": torch.tensor([[0] * 4, [0] * 4, [1, 1, 2, 2], [0, -1, 4, 2]], dtype=torch.int32)},
+        ValueError,
+        r"box must lie inside .* row 3 has \[0, -1, 4, 2\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), HAND_ERRORS)
+def test_refuses_a_wrong_plan(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        by_hand(**changes)
+
+
+DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"n": -1}, ValueError, "n must be a number of rows, 0 or more, got -1"),
+    ({"n": 2.0}, TypeError, "n must be a number of rows, 0 or more, got float"),
+    ({"n": True}, TypeError, "n must be a number of rows, 0 or more, got bool"),
+    ({"n": torch.tensor([1, 2])}, TypeError, r"n must be a number of rows, 0 or more, got tensor\(\[1, 2\]\)"),
+    ({"size": 8}, TypeError, r"size must be \(H, W\) in pixels, got 8"),
+    ({"size": (8, 0)}, ValueError, r"size\[1\] must be a width in pixels, 1 or more, got 0"),
+    ({"size": (2**31, 1)}, ValueError, r"size\[0\] must be a height in pixels"),
+    ({"rules": []}, ValueError, "rules is empty: name at least one of mixup, cutmix, resizemix, keep"),
+    ({"rules": "mixup"}, TypeError, "rules must be a sequence of names or a mapping .*, got 'mixup'"),
+    ({"rules": ["mixup", "mixup"]}, ValueError, "rules names a rule twice: .*; use a mapping"),
+    ({"rules": ["mixip"]}, ValueError, "rules names an unknown rule 'mixip': did you mean 'mixup'"),
+    ({"rules": ["rotate"]}, ValueError, "rules names an unknown rule 'rotate': expected one of keep, mixup, cutmix"),
+    ({"rules": [1]}, TypeError, "rules must hold rule names such as 'mixup', got 1"),
+    ({"rules": {"mixup": 0.5, "cutmix": 0.4}}, ValueError, "probabilities that add up to 1, got a sum of 0.9"),
+    ({"rules": {"mixup": -1, "cutmix": 2}}, ValueError, r"rules\['mixup'\] must be a probability in \[0, 1\], got -1"),
+    ({"rules": {"mixup": "all"}}, TypeError, r"rules\['mixup'\] must be a probability in \[0, 1\], got str"),
+    ({"alpha": 0.0}, ValueError, "alpha must be a number above 0, got 0.0; leave a rule out of `rules`"),
+    ({"alpha": -1}, ValueError, "alpha must be a number above 0, got -1"),
+    ({"alpha": float("inf")}, ValueError, "alpha must be a number above 0, got inf"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be a number above 0, got nan"),
+    ({"alpha": "1"}, TypeError, "alpha must be a number above 0, got str"),
+    ({"alpha": np.ones(3)}, TypeError, "alpha must be a number above 0, got array"),
+    ({"alpha": {"mixup": 1.0}}, ValueError, "alpha has no entry for cutmix, resizemix; give one per rule"),
+    ({"alpha": {"mix": 1.0}}, ValueError, "alpha names an unknown rule 'mix': did you mean"),
+    ({"per": "image"}, ValueError, "per='image' is unknown: expected one of batch, sample"),
+    ({"per": None}, ValueError, "per=None is unknown"),
+    ({"prob": 1.5}, ValueError, r"prob must be a probability in \[0, 1\], got 1.5"),
+    ({"prob": float("nan")}, ValueError, r"prob must be a probability in \[0, 1\], got nan"),
+    ({"prob": None}, TypeError, r"prob must be a probability in \[0, 1\], got NoneType"),
+    ({"lam_range": 0.5}, TypeError, r"lam_range must be \(low, high\) within \[0, 1\], got 0.5"),
+    ({"lam_range": (0.9, 0.1)}, ValueError, r"lam_range must be \(low, high\) with low <= high, got \(0.9, 0.1\)"),
+    ({"lam_range": (-0.1, 0.5)}, ValueError, r"lam_range\[0\] must be a share in \[0, 1\], got -0.1"),
+    ({"lam_range": (0.1, 1.1)}, ValueError, r"lam_range\[1\] must be a share in \[0, 1\], got 1.1"),
+    ({"box": "clipped"}, ValueError, "box='clipped' is unknown: did you mean 'clip'"),
+    ({"flip": "world"}, ValueError, "flip='world' is unknown: expected one of local, global"),
+    ({"partner": [0, 1, 2]}, TypeError, r"partner must be a torch.Tensor of shape \(n,\), got list"),
+    ({"partner": torch.zeros(3)}, TypeError, "partner must be int64, got float32"),
+    ({"partner": torch.zeros(2, dtype=torch.int64)}, ValueError, "partner must have n=3 rows, got 2"),
+    ({"partner": torch.tensor([0, 3, 1])}, ValueError, r"partner must hold row numbers in \[0, 3\), got 0 to 3"),
+    ({"partner": torch.tensor([0, -1, 1])}, ValueError, r"partner must hold row numbers in \[0, 3\), got -1 to 1"),
+    ({"partner": torch.arange(3), "flip": "global"}, ValueError, "partner and flip='global' exclude each other"),
+    ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\*\*64\), got -1"),
+    ({"seed": 2**64}, ValueError, r"seed must be an integer in \[0, 2\*\*64\)"),
+    ({"seed": 1.0}, TypeError, r"seed must be an integer in \[0, 2\*\*64\), got float"),
+    ({"step": -3}, ValueError, r"step must be an integer in \[0, 2\*\*64\), got -3"),
+    ({"view": -1}, ValueError, "view must be a view number, 0 or more, got -1"),
+    ({"view": "query"}, TypeError, "view must be a view number, 0 or more, got str"),
+    ({"world_size": 0}, ValueError, "world_size must be a number of ranks, 1 or more, got 0"),
+    ({"rank": 2, "world_size": 2}, ValueError, r"rank must be a rank in \[0, world_size=2\), got 2"),
+    ({"rank": -1}, ValueError, r"rank must be a rank in \[0, world_size=1\), got -1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), DRAW_ERRORS)
+def test_refuses_a_wrong_draw(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with untouched(), pytest.raises(error, match=message):
+        draw_plan(**{"n": 3, "size": (8, 8)} | changes)
+
+
+def test_refuses_wrong_targets() -> None:
+    plan = by_hand()
+    with pytest.raises(ValueError, match="offset must be a column number, 0 or more, got -1"):
+        plan.source_target(-1)
+    with pytest.raises(TypeError, match="partner_offset must be a column number, 0 or more, got float"):
+        plan.pair_target(0, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels has 3 rows but the plan has 4; give one label per row"):
+        plan.label_target(torch.arange(3))
+    with pytest.raises(TypeError, match="labels must be int64, got float32"):
+        plan.label_target(torch.zeros(4))
+    with pytest.raises(TypeError, match="partner_labels must be int64, got int32"):
+        plan.label_target(torch.arange(4), torch.arange(4, dtype=torch.int32))
+    with pytest.raises(TypeError, match="other must be the MixPlan that mixed the keys, got int"):
+        plan.overlap(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"other must mix the same rows .* it has 5 rows, mirrored=True"):
+        plan.overlap(draw_plan(5, (4, 4)))
+    loose = by_hand(partner=torch.tensor([1, 2, 3, 0]), mirrored=False)
+    with pytest.raises(ValueError, match="other must have the same partner vector as this plan"):
+        loose.overlap(by_hand(partner=torch.tensor([1, 2, 3, 1]), mirrored=False))
+    beyond = by_hand(partner=torch.tensor([9, 0, 0, 0]), mirrored=False)
+    with pytest.raises(ValueError, match="partner holds row 9, but this plan has only 4 rows"):
+        beyond.overlap()
+    with pytest.raises(ValueError, match="partner holds row 9, but labels has only 4 rows"):
+        beyond.label_target(torch.arange(4))
+
+
+# ---- moving and overwriting
+
+
+def test_to_moves_every_tensor_by_one_buffer() -> None:
+    plan = draw_plan(7, (9, 5), per="sample", partner=torch.tensor([1, 1, 1, 2, 3, 4, 6]))
+    assert plan.to("cpu") is plan
+    packed, layout = _pack(plan, pin=False)
+    again = _unpack(packed, layout, plan)
+    assert same(plan, again)
+    assert {getattr(again, name).untyped_storage().data_ptr() for name in TENSORS} == {packed.data_ptr()}
+    assert all(getattr(again, name).data_ptr() % 16 == 0 for name in TENSORS)
+    elsewhere = plan.to("meta")
+    assert elsewhere.device.type == "meta"
+    for name in TENSORS:
+        assert getattr(elsewhere, name).dtype == getattr(plan, name).dtype
+        assert getattr(elsewhere, name).shape == getattr(plan, name).shape
+    assert (elsewhere.size, elsewhere.mirrored, elsewhere.rules) == (plan.size, plan.mirrored, plan.rules)
+    assert len(draw_plan(0, (4, 4)).to("meta")) == 0
+    one = MixPlan(
+        rule=torch.zeros(9, dtype=torch.uint8)[::9],
+        partner=torch.zeros(9, dtype=torch.int64)[::9],
+        lam=torch.ones(1).expand(1),
+        partner_lam=torch.ones(9)[::9],
+        box=torch.zeros(9, 4, dtype=torch.int32)[::9],
+        size=(4, 4),
+        mirrored=True,
+        rules=(Rule.KEEP,),
+    )
+    assert same(one, _unpack(*_pack(one, pin=False), one)), "whatever the strides of a single row are"
+    assert draw_plan(3, (4, 4), device="meta").device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_to_a_gpu_and_back() -> None:
+    plan = draw_plan(33, (9, 5), per="sample")
+    there = draw_plan(33, (9, 5), per="sample", device="cuda")
+    assert there.device.type == "cuda"
+    assert same(plan, there.to("cpu"))
+    for one, other in zip(plan.pair_target(), there.pair_target(), strict=True):
+        assert torch.equal(one, other.cpu())
+
+
+def test_copy_overwrites_in_place() -> None:
+    static = draw_plan(6, (8, 8), step=0)
+    addresses = [getattr(static, name).data_ptr() for name in TENSORS]
+    newer = draw_plan(6, (8, 8), step=1)
+    assert not same(static, newer)
+    assert static.copy_(newer) is static
+    assert same(static, newer)
+    assert [getattr(static, name).data_ptr() for name in TENSORS] == addresses
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        ("plan", TypeError, "other must be a MixPlan, got str"),
+        (draw_plan(6, (8, 9)), ValueError, r"size is \(8, 8\) here and \(8, 9\) in other; draw both with the same"),
+        (draw_plan(6, (8, 8), partner=torch.arange(6)), ValueError, "mirrored is True here and False in other"),
+        (draw_plan(6, (8, 8), rules=["mixup"]), ValueError, "host fields agree, but rules is .* here and .* in other"),
+        (draw_plan(5, (8, 8)), ValueError, "plans of one length, but this one has 6 rows and other 5"),
+    ],
+)
+def test_copy_refuses_what_differs_on_the_host(other: Any, error: type[Exception], message: str) -> None:
+    static, before = draw_plan(6, (8, 8)), draw_plan(6, (8, 8))
+    with pytest.raises(error, match=message):
+        static.copy_(other)
+    assert same(static, before)
+
+
+# ---- pinned draws
+
+GOLDEN_ARGUMENTS: list[dict[str, Any]] = [
+    {"n": 4, "size": [224, 224]},
+    {"n": 4, "size": [224, 224], "view": 1},
+    {"n": 6, "size": [32, 48], "per": "sample", "seed": 7, "step": 123},
+    {"n": 3, "size": [32, 32], "per": "sample", "seed": 7, "step": 9, "rank": 1, "world_size": 2, "flip": "global"},
+    {"n": 5, "size": [96, 96], "rules": ["cutmix"], "box": "clip", "alpha": 0.3, "seed": 2**63, "step": 1},
+    {"n": 5, "size": [64, 64], "rules": {"mixup": 0.5, "resizemix": 0.5}, "per": "sample", "prob": 0.7, "alpha": 2.5},
+    {"n": 4, "size": [64, 64], "rules": ["resizemix"], "shared_lam": True, "lam_range": [0.2, 0.8], "step": 4},
+]
+
+
+def golden_rows(arguments: dict[str, Any]) -> dict[str, Any]:
+    plan = draw_plan(**arguments | {"size": tuple(arguments["size"])})
+    return {name: getattr(plan, name).tolist() for name in TENSORS} | {"rules": [int(r) for r in plan.rules]}
+
+
+def write_golden() -> None:
+    """Pin today's draws. Run by hand only, when a change of the draws is wanted and written into the change log."""
+    records = [{"arguments": arguments, "plan": golden_rows(arguments)} for arguments in GOLDEN_ARGUMENTS]
+    GOLDEN.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+
+
+def test_draws_are_pinned() -> None:
+    records = json.loads(GOLDEN.read_text())
+    assert [record["arguments"] for record in records] == GOLDEN_ARGUMENTS
+    for record in records:
+        assert golden_rows(record["arguments"]) == record["plan"], record["arguments"]
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -1,0 +1,50 @@
+"""A tiny configuration and a tiny folder of images for the tests of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdmp_train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+
+CLASSES, IMAGES_PER_CLASS = ("bars", "checks", "dots"), 12
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 JPEG files of 40 px in three class folders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(IMAGES_PER_CLASS):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            pixels[:: number + 2] = rng.integers(0, 256, 3)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture
+def tiny(image_folder: Path) -> Config:
+    """A ViT of width 32 on 32 px views, batch 8, four steps per epoch, without kNN."""
+    return Config(
+        data=DataConfig(data=str(image_folder), image_px=32, blur=False, loader="torchvision", workers=0),
+        model=ModelConfig(arch="vit_tiny_patch16_224", patch_px=8, width=32, depth=2, heads=2),
+        method=MethodConfig(dim=32, mlp_dim=64),
+        optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=0.5, base_lr=0.02),
+        run=RunConfig(device="cpu", log_every_steps=1, knn_max_images=0),
+    )
+
+
+@pytest.fixture
+def tiny_resnet(tiny: Config) -> Config:
+    """The same with a ResNet and LARS, so that the backbone has batch norms."""
+    return replace(
+        tiny,
+        model=ModelConfig(arch="test_resnet", stem="cifar"),
+        optim=replace(tiny.optim, opt="lars", base_lr=1.0, lars_trust=0.02),
+    )

@@ -1,0 +1,522 @@
+"""Both loaders: the same views, from (seed, step) alone, whatever carries them out."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import random
+import signal
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from sdmp_train.data import (
+    Batch,
+    DataError,
+    EvalView,
+    Index,
+    ViewRecipe,
+    byol_views,
+    dino_views,
+    eval_loader,
+    make_loader,
+    open_folder,
+    steps_per_epoch,
+)
+from sdmp_train.data.images import decode_rgb
+from sdmp_train.data.views import draw_view
+
+HAVE_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+needs_dali = pytest.mark.skipif(not HAVE_DALI, reason="DALI is not installed")
+LOADERS = [pytest.param("dali", marks=needs_dali), "torchvision"]
+SAMPLE = Path(__file__).parents[4] / "shared" / "data" / "imagenet-sample.tar"
+
+CROP = ViewRecipe(32)
+
+
+def batches(index: Index, recipes: Sequence[ViewRecipe | EvalView] = (CROP,), **changes: object) -> list[Batch]:
+    arguments = {"batch_size": 8, "steps": 3, "seed": 5, "device": "cpu", "workers": 0, **changes}
+    with make_loader(index, recipes, **arguments) as loader:
+        return list(loader)
+
+
+def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+def differences(index: Index, recipes: Sequence[ViewRecipe | EvalView], **changes: object) -> tuple[float, float]:
+    """Mean absolute difference of the two loaders in grey levels: over everything, and of the worst single view."""
+    ours, theirs = (batches(index, recipes, loader=name, **changes) for name in ("dali", "torchvision"))
+    each = []
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        for x, y in zip(a.views, b.views, strict=True):
+            assert x.shape == y.shape
+            each.append((x.float() - y.float()).abs().mean((1, 2, 3)))
+    flat = torch.cat(each)
+    return float(flat.mean()), float(flat.max())
+
+
+# What a batch is
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batch(index: Index, loader: str) -> None:
+    recipes = (CROP, ViewRecipe(16, flip_prob=0))
+    for batch in batches(index, recipes, loader=loader):
+        assert [tuple(view.shape) for view in batch.views] == [(8, 3, 32, 32), (8, 3, 16, 16)]
+        for view in batch.views:
+            assert view.dtype == torch.uint8
+            assert view.is_contiguous(memory_format=torch.channels_last)
+        assert batch.ids.dtype == batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == index.labels[batch.ids.numpy()].tolist()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_may_be_kept(index: Index, loader: str) -> None:
+    """Held while 40 more are made, and after the loader is gone, they do not change."""
+    with make_loader(index, (CROP,), batch_size=8, steps=40, seed=5, device="cpu", loader=loader, workers=0) as made:
+        kept, copies = [], []
+        for batch in made:
+            kept.append(batch.views[0])
+            copies.append(batch.views[0].clone())
+    del made
+    gc.collect()
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_views_are_cut_from_the_image_they_are_named_after(index: Index, loader: str) -> None:
+    for batch in batches(index, (EvalView(24, 24),), loader=loader):
+        for row, view in zip(batch.ids.tolist(), batch.views[0], strict=True):
+            image = Image.open(index.path(row)).convert("RGB")
+            expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [24]), [24, 24]))
+            assert (view.float() - expected.float()).abs().mean() < 0.6
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_view_is_the_drawn_crop(index: Index, loader: str) -> None:
+    recipe = ViewRecipe(24)
+    for step, batch in enumerate(batches(index, (recipe,), loader=loader)):
+        rows = batch.ids.numpy()
+        drawn = draw_view(recipe, index.heights[rows], index.widths[rows], seed=5, step=step, view=0)
+        assert drawn.flip.any()
+        for i, row in enumerate(rows):
+            expected = tv.resized_crop(decode_rgb(index.path(int(row))), *drawn.box[i].tolist(), size=[24, 24])
+            expected = tv.horizontal_flip(expected) if drawn.flip[i] else expected
+            assert (batch.views[0][i].float() - tv.pil_to_tensor(expected).float()).abs().mean() < 0.6
+
+
+# The two loaders agree
+
+
+@needs_dali
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size_px", [16, 64])
+def test_deterministic_views_agree(index: Index, interpolation: str, size_px: int) -> None:
+    mean, worst = differences(index, (EvalView(size_px, size_px + 5, interpolation),))
+    assert mean < 0.3
+    assert worst < 0.5
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"interpolation": "bicubic"},
+        {"jitter_prob": 1.0, "jitter": (0.4, 0, 0, 0)},
+        {"jitter_prob": 1.0, "jitter": (0, 0.4, 0, 0)},
+        {"jitter_prob": 1.0, "jitter": (0, 0, 0.4, 0)},
+        {"jitter_prob": 1.0, "jitter": (0, 0, 0, 0.1)},
+        {"jitter_prob": 1.0, "jitter": (0, 0, 0, 0.5)},
+        {"gray_prob": 0.5},
+        {"blur_prob": 1.0},
+        {"blur_prob": 0.5, "blur_sigma_px": (0.01, 4.0)},
+        {"solarize_prob": 0.5},
+        {"flip_prob": 1.0},
+    ],
+    ids=str,
+)
+def test_each_augmentation_agrees(index: Index, changes: dict[str, object]) -> None:
+    """Rounding is all that may differ: Pillow rounds after every operation, and its Gaussian is three box filters."""
+    mean, worst = differences(index, (replace(ViewRecipe(64), **changes),))
+    assert mean < 1.0
+    assert worst < 2.0
+
+
+@needs_dali
+def test_colour_jitter_is_that_of_torchvision_on_floats(index: Index) -> None:
+    """Against torchvision's float operators, which round nowhere: off by the rounding of DALI's uint8 steps."""
+    recipe = ViewRecipe(64, jitter_prob=0.8, flip_prob=0)
+    for step, batch in enumerate(batches(index, (recipe,), loader="dali")):
+        rows = batch.ids.numpy()
+        drawn = draw_view(recipe, index.heights[rows], index.widths[rows], seed=5, step=step, view=0)
+        for i, row in enumerate(rows):
+            image = decode_rgb(index.path(int(row)))
+            cropped = tv.resized_crop(image, *drawn.box[i].tolist(), size=[64, 64])
+            exact = tv.pil_to_tensor(cropped).double() / 255
+            exact = tv.adjust_brightness(exact, float(drawn.brightness[i]))
+            exact = tv.adjust_contrast(exact, float(drawn.contrast[i]))
+            exact = tv.adjust_saturation(exact, float(drawn.saturation[i]))
+            exact = tv.adjust_hue(exact, float(drawn.hue[i]))
+            assert (batch.views[0][i] - 255 * exact).abs().mean() < 1.0
+
+
+# Full recipes differ by more than single operations because Pillow's rounding adds up: measured against exact
+# arithmetic, Pillow's colour jitter is off by up to 2.2 grey levels, DALI's by 0.7.
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "recipes",
+    [byol_views(64), byol_views(32), dino_views(64, 32, 2)],
+    ids=["byol-64", "byol-32", "dino"],
+)
+def test_full_recipes_agree(index: Index, recipes: tuple[ViewRecipe, ...]) -> None:
+    mean, worst = differences(index, recipes)
+    assert mean < 1.5
+    assert worst < 3.0
+
+
+@needs_dali
+def test_full_recipe_agrees_on_photographs(tmp_path: Path) -> None:
+    if not SAMPLE.exists():
+        pytest.skip(f"needs {SAMPLE.name} in the shared data folder")
+    with tarfile.open(SAMPLE) as archive:
+        members = [member for member in archive.getmembers() if member.isfile()][::12]
+        archive.extractall(tmp_path / "photos", members=members, filter="data")
+    photos = open_folder(tmp_path / "photos", cache_dir=tmp_path / "cache")
+    mean, worst = differences(photos, byol_views(224), batch_size=5, steps=2)
+    assert mean < 1.5
+    assert worst < 3.0
+
+
+@needs_dali
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("recipes", [byol_views(64), byol_views(32), dino_views(64, 32, 2)], ids=["64", "32", "dino"])
+def test_gpu_views_agree_and_may_be_kept(index: Index, recipes: tuple[ViewRecipe, ...]) -> None:
+    """NVJPEG's inverse transform rounds differently from libjpeg's, so the bounds are wider by a grey level."""
+    expected = batches(index, recipes, loader="torchvision", steps=12)
+    kept = batches(index, recipes, loader="dali", steps=12, device="cuda", workers=2)
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert torch.equal(ours.ids, theirs.ids)
+        for x, y in zip(ours.views, theirs.views, strict=True):
+            assert x.is_cuda
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            each = (x.cpu().float() - y.float()).abs().mean((1, 2, 3))
+            assert each.mean() < 2.5
+            assert each.max() < 4.0
+
+
+# Nothing but (seed, step) matters
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_same_seed_same_batches(index: Index, loader: str) -> None:
+    recipes = byol_views(64)
+    assert_same(batches(index, recipes, loader=loader), batches(index, recipes, loader=loader))
+    other = batches(index, recipes, loader=loader, seed=6)
+    assert not torch.equal(batches(index, recipes, loader=loader)[0].views[0], other[0].views[0])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_second_iteration_starts_over(index: Index, loader: str) -> None:
+    with make_loader(index, (CROP,), batch_size=8, steps=3, seed=5, device="cpu", loader=loader, workers=0) as made:
+        assert len(made) == 3
+        first = list(made)
+        half_way = iter(made)
+        next(half_way)
+        assert_same(first, list(made))
+        with pytest.raises(StopIteration):
+            next(half_way)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_resuming_gives_the_batches_of_the_unbroken_run(index: Index, loader: str, start: int) -> None:
+    """30 images in batches of 8 are 3 steps per epoch, so the runs cross epochs."""
+    recipes = byol_views(64)
+    whole = batches(index, recipes, loader=loader, steps=5)
+    assert_same(whole[start:], batches(index, recipes, loader=loader, steps=5, start_step=start))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_partition_the_global_batch(index: Index, loader: str) -> None:
+    recipes = byol_views(64)
+    whole = batches(index, recipes, loader=loader, batch_size=8)
+    parts = [batches(index, recipes, loader=loader, batch_size=2, rank=rank, world_size=4) for rank in range(4)]
+    for step, batch in enumerate(whole):
+        for view in range(2):
+            assert torch.equal(torch.cat([part[step].views[view] for part in parts]), batch.views[view])
+        assert torch.equal(torch.cat([part[step].ids for part in parts]), batch.ids)
+
+
+@pytest.mark.parametrize(
+    ("loader", "counts"), [pytest.param("dali", (1, 3), marks=needs_dali), ("torchvision", (0, 2))]
+)
+def test_worker_counts_are_irrelevant(index: Index, loader: str, counts: tuple[int, int]) -> None:
+    recipes = byol_views(64)
+    left, right = (batches(index, recipes, loader=loader, workers=count) for count in counts)
+    assert_same(left, right)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_global_generators_are_neither_read_nor_moved(index: Index, loader: str) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    batches(index, byol_views(64), loader=loader)
+    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1], after[1])
+    assert before[2] == after[2]
+
+
+def test_an_epoch_sees_every_image_at_most_once(index: Index) -> None:
+    rows = [batch.ids for batch in batches(index, loader="torchvision", steps=6)]
+    for epoch in (rows[:3], rows[3:]):
+        assert len(set(torch.cat(epoch).tolist())) == 24
+    assert not torch.equal(torch.cat(rows[:3]), torch.cat(rows[3:]))
+
+
+def test_steps_per_epoch() -> None:
+    assert steps_per_epoch(30, 8) == 3
+    with pytest.raises(DataError, match="30 images, fewer than the batch size of 32"):
+        steps_per_epoch(30, 32)
+    with pytest.raises(ValueError, match="global_batch_size"):
+        steps_per_epoch(30, 0)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_eval_sees_every_image_once_in_order(index: Index, loader: str, world_size: int) -> None:
+    seen, sizes = [], []
+    for rank in range(world_size):
+        with eval_loader(
+            index, 24, batch_size=4, device="cpu", loader=loader, workers=0, rank=rank, world_size=world_size
+        ) as made:
+            got = list(made)
+            assert len(got) == len(made)
+        seen += [batch.ids for batch in got]
+        sizes.append(sum(len(batch.ids) for batch in got))
+        assert all(len(batch.views[0]) == len(batch.ids) for batch in got)
+        assert all(len(batch.ids) == 4 for batch in got[:-1])
+    assert torch.cat(seen).tolist() == list(range(30))
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_small_images_are_not_touched_by_evaluation(tmp_path: Path, loader: str) -> None:
+    """CIFAR: 32 px files at size 32 come out bit for bit."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    with eval_loader(
+        open_folder(tmp_path, cache_dir=tmp_path / "cache"), 32, batch_size=3, device="cpu", loader=loader, workers=0
+    ) as made:
+        (batch,) = made
+    np.testing.assert_array_equal(batch.views[0].permute(0, 2, 3, 1).numpy(), pixels)
+    assert batch.labels.tolist() == [-1, -1, -1]
+
+
+# File types
+
+
+def odd_files(folder: Path) -> None:
+    """The golden corpus: one picture in every guise that has a meaning as RGB."""
+    folder.mkdir()
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    rgb = Image.fromarray(coarse).resize((48, 36), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[274] = 6
+    fading = rgb.convert("RGBA")
+    fading.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    deep = np.asarray(rgb.convert("L")).astype(np.uint16) * 257 + 3
+    rgb.save(folder / "plain.jpg")
+    rgb.save(folder / "progressive.jpg", progressive=True)
+    rgb.save(folder / "turned.jpg", exif=exif)
+    rgb.convert("L").save(folder / "grey.jpg")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.save(folder / "png-inside.jpg", format="PNG")
+    (folder / "trailing.jpg").write_bytes((folder / "plain.jpg").read_bytes() + b"more" * 9)
+    fading.save(folder / "alpha.png")
+    rgb.quantize(32).save(folder / "palette.png")
+    rgb.quantize(32).save(folder / "palette-transparent.png", transparency=3)
+    rgb.convert("LA").save(folder / "grey-alpha.png")
+    rgb.convert("1").save(folder / "black-white.png")
+    Image.fromarray(deep).save(folder / "deep.png")
+    rgb.save(folder / "lossy.webp")
+    fading.save(folder / "lossless.webp", lossless=True)
+    rgb.save(folder / "a.bmp")
+    rgb.save(folder / "a.ppm")
+    rgb.convert("L").save(folder / "a.pgm")
+    rgb.save(folder / "a.tif", compression="tiff_lzw")
+    rgb.resize((1, 1)).save(folder / "one.jpg")
+    rgb.resize((1, 400)).save(folder / "line.png")
+
+
+@needs_dali
+def test_every_kind_of_file_means_the_same_to_both(tmp_path: Path) -> None:
+    odd_files(tmp_path / "odd")
+    index = open_folder(tmp_path / "odd", check="decode", cache_dir=tmp_path / "cache")
+    assert len(index) == 21
+    views = {}
+    for name in ("dali", "torchvision"):
+        # 36 px is their own height, so that nothing is resampled but the two narrow ones.
+        with eval_loader(index, 36, batch_size=21, device="cpu", loader=name, workers=0) as made:
+            views[name] = next(iter(made)).views[0].float()
+    worst = (views["dali"] - views["torchvision"]).abs().amax((1, 2, 3))
+    different = {index.paths[row]: int(value) for row, value in enumerate(worst) if value > 0}
+    assert set(different) <= {"deep.png", "line.png"}
+    assert max(different.values(), default=0) <= 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_exif_orientation_is_ignored(tmp_path: Path, loader: str) -> None:
+    odd_files(tmp_path / "odd")
+    index = open_folder(tmp_path / "odd", cache_dir=tmp_path / "cache")
+    plain, turned = (list(index.paths).index(name) for name in ("plain.jpg", "turned.jpg"))
+    assert index.widths[turned] == 48
+    with eval_loader(index, 24, batch_size=32, device="cpu", loader=loader, workers=0) as made:
+        view = next(iter(made)).views[0]
+    assert torch.equal(view[plain], view[turned])
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.asarray(decode_rgb(str(tmp_path / "deep.png")))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+# Damage
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("position", [0, 7, 29])
+def test_a_damaged_file_is_named(tmp_path: Path, index: Index, loader: str, workers: int, position: int) -> None:
+    for row in range(len(index)):
+        copy = tmp_path / "own" / index.paths[row]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(Path(index.path(row)).read_bytes())
+    own = open_folder(tmp_path / "own", cache_dir=tmp_path / "cache")
+    victim = Path(own.path(position))
+    victim.write_bytes(victim.read_bytes()[:-20])
+    with (
+        eval_loader(own, 16, batch_size=8, device="cpu", loader=loader, workers=workers) as made,
+        pytest.raises(DataError, match=rf"1 image file could not be decoded:\n.*{victim.name}.*truncated") as caught,
+    ):
+        list(made)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("what", ["removed", "resized"])
+def test_a_file_that_changed_after_indexing_is_named(tmp_path: Path, loader: str, what: str) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    own = open_folder(tmp_path, cache_dir=tmp_path / "cache")
+    if what == "removed":
+        (tmp_path / "a.png").unlink()
+    else:
+        Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
+    reason = "is gone" if what == "removed" else "64 x 64|changed its size"
+    with pytest.raises(DataError, match=rf"a\.png.*({reason})"):
+        batches(own, batch_size=1, loader=loader, steps=1)
+
+
+# Choice, refusals, workers
+
+
+def test_choice_is_explained(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"batch_size": 8, "steps": 1, "seed": 0, "device": "cpu"}
+    if HAVE_DALI:
+        made = make_loader(index, (CROP,), **common)
+        assert (made.name, made.why) == ("dali", "DALI is installed; it decodes and augments on the CPU")
+    asked = make_loader(index, (CROP,), loader="torchvision", **common)
+    assert asked.name == "torchvision"
+    assert "was asked for" in asked.why
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fallback = make_loader(index, (CROP,), **common)
+    assert fallback.name == "torchvision"
+    assert "DALI is not installed" in fallback.why
+    with pytest.raises(DataError, match="loader='dali' cannot be used: DALI is not installed"):
+        make_loader(index, (CROP,), loader="dali", **common)
+
+
+def test_other_devices_get_torchvision(index: Index) -> None:
+    made = make_loader(index, (CROP,), batch_size=8, steps=1, seed=0, device="mps")
+    assert (made.name, made.why.split(";")[0]) == ("torchvision", "DALI does not serve mps devices")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 31}, "30 images, fewer"),
+        ({"seed": -1}, "seed"),
+        ({"start_step": 4}, "start_step"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"loader": "ffcv"}, "loader"),
+        ({"workers": -1}, "workers"),
+        ({"recipes": ()}, "recipes"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(index: Index, changes: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        batches(index, **changes)
+
+
+def test_a_recipe_of_another_type_is_refused(index: Index) -> None:
+    with pytest.raises(TypeError, match="recipes"):
+        batches(index, recipes=("byol",))
+
+
+def children() -> Iterator[int]:
+    """Processes whose parent is this one."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == os.getpid() and fields[0] != "Z":
+                yield int(entry.name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_ignore_signals_and_end_with_the_loader(index: Index) -> None:
+    before = set(children())
+    made = make_loader(index, (CROP,), batch_size=8, steps=50, seed=0, device="cpu", loader="torchvision", workers=2)
+    iterator = iter(made)
+    next(iterator)
+    workers = set(children()) - before
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    for _ in range(20):
+        next(iterator)
+    made.close()
+    made.close()
+    until = time.monotonic() + 20
+    while set(children()) - before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert set(children()) - before == set()
+    with pytest.raises(StopIteration):
+        next(iterator)

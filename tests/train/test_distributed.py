@@ -1,0 +1,159 @@
+"""Two processes on CPUs are one run: synchronised statistics, averaged gradients, gathered keys, agreed flags."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tiny_runs import random_views, with_mixing
+from torch import nn
+
+from sdmp_train.config import Config
+from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean
+from sdmp_train.guard import BufferGuard, StopRequest
+from sdmp_train.loop import Training, update
+from sdmp_train.methods.mocov3 import MoCoV3
+from sdmp_train.models import build_backbone
+from sdmp_train.optim import make_optimizer
+
+
+def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, torch.Tensor]:
+    """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks.
+
+    In float64: the gradients of biases before a batch norm are differences of large numbers.
+    """
+    torch.set_default_dtype(torch.float64)
+    method = MoCoV3(config, build_backbone(config.model, config.data.image_px, 0), world, torch.float32)
+    torch.set_default_dtype(torch.float32)
+    optimizer = make_optimizer(config.optim, method.student.parameters())
+    buffers = BufferGuard(method.student, method.momentum_encoder)
+    training = Training(config, world, method, optimizer, buffers, steps_per_epoch=4, step=2)
+    rows = len(method.keep)
+    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    plan = method.plan(0)
+    before = {k: v.clone() for k, v in method.student.state_dict().items()}
+    buffers.keep()
+    images = {name: image.double() for name, image in method.mix(views, plan).items()}
+    loss, _ = method.loss(*method.encode(images), plan)
+    if poisoned and world.rank == 1:
+        loss = loss * float("nan")
+    _, flags = update(training, loss, StopRequest())
+    state = {f"student/{k}": v.clone() for k, v in method.student.state_dict().items()}
+    state |= {f"momentum/{k}": v.clone() for k, v in method.momentum_encoder.state_dict().items()}
+    state["unchanged"] = torch.tensor(all(torch.equal(v, before[k]) for k, v in method.student.state_dict().items()))
+    return {**state, "flags": flags, "loss": reduce_mean(loss.detach().clone(), world)}
+
+
+def work(rank: int, port_file: str, config: Config, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port_file
+    )
+    with join_world("cpu") as world:
+        results = {
+            "honest": one_step(config, world),
+            "poisoned": one_step(config, world, poisoned=True),
+            "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
+            "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
+            "norm": batch_norm(world),
+        }
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def batch_norm(world: World) -> dict[str, torch.Tensor]:
+    """Output, gradient and statistics of a synchronised batch norm on this rank's half of a batch."""
+    x = norm_input().chunk(2)[world.rank].clone().requires_grad_()
+    layer = CpuSyncBatchNorm.take_over(filled_norm())
+    y = layer(x)
+    (y * weights(world.rank, y)).sum().backward()
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "mean": layer.running_mean,
+        "var": layer.running_var,
+        "dw": layer.weight.grad,
+    }
+
+
+def norm_input() -> torch.Tensor:
+    return torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+def weights(rank: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(10 + rank))
+
+
+def filled_norm() -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 5.0))
+        layer.bias.copy_(torch.arange(4.0))
+    return layer
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Results of both ranks, and the configuration they ran with (no mixing: partners depend on the rank's rows)."""
+    from sdmp_train.config import MethodConfig, ModelConfig, OptimConfig
+
+    base = Config(
+        model=ModelConfig(arch="test_resnet", stem="cifar"),
+        method=MethodConfig(dim=32, mlp_dim=64),
+        optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=0, opt="lars", base_lr=1.0, lars_trust=0.02),
+    )
+    config = with_mixing(replace(base, data=replace(base.data, image_px=16)), mixing="none")
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (free_port(), config, str(folder)), nprocs=2)
+    return config, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_ranks_make_the_step_of_one(two_ranks):
+    config, ranks = two_ranks
+    alone = one_step(config, World(torch.device("cpu")))
+    for rank in ranks:
+        assert not rank["honest"]["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(rank["honest"][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_ranks_stay_bitwise_equal(two_ranks):
+    _, (first, second) = two_ranks
+    assert all(torch.equal(first["honest"][name], second["honest"][name]) for name in first["honest"])
+
+
+def test_a_bad_loss_on_one_rank_changes_nothing_on_any(two_ranks):
+    for rank in two_ranks[1]:
+        assert rank["poisoned"]["unchanged"]
+        assert rank["poisoned"]["flags"].tolist() == [1.0, 0.0]
+
+
+def test_rows_are_gathered_in_rank_order_and_flags_agree(two_ranks):
+    for rank in two_ranks[1]:
+        assert rank["gathered"][:, 0].tolist() == [0, 0, 1, 1]
+        assert rank["largest"].tolist() == [1.0, 0.0]
+
+
+def test_batch_norm_over_two_ranks_is_batch_norm_over_the_whole_batch(two_ranks):
+    layer, x = filled_norm(), norm_input().requires_grad_()
+    y = layer(x)
+    both = torch.cat([weights(rank, half) for rank, half in enumerate(y.chunk(2))])
+    (y * both).sum().backward()
+    found = [rank["norm"] for rank in two_ranks[1]]
+    torch.testing.assert_close(torch.cat([f["y"] for f in found]), y.detach())
+    torch.testing.assert_close(torch.cat([f["dx"] for f in found]), x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0]["dw"] + found[1]["dw"], layer.weight.grad, rtol=1e-4, atol=1e-4)
+    for f in found:
+        torch.testing.assert_close(f["mean"], layer.running_mean)
+        torch.testing.assert_close(f["var"], layer.running_var)

@@ -1,0 +1,104 @@
+"""kNN against a slow and obvious one, and on answers that are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from sdmp_train.config import Config
+from sdmp_train.data import open_folder
+from sdmp_train.evaluate.knn import Features, image_features, knn_images, pixels, spread, standardise, weighted_knn
+from sdmp_train.models import build_backbone
+
+CPU = torch.device("cpu")
+
+
+def features(count: int, classes: int, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    rows = normalize(torch.randn(count, 6, generator=generator), dim=1)
+    return Features(rows, torch.randint(0, classes, (count,), generator=generator))
+
+
+def slow_knn(bank: Features, queries: Features, k: int, temperature: float) -> float:
+    right = 0
+    for row, label in zip(queries.rows, queries.labels, strict=True):
+        similarities = [float(row @ other) for other in bank.rows]
+        nearest = sorted(range(len(similarities)), key=lambda i: -similarities[i])[:k]
+        votes: dict[int, float] = {}
+        for i in nearest:
+            name = int(bank.labels[i])
+            votes[name] = votes.get(name, 0) + math.exp(similarities[i] / temperature)
+        right += max(votes, key=lambda name: votes[name]) == int(label)
+    return right / len(queries.rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_against_a_slow_one(chunk: int):
+    bank, queries = features(60, 4, seed=0), features(25, 4, seed=1)
+    fast = weighted_knn(bank, queries, (1, 5, 20), temperature=0.07, chunk=chunk)
+    assert fast == pytest.approx({k: slow_knn(bank, queries, k, 0.07) for k in (1, 5, 20)})
+    assert len(set(fast.values())) > 1
+
+
+def test_known_answers():
+    rows = torch.eye(3).repeat(4, 1)
+    bank = Features(rows, torch.arange(3).repeat(4))
+    assert weighted_knn(bank, bank, (1, 4)) == {1: 1.0, 4: 1.0}
+    wrong = Features(rows, (bank.labels + 1) % 3)
+    assert weighted_knn(bank, wrong, (4,)) == {4: 0.0}
+    assert weighted_knn(bank, bank, (200,)) == {200: 1.0}  # more neighbours than rows: all of them
+
+
+def test_the_weight_of_a_vote_is_its_similarity():
+    """One very near neighbour outvotes two far ones at temperature 0.07, and not at temperature 100."""
+    rows = normalize(torch.tensor([[1.0, 0.0], [0.3, 1.0], [0.3, 1.0]]), dim=1)
+    bank = Features(rows, torch.tensor([0, 1, 1]))
+    query = Features(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert weighted_knn(bank, query, (3,))[3] == 1.0
+    assert weighted_knn(bank, query, (3,), temperature=100.0)[3] == 0.0
+
+
+def test_a_backbone_is_measured_in_eval_mode_and_given_back_as_it_was(tiny_resnet: Config, image_folder: Path):
+    backbone = build_backbone(tiny_resnet.model, 32, seed=0).train()
+    before = {name: t.clone() for name, t in backbone.state_dict().items()}
+    index = open_folder(image_folder)
+    found = image_features(backbone, index, tiny_resnet.data, device=CPU, batch_size=10)
+    assert found.rows.shape == (36, 96)
+    torch.testing.assert_close(found.rows.norm(dim=1), torch.ones(36))
+    assert torch.equal(found.labels, torch.from_numpy(index.labels))
+    assert backbone.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    alone = image_features(backbone, index, tiny_resnet.data, device=CPU, batch_size=36)
+    torch.testing.assert_close(found.rows, alone.rows)
+
+
+def test_raw_pixels(tiny: Config, image_folder: Path):
+    config = replace(tiny, data=replace(tiny.data, image_px=40))
+    found = image_features(None, open_folder(image_folder), config.data, device=CPU)
+    assert found.rows.shape == (36, 3 * 32 * 32)
+    image = torch.arange(3 * 4 * 4, dtype=torch.float32).view(1, 3, 4, 4)
+    assert torch.equal(pixels(image), image.flatten(1))
+
+
+def test_standardise_is_the_usual_normalisation():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([(0 - 0.5) / 0.2, (0.2 - 0.4) / 0.3, (1 - 0.1) / 0.5]).view(1, 3, 1, 1)
+    torch.testing.assert_close(standardise(images, (0.5, 0.4, 0.1), (0.2, 0.3, 0.5)), expected)
+
+
+def test_bank_and_queries_do_not_overlap_and_hold_every_class(image_folder: Path):
+    index = open_folder(image_folder)
+    bank, queries = knn_images(index, None, max_images=30)
+    names = [{images.path(i) for i in range(len(images))} for images in (bank, queries)]
+    assert (len(bank), len(queries)) == (24, 6)
+    assert not names[0] & names[1]
+    assert set(bank.labels) == set(queries.labels) == {0, 1, 2}
+    bank, queries = knn_images(index, index, max_images=10)
+    assert (len(bank), len(queries)) == (8, 2)
+    assert np.array_equal(spread(index, 100).labels, index.labels)

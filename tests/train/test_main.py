@@ -1,0 +1,231 @@
+"""The command line: precedence, spellings, near matches, exit codes, and nothing left behind by a refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdmp_train.__main__ import main, parse_pretrain
+from sdmp_train.config import ConfigError, save_config
+from sdmp_train.presets import get_preset
+from sdmp_train.run_folder import stored_config
+
+TINY = [
+    "--preset",
+    "quickstart",
+    "--patch-px",
+    "8",
+    "--width",
+    "32",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--moco-dim",
+    "32",
+    "--moco-mlp-dim",
+    "64",
+    "-b",
+    "8",
+    "--epochs",
+    "2",
+    "--device",
+    "cpu",
+    "--loader",
+    "torchvision",
+    "-j",
+    "0",
+    "--knn-max-images",
+    "30",
+]
+
+
+def test_preset_then_file_then_flags(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("optim: {base_lr: 0.5, weight_decay: 0.25}\n")
+    preset = get_preset("table5/cifar10-r50-sdmp")
+    words = ["--preset", "table5/cifar10-r50-sdmp", "--config", str(tmp_path / "c.yaml"), "--lr", "0.7", "photos"]
+    config = parse_pretrain("pretrain", words).config
+    assert config.run.preset == "table5/cifar10-r50-sdmp"
+    assert (config.optim.base_lr, config.optim.weight_decay) == (0.7, 0.25)
+    assert config.optim.lars_trust == preset.optim.lars_trust
+    assert config.data.data == "photos"
+
+
+@pytest.mark.parametrize(
+    ("words", "group", "name", "value"),
+    [
+        (["--data", "d"], "data", "data", "d"),
+        (["--data-dir", "d"], "data", "data", "d"),
+        (["d"], "data", "data", "d"),
+        (["-a", "resnet18"], "model", "arch", "resnet18"),
+        (["--arch", "resnet18"], "model", "arch", "resnet18"),
+        (["--model", "resnet18"], "model", "arch", "resnet18"),
+        (["-b", "64"], "optim", "batch_size", 64),
+        (["--batch-size=64"], "optim", "batch_size", 64),
+        (["--lr", "1e-3"], "optim", "base_lr", 1e-3),
+        (["--wd", "0.2"], "optim", "weight_decay", 0.2),
+        (["--weight-decay", "0.2"], "optim", "weight_decay", 0.2),
+        (["--warmup-epochs", "5"], "optim", "warmup_epochs", 5),
+        (["--opt", "lars"], "optim", "opt", "lars"),
+        (["--seed", "3"], "run", "seed", 3),
+        (["-j", "4"], "data", "workers", 4),
+        (["--workers", "4"], "data", "workers", 4),
+        (["--moco-dim", "128"], "method", "dim", 128),
+        (["--moco-mlp-dim", "512"], "method", "mlp_dim", 512),
+        (["--moco-m", "0.9"], "method", "momentum", 0.9),
+        (["--no-moco-m-cos"], "method", "momentum_cosine", False),
+        (["--moco-t", "0.1"], "method", "temperature", 0.1),
+        (["--no-stop-grad-conv1"], "model", "stop_grad_conv1", False),
+        (["--crop-min", "0.2"], "data", "crop_min_frac", 0.2),
+        (["--mixing", "none"], "mixing", "mixing", "none"),
+        (["--variant", "extra"], "mixing", "variant", "extra"),
+        (["--rules", "cutmix", "mixup"], "mixing", "rules", ("cutmix", "mixup")),
+        (["--mix-per", "sample"], "mixing", "per", "sample"),
+        (["--shared-lam"], "mixing", "shared_lam", True),
+        (["--source-weight", "static"], "mixing", "source_weight", "static"),
+        (["--pair-weight", "static"], "mixing", "pair_weight", "static"),
+        (["--max-steps", "7"], "run", "max_steps", 7),
+    ],
+)
+def test_flags_are_spelled_as_users_know_them(words: list[str], group: str, name: str, value: object):
+    assert getattr(getattr(parse_pretrain("pretrain", words).config, group), name) == value
+
+
+def test_a_stored_configuration_is_accepted_back(tmp_path: Path):
+    config = get_preset("table9/mocov3-vit_s-sdmp-extra")
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_pretrain("pretrain", ["--config", str(tmp_path / "config.yaml")]).config == config
+
+
+def test_resume_needs_a_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match="needs --output"):
+        parse_pretrain("pretrain", ["--resume"])
+    with pytest.raises(ConfigError, match="not a run folder"):
+        parse_pretrain("pretrain", ["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "Did you mean pretrain"),
+        (["eval", "linaer"], "unknown protocol 'linaer'"),
+        (["eval"], "expected knn"),
+        (["pretrain", "--preset", "quikstart"], "Did you mean quickstart"),
+        (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
+        (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
+        (["pretrain", "--preset", "quickstart", "--arch", "vit_smal"], "Did you mean vit_small"),
+        (["pretrain"], "data is missing"),
+        (["presets", "x"], "takes no arguments"),
+        (["export", "missing"], "cannot read the config file"),
+        (["eval", "knn"], "needs a backbone"),
+        (["verify", "missing"], "there is no folder"),
+    ],
+)
+def test_refusals_exit_with_two_and_leave_nothing(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if "--arch" in words:
+        words = [*words, "--data", str(make_folder(tmp_path / "cache" / "i", 130))]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
+
+
+def make_folder(root: Path, count: int) -> Path:
+    from PIL import Image
+
+    root.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / f"{i}.jpg")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--moco-tt", "0.1"], "--moco-t"),
+        (["--batch-sise", "4"], "--batch-size"),
+        (["--opt", "adam"], "adamw"),
+        (["--epochs", "many"], "epochs"),
+        (["--epochs", "3", "--warmup-epochs", "40"], "at most epochs"),
+    ],
+)
+def test_wrong_flags_exit_with_two_and_name_near_ones(words: list[str], message: str, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["pretrain", *words])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_every_subcommand(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {name} " in printed for name in ("pretrain", "plan", "eval", "export", "presets", "verify"))
+
+
+def test_presets_print_the_papers_numbers(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("table1/mocov3-vit_s-sdmp "))
+    assert "73.8 %" in row
+    assert "Table 1" in row
+
+
+def test_plan_prints_and_writes_nothing(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(image_folder), *TINY]) == 0
+    printed = capsys.readouterr().out
+    for text in ("4 per epoch x 2 epochs = 8", "global 8 = 1 x 8 x accum 1", "36 images", "mixing: sdmp", "MiB"):
+        assert text in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
+    assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
+    assert "already in use" in capsys.readouterr().err
+    assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
+    assert main(["pretrain", "--output", "run", "--resume", "--max-steps", "6"]) == 0
+    assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
+    assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err
+    assert stored_config(Path("run")).run.max_steps == 6
+    assert main(["eval", "knn", "--run", "run", "--device", "cpu", "-j", "0", "--k", "1", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("backbone, k = ") == 2
+    assert printed.count("raw pixels, k = ") == 2
+    assert main(["export", "run", "--output", "again"]) == 0
+    assert sorted(p.name for p in Path("again").iterdir()) == ["config.json", "model.safetensors"]
+    assert main(["eval", "knn", "--weights", "again", "--data", str(image_folder), "--device", "cpu", "-j", "0"]) == 0
+    assert main(["export", "run", "--step", "77"]) == 2
+    assert "step-000006" in capsys.readouterr().err
+
+
+def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):
+    assert main(["verify", str(image_folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "36 images, 3 classes" in printed
+    assert printed.count("      12  ") == 3
+    folder = make_folder(tmp_path / "damaged", 3)
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-200])
+    assert main(["verify", str(folder)]) == 2
+    assert "1.jpg" in capsys.readouterr().err
+
+
+def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sdmp_train", "pretrain", "--data", "missing"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no folder")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
