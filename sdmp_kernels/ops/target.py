@@ -96,30 +96,42 @@ def half_gap(peak: Tensor, logit: Tensor) -> Tensor:
     return 0.5 * peak - 0.5 * logit
 
 
-def loss_of(log_sum: Tensor, half_first: Tensor, half_second: Tensor, target: Shares, form: str) -> Tensor:
-    """The loss of each row from log(sum of exp(logit - peak)) and the half gaps of its two target logits.
+def loss_of(
+    log_sum: Tensor, half_first: Tensor, half_second: Tensor, target: Shares, form: str, factor: float = 1.0
+) -> Tensor:
+    """`factor` times the loss of each row, from log(sum of exp(logit - peak)) and the half gaps of its target logits.
 
     "ce": own * (lse - z_first) + other * (lse - z_second). "log_mixture": -log(own p_first + other p_second) in log
-    space. Nothing is subtracted that shares leading digits, and a column of weight 0 has no say, whatever its logit.
+    space. Nothing is subtracted that shares leading digits, a column of weight 0 has no say, whatever its logit, and
+    the factor goes in before the halves are doubled: what overflows is not representable.
     """
     own, other = target.own, target.other
     if form == "log_mixture":
-        loss = log_sum - torch.logaddexp(own.log() - 2 * half_first, other.log() - 2 * half_second)
+        near, far = half_first - 0.5 * own.log(), half_second - 0.5 * other.log()
+        apart = torch.where(torch.isinf(torch.maximum(near, far)), torch.inf, (near - far).abs())
+        half = 0.5 * log_sum + torch.minimum(near, far) - 0.5 * torch.log1p(torch.exp(-2 * apart))
+        loss = half * (2 * factor)
     else:
-        first = torch.where(own > 0, half_first * (2 * own), 0)
-        second = torch.where(other > 0, half_second * (2 * other), 0)
-        loss = log_sum * (own + other) + first + second
+        first = torch.where(own > 0, half_first * (2 * factor * own), 0)
+        second = torch.where(other > 0, half_second * (2 * factor * other), 0)
+        loss = log_sum * (factor * (own + other)) + first + second
     return loss.clamp_min(0)
 
 
-def pulls_of(half_first: Tensor, half_second: Tensor, target: Shares, form: str) -> tuple[Tensor, Tensor]:
+def pulls_of(
+    half_first: Tensor, half_second: Tensor, target: Shares, form: str, gain: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """What the gradient subtracts from the softmax, times their sum, at `first` and at `second`.
 
-    "ce": the weights. "log_mixture": the posterior of each column given the mixture.
+    "ce": the weights. "log_mixture": the posterior of each column given the mixture. `gain` times the half gaps may be
+    more than can be represented.
     """
     own, other = target.own, target.other
     if form != "log_mixture":
         return own, other
-    odds = (own.log() - 2 * half_first) - (other.log() - 2 * half_second)
-    some = own + other > 0
-    return torch.where(some, torch.sigmoid(odds), 0), torch.where(some, torch.sigmoid(-odds), 0)
+    # The gaps are subtracted first: each may be so large that a logarithm added to it leaves no trace.
+    both = (own > 0) & (other > 0)
+    odds = torch.where(both, own.log() - other.log(), 0) + 2 * (half_second - half_first) * gain
+    first = torch.where(both, torch.sigmoid(odds), (own > 0).to(odds.dtype))
+    second = torch.where(both, torch.sigmoid(-odds), (other > 0).to(odds.dtype))
+    return first, second

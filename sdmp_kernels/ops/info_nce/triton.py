@@ -44,6 +44,8 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 # Logits from here on, and everything not finite, are left to float64.
 _REACH = tl.constexpr(1e30)
+# Added to the log_sum of a row that was, far below any other: the gradient of the keys does the same with it.
+_MARK = tl.constexpr(-1000.0)
 # Key sets of one launch; longer lists take several.
 _TERMS = 4
 _MOST_SPLITS = 64
@@ -140,7 +142,11 @@ def _step(
     higher = tl.maximum(peak, tl.max(z, 1) * factor)
     weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
     kept = tl.exp2(peak - higher)
-    total = total * kept + tl.sum(weight, 1)
+    # A product that is not finite makes the total NaN: also minus infinity, whose weight of 0 would not be noticed.
+    noticed = tl.fma(z, 0.0, weight)
+    if TAIL:
+        noticed = tl.where(keep[None, :], noticed, 0.0)
+    total = total * kept + tl.sum(noticed, 1)
     if WITH_DQ:
         acc = tl.dot(weight.to(k.dtype), k, acc * kept[:, None], input_precision="ieee")
     return acc, higher, total
@@ -302,7 +308,8 @@ def info_nce_merge_kernel(
     product = peak.to(tl.float64) / factor
     # Comparisons that NaN fails; a sum of zeros unless something is not finite.
     usual = (tl.abs(peak) < _REACH) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
-    if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
+    usual = usual & (tl.sum(attended * 0.0, 0) == 0.0)
+    if not usual:
         wide = q.to(tl.float64)
         product, total, exact = _exact_row(wide, k_ptr, M, factor, D, BLOCK_K, BLOCK_D)
         attended = exact.to(tl.float32)
@@ -314,7 +321,7 @@ def info_nce_merge_kernel(
     tl.store(loss_ptr + term.to(tl.int64) * N + i, (loss * scale).to(tl.float32))
     row_ptr = rows_ptr + 4 * term.to(tl.int64) * N + i
     tl.store(row_ptr, product)
-    tl.store(row_ptr + N, log_sum.to(tl.float64))
+    tl.store(row_ptr + N, log_sum.to(tl.float64) + tl.where(usual, 0.0, _MARK))
     tl.store(row_ptr + 2 * N, at_first.to(tl.float64))
     tl.store(row_ptr + 3 * N, at_second.to(tl.float64))
     if WITH_DQ:
@@ -346,13 +353,19 @@ def info_nce_scale_kernel(
 # ---- gradient of the keys ----
 
 
+@triton.jit
+def _left(product, log_sum, factor):
+    """Which rows are left to float64: those marked as such, those out of reach, and what is NaN."""
+    return ~((tl.abs(product * factor) < _REACH) & (log_sum > 0.5 * _MARK))
+
+
 @triton.jit(do_not_specialize=["N", "stride_n"])
 def info_nce_slopes_kernel(
-    grad_ptr, rows_ptr, top_ptr, out_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, rows_ptr, top_ptr, out_ptr, left_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(4, N) for the kernel below: each query's log-sum-exp of base 2, what its softmax is multiplied by, and what is
     taken off at its two targets. Gradients are divided by their largest, `top`, and lifted, so that float16 can hold
-    them. Rows left to float64 get zeros.
+    them. Rows left to float64 get zeros, and `left` says for every BLOCK rows whether there is one.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = row < N
@@ -361,10 +374,11 @@ def info_nce_slopes_kernel(
     at_first = tl.load(rows_ptr + 2 * N + row, mask=valid, other=0).to(tl.float32)
     at_second = tl.load(rows_ptr + 3 * N + row, mask=valid, other=0).to(tl.float32)
     grad = tl.load(grad_ptr + row * stride_n, mask=valid, other=0).to(tl.float32)  # narrow: any stride
-    peak = product * factor
-    usual = tl.abs(peak) < _REACH
-    grad = tl.where(usual, grad / tl.load(top_ptr) * 2.0**LIFT, 0.0)
-    tl.store(out_ptr + row, tl.where(usual, peak + log_sum * _LOG2E, 0.0).to(tl.float32), mask=valid)
+    left = _left(product, log_sum, factor)
+    tl.store(left_ptr + tl.program_id(0).to(tl.int64), tl.max((valid & left).to(tl.int32), 0))
+    grad = tl.where(left, 0.0, grad / tl.load(top_ptr) * 2.0**LIFT)
+    lse = product * factor + log_sum * _LOG2E
+    tl.store(out_ptr + row, tl.where(left, 0.0, lse).to(tl.float32), mask=valid)
     tl.store(out_ptr + N + row, grad * (at_first + at_second), mask=valid)
     tl.store(out_ptr + 2 * N + row, grad * at_first, mask=valid)
     tl.store(out_ptr + 3 * N + row, grad * at_second, mask=valid)
@@ -458,8 +472,9 @@ def info_nce_keys_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "count", "stride_n"])
 def info_nce_sum_kernel(
-    q_ptr, k_ptr, first_ptr, second_ptr, grad_ptr, rows_ptr, top_ptr, worst_ptr, parts_ptr, out_ptr, N, M, count,
-    stride_n, factor, inverse, scale, D: tl.constexpr, LIFT: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, first_ptr, second_ptr, grad_ptr, rows_ptr, top_ptr, left_ptr, parts_ptr, out_ptr, N, M, count,
+    stride_n, factor, inverse, scale, D: tl.constexpr, LIFT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one key: its splits added up, and rows out of float32's reach computed in float64."""
     j = tl.program_id(0).to(tl.int64)
@@ -469,16 +484,24 @@ def info_nce_sum_kernel(
         place = parts_ptr + (tl.cast(s, tl.int64) * M + j) * D
         acc += tl.load(place + d, mask=d < D, other=0)  # narrow: one row
     out = acc * (tl.load(top_ptr) * 2.0**-LIFT)
-    if not (tl.load(worst_ptr) * factor < _REACH):
+    any_left = tl.zeros([], tl.int32)
+    blocks = tl.cdiv(N, BLOCK)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        any_left = tl.maximum(
+            any_left, tl.max(tl.load(left_ptr + block, mask=block < blocks, other=0), 0)
+        )  # narrow: few
+    if any_left > 0:
         k = tl.load(k_ptr + j * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
         exact = tl.zeros([BLOCK_D], tl.float64)
         for i in range(0, N):
             row = tl.cast(i, tl.int64)
             product = tl.load(rows_ptr + row)
-            if not (tl.abs(product * factor) < _REACH):
+            log_sum = tl.load(rows_ptr + N + row)
+            if _left(product, log_sum, factor):
                 q = tl.load(q_ptr + row * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
                 below = tl.minimum((tl.sum(q * k, 0) - product) * factor, 0.0).to(tl.float32)
-                log_sum = tl.load(rows_ptr + N + row).to(tl.float32)
+                log_sum = (log_sum - tl.where(log_sum > 0.5 * _MARK, 0.0, _MARK)).to(tl.float32)
                 at_first = tl.load(rows_ptr + 2 * N + row)
                 at_second = tl.load(rows_ptr + 3 * N + row)
                 slope = tl.exp2(below - log_sum * _LOG2E).to(tl.float64) * (at_first + at_second)
@@ -625,11 +648,11 @@ def keys_calls(
     parts = q.new_empty((splits, m, width), dtype=torch.float32)
     # Only float16 is too narrow for the gradients as they come.
     top = grad.abs().amax().clamp_min(1e-38) if q.dtype == torch.float16 else torch.ones_like(grad[0])
-    worst = rows[0].abs().amax()
     slopes = q.new_empty((4, n), dtype=torch.float32)
-    lift, factor = {"LIFT": _lift(q)}, _factor(temperature)
-    args = (grad, rows, top, slopes, n, grad.stride(0), factor)
-    prepare = Call(info_nce_slopes_kernel, (triton.cdiv(n, 256),), args, 4, 1, {**lift, "BLOCK": 256})
+    lift, factor = {"LIFT": _lift(q), "BLOCK": 256}, _factor(temperature)
+    left = q.new_empty(triton.cdiv(n, 256), dtype=torch.int32)
+    args = (grad, rows, top, slopes, left, n, grad.stride(0), factor)
+    prepare = Call(info_nce_slopes_kernel, (len(left),), args, 4, 1, lift)
     shapes = {"D": width, "BLOCK_D": _padded(width)}
     blocks = {
         "BLOCK_M": given["block_m"],
@@ -641,7 +664,7 @@ def keys_calls(
     args = (q, k, first, second, slopes, parts, n, m, chunk, factor)
     warps = (given["num_warps"], given["num_stages"])
     keys = Call(info_nce_keys_kernel, (tiles, splits), args, *warps, {**shapes, **blocks})
-    args = (q, k, first, second, grad, rows, top, worst, parts, out, n, m, splits, grad.stride(0))
+    args = (q, k, first, second, grad, rows, top, left, parts, out, n, m, splits, grad.stride(0))
     args = (*args, factor, 1 / temperature, scale)
     return prepare, keys, Call(info_nce_sum_kernel, (m,), args, 1, 1, {**shapes, **lift})
 

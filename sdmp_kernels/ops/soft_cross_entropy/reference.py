@@ -12,7 +12,7 @@ from sdmp_kernels.ops.target import Shares, shares
 def forward(
     logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, label_smoothing: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    """(loss (N,), rows (2, N)): rows are the largest logit and log(sum of exp(logit - largest)), whose sum is the lse.
+    """(loss (N,), rows (2, N)): rows are the largest logit and the sum of exp(logit - largest).
 
     float32 (float64 for float64 logits).
     """
@@ -21,7 +21,7 @@ def forward(
     loss = two_hot_loss(log_p, first, second, weight, form)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(dim=1)
-    rows = torch.stack((z.amax(dim=1), -log_p.amax(dim=1)))
+    rows = torch.stack((z.amax(dim=1), torch.exp(-log_p.amax(dim=1))))
     return loss.to(work_dtype(logits)), rows.to(work_dtype(logits))
 
 
@@ -62,9 +62,13 @@ def pulls(log_p: Tensor, target: Shares, form: str) -> tuple[Tensor, Tensor]:
     """(N,) what the target draws to `first` and to `second`: for "log_mixture" the posterior of each, given both."""
     if form != "log_mixture":
         return target.own, target.other
-    odds = target.own.log() + column(log_p, target.first) - target.other.log() - column(log_p, target.second)
-    some = target.own + target.other > 0
-    return torch.where(some, torch.sigmoid(odds), 0), torch.where(some, torch.sigmoid(-odds), 0)
+    # The log-probabilities are subtracted first: beside a very large one a logarithm of a weight leaves no trace.
+    apart = column(log_p, target.first) - column(log_p, target.second)
+    both = (target.own > 0) & (target.other > 0)
+    odds = torch.where(both, target.own.log() - target.other.log(), 0) + apart
+    first = torch.where(both, torch.sigmoid(odds), (target.own > 0).to(odds.dtype))
+    second = torch.where(both, torch.sigmoid(-odds), (target.other > 0).to(odds.dtype))
+    return first, second
 
 
 def dense_target(log_p: Tensor, first: Tensor, second: Tensor, weight: Tensor, form: str) -> Tensor:

@@ -26,7 +26,7 @@ def forward(
     n, k = logits.shape
     work = work_dtype(logits)
     rows = logits.new_empty((2, n), dtype=work)
-    # How far the mean logit is below the largest: only label smoothing asks.
+    # Half of how far the mean logit is below the largest: only label smoothing asks.
     depth = logits.new_empty(n, dtype=work) if label_smoothing else None
     buffer = logits.new_empty((_chunk_rows(logits), k), dtype=work)
     for start, stop in _chunks(logits):
@@ -36,14 +36,14 @@ def forward(
         if depth is not None:
             # Halves, and a share of the mean each, so that no sum of finite logits overflows.
             torch.add(-0.5 * peak[:, None], chunk, alpha=0.5, out=room)
-            torch.sum(room.mul_(-2.0 / k), dim=1, out=depth[start:stop])
+            torch.sum(room.mul_(-1.0 / k), dim=1, out=depth[start:stop])
         torch.sub(chunk, peak[:, None], out=room)
         torch.sum(room.exp_(), dim=1, out=rows[1, start:stop])
-    rows[1].log_()
+    log_sum = rows[1].log()
     target, half_first, half_second = _target(logits, rows[0], first, second, weight)
-    loss = loss_of(rows[1], half_first, half_second, target, form)
+    loss = loss_of(log_sum, half_first, half_second, target, form, 1 - label_smoothing)
     if depth is not None:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (rows[1] + depth)
+        loss += label_smoothing * log_sum + (2 * label_smoothing) * depth
     return loss, rows
 
 
