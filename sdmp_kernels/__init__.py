@@ -1,6 +1,7 @@
 """Per-sample image mixing and soft-label losses for accelerators. Everything public is named here."""
 
 from sdmp_kernels._backends import backends, use_backend
+from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.ops.soft_cross_entropy import soft_cross_entropy
@@ -11,6 +12,7 @@ __all__ = [
     "Rule",
     "TwoHot",
     "backends",
+    "distillation",
     "draw_plan",
     "info_nce",
     "mix",

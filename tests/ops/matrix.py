@@ -117,8 +117,10 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def upcast(trial: Trial, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same values in float64."""
-    return {n: convert(v, torch.float64 if n in trial.case.cast else None, trial.device) for n, v in inputs.items()}
+    """The same values in float64, and a float result in float64 where its dtype is an argument."""
+    raised = {n: convert(v, torch.float64 if n in trial.case.cast else None, trial.device) for n, v in inputs.items()}
+    wanted = raised.get("dtype")
+    return raised | ({"dtype": torch.float64} if wanted is not None and wanted.is_floating_point else {})
 
 
 def gradients(

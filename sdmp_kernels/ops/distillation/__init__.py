@@ -106,15 +106,15 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
 
 def _check_weights(name: str, weight: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     """(V, T, N), expanded from (V, T)."""
-    views, n, _ = student.shape
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        weight = weight[..., None].expand(*weight.shape, n)
-    check_tensor(name, weight, dtypes=_FLOATS, ndim=3, shape="(V, T) or (V, T, N)")
-    expected = (views, teacher.shape[0], n)
-    if tuple(weight.shape) != expected:
-        raise ValueError(f"{name} must have shape (V, T) or (V, T, N) = {expected}, got {tuple(weight.shape)}")
+    per_row = not (isinstance(weight, Tensor) and weight.ndim == 2)
+    check_tensor(name, weight, dtypes=_FLOATS, ndim=3 if per_row else 2, shape="(V, T) or (V, T, N)")
+    expected = (student.shape[0], teacher.shape[0], student.shape[1])
+    if tuple(weight.shape) != expected[: weight.ndim]:
+        raise ValueError(
+            f"{name} must have shape (V, T) = {expected[:2]} or (V, T, N) = {expected}, got {tuple(weight.shape)}"
+        )
     check_same_device(**{name: weight, "student": student})
-    return weight
+    return weight if per_row else weight[..., None].expand(expected)
 
 
 def _check_partner(partner: Tensor, other: Tensor | None, student: Tensor) -> None:

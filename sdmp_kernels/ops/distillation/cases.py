@@ -70,7 +70,7 @@ def _parts(
         other = other.double() if other.ndim == 3 else other.double()[..., None].expand_as(own)
         p = p.flip(1) if partner is None else p[:, partner]
         target, total = target + torch.einsum("vtn,tnk->vnk", other, p), total + other.sum(1)
-    return total, target, F.log_softmax(student.double() / student_temperature, dim=-1)
+    return total, target, F.log_softmax(student.detach().double() / student_temperature, dim=-1)
 
 
 def largest_term(student: Tensor, teacher: Tensor, **options: Any) -> float:

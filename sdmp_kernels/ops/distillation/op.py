@@ -21,6 +21,8 @@ def _refuse(backend: str, student: Tensor, teacher: Tensor, mixed: bool) -> str 
         return "triton's interpreter rounds bfloat16 wrongly"
     if teacher.shape[0] * (2 if mixed else 1) > MOST_ROWS:
         return f"triton serves up to {MOST_ROWS} teacher crops, {MOST_ROWS // 2} with `other`, got {teacher.shape[0]}"
+    if 2 * max(student.shape[0], teacher.shape[0]) * student.shape[1] >= 2**31:
+        return "triton counts the rows of all crops, and their two statistics each, in 32 bits"
     return None
 
 

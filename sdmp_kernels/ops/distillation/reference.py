@@ -35,8 +35,7 @@ def forward(
     work = work_dtype(student)
     z, exponentials, student_stats = _softmax_parts(student, None, student_temperature, work)
     _, teacher_exponentials, teacher_stats = _softmax_parts(teacher, center, teacher_temperature, work)
-    target = _target(teacher_exponentials / teacher_stats[1, ..., None], own, other, partner)
-    total = own.to(work).sum(1) if other is None else (own.to(work) + other.to(work)).sum(1)
+    target, total = _combined(teacher_exponentials / teacher_stats[1, ..., None], own, other, partner)
     # H(P, S) = -sum P log S with log S = z / temperature - log(sum of exponentials), z relative to its maximum.
     # The unit of z is divided out last: where a target is zero, a distance that overflows must not count.
     distance = -(target * z).sum((0, 2)) / (SCALE * student_temperature)
@@ -61,8 +60,7 @@ def backward(
     work = work_dtype(student)
     _, exponentials, _ = _softmax_parts(student, None, student_temperature, work)
     _, teacher_exponentials, _ = _softmax_parts(teacher, center, teacher_temperature, work)
-    target = _target(teacher_exponentials / teacher_stats[1, ..., None], own, other, partner)
-    total = own.to(work).sum(1) if other is None else (own.to(work) + other.to(work)).sum(1)
+    target, total = _combined(teacher_exponentials / teacher_stats[1, ..., None], own, other, partner)
     softmax = exponentials / student_stats[1, ..., None]
     return (grad[:, None] * (total[..., None] * softmax - target) / student_temperature).to(student.dtype)
 
@@ -92,7 +90,8 @@ def _softmax_parts(
     logits: Tensor, center: Tensor | None, temperature: float, work: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row: centred logits times SCALE relative to their maximum, the exponentials, and (maximum, sum)."""
-    z = logits.to(work) * SCALE
+    # In one layout: the order of the sums to come, and with it their rounding, is not to depend on the strides.
+    z = logits.to(work).contiguous() * SCALE
     if center is not None:
         z = z - center.to(work) * SCALE
     top = z.amax(-1)
@@ -101,11 +100,16 @@ def _softmax_parts(
     return z, exponentials, torch.stack([top, exponentials.sum(-1)])
 
 
-def _target(probabilities: Tensor, own: Tensor, other: Tensor | None, partner: Tensor | None) -> Tensor:
-    """(V, N, K): sum over t of own * P_t[i] + other * P_t[partner_i]; linearity makes one target of all terms."""
+def _combined(
+    probabilities: Tensor, own: Tensor, other: Tensor | None, partner: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All terms of a crop in one, by linearity: (target (V, N, K), total weight (V, N)), where the target is the sum
+    over t of own * P_t[i] + other * P_t[partner_i].
+    """
     own = own.to(probabilities.dtype)
     target = torch.stack([own[:, t, :, None] * probability for t, probability in enumerate(probabilities)]).sum(0)
     if other is None:
-        return target
+        return target, own.sum(1)
     rows, known = partner_rows(partner, probabilities.shape[1], probabilities.device)
-    return target + _target(probabilities[:, rows], other.to(probabilities.dtype) * known, None, None)
+    more, more_total = _combined(probabilities[:, rows], other.to(probabilities.dtype) * known, None, None)
+    return target + more, own.sum(1) + more_total

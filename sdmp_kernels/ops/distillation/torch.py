@@ -156,7 +156,10 @@ class _Probabilities:
         crops = len(self.teacher)
         z = _take(self.teacher, rows)
         both = _view(self.buffer, len(z), crops * (2 if self.chunks.mixed else 1), self.chunks.k)
-        self._softmax(z, stats[:, :, rows], known, both[:, :crops])
+        found = stats[:, :, rows]  # of a slice a view, of indices a copy
+        self._softmax(z, found, known, both[:, :crops])
+        if not known:
+            stats[:, :, rows] = found
         if self.chunks.pairs:
             both[:, crops:] = both[:, :crops].flip(0)
         elif self.chunks.mixed:
