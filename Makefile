@@ -23,7 +23,7 @@ demo: setup
 	$(PY) -m sdmp_train
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .
