@@ -1,4 +1,5 @@
-"""What the tests of the losses share: the backends that run on this machine's CPU, targets by hand, a quiet interpreter."""
+"""What the tests of the losses share: the backends that run on this machine's CPU, targets by
+hand, a quiet interpreter, and who allocates what."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ops import matrix
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import TwoHot, _backends
 
@@ -33,3 +36,21 @@ def quiet_interpreter() -> Iterator[None]:
 def two_hot(first: Any, second: Any, weight: Any) -> TwoHot:
     """A target from lists."""
     return TwoHot(torch.tensor(first), torch.tensor(second), torch.tensor(weight, dtype=torch.float32))
+
+
+class Storages(TorchDispatchMode):
+    """The bytes of every storage that the operators within the context return and that was not among their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in matrix.flat((args, kwargs)):
+            self.known.add(tensor.untyped_storage().data_ptr())
+        for tensor in matrix.flat(result):
+            if tensor.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return result

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import matrix
-from ops.losses import LIMITS, each_backend, needs_interpreter, quiet_interpreter  # noqa: F401  a fixture for all
+from ops.losses import LIMITS, Storages, each_backend, needs_interpreter, quiet_interpreter  # noqa: F401  a fixture for all
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import MixPlan, _backends, _launch, distillation, draw_plan, use_backend
 from sdmp_kernels.ops.distillation import cases
@@ -543,24 +542,6 @@ def test_no_probabilities_are_kept_for_the_backward_pass(backend):
     new = [t for t in kept if t.data_ptr() not in addresses]
     assert new, "the rows' statistics are among them"
     assert sum(t.numel() for t in new) <= 2 * (2 + 3) * 4
-
-
-class Storages(TorchDispatchMode):
-    """The bytes of every storage that the operators within the context return and that was not among their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: set[int] = set()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in matrix.flat((args, kwargs)):
-            self.known.add(tensor.untyped_storage().data_ptr())
-        for tensor in matrix.flat(result):
-            if tensor.untyped_storage().data_ptr() not in self.known:
-                self.sizes.append(tensor.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("partner", [None, torch.arange(16).roll(3)], ids=["flip", "any"])

@@ -15,31 +15,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.losses import LIMITS, each_backend, each_form, needs_interpreter, quiet_interpreter, two_hot  # noqa: F401  a fixture for all
 from torch import Tensor
 
 from sdmp_kernels import TwoHot, _backends, _launch, soft_cross_entropy, use_backend
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=str(why)))
-    for name in ("reference", "torch", "triton")
-    for why in [_backends.unavailable(name, "cpu")]
-]
-FORMS = ("ce", "log_mixture")
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def _quiet_interpreter():
-    # Triton's interpreter computes with numpy, which warns of infinities that the masks then hide.
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        yield
-
-
-def two_hot(first: Any, second: Any, weight: Any) -> TwoHot:
-    return TwoHot(torch.tensor(first), torch.tensor(second), torch.tensor(weight, dtype=torch.float32))
 
 
 def drawn(n: int, k: int, seed: int = 0) -> TwoHot:
@@ -59,9 +38,6 @@ def run(logits: Tensor, target: TwoHot, **options: Any) -> tuple[Tensor, Tensor]
 def exact(logits: Tensor, target: TwoHot, **options: Any) -> tuple[Tensor, Tensor]:
     with use_backend("reference"):
         return run(logits.double(), target, **options)
-
-
-LIMITS = {dtype: float(torch.finfo(dtype).max) for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
 @st.composite
@@ -280,7 +256,7 @@ def test_cpu_takes_torch_and_every_kernel_runs_in_the_interpreter():
     assert names == set(kernels)
 
 
-@pytest.mark.skipif(bool(_backends.unavailable("triton", "cpu")), reason="no interpreter here")
+@needs_interpreter
 def test_offsets_beyond_two_to_the_31():
     """Rows 2^20 elements apart: row 2048 starts at element 2^31. In its own process, which an overflow would kill."""
     code = """

@@ -66,9 +66,8 @@ def forward(
         else:
             attended, stats = _by_chunks(operands, target, need_dq)
         peak, log_sum, half_first, half_second = stats
-        halves = (half_first * operands.gain, half_second * operands.gain)
-        loss[t] = loss_of(log_sum, *halves, target, form, scale)
-        at_first, at_second = pulls_of(half_first, half_second, target, form, operands.gain)
+        loss[t] = loss_of(log_sum, half_first, half_second, target, form, scale)
+        at_first, at_second = pulls_of(half_first, half_second, target, form)
         torch.stack((peak * operands.unit, log_sum.double(), at_first.double(), at_second.double()), out=rows[t])
         if attended is not None:
             drawn = operands.k[target.first].mul_(at_first[:, None])
@@ -115,8 +114,8 @@ def _operands(q: Tensor, k: Tensor, temperature: float) -> Operands:
     work = work_dtype(q)
     q, k = q.to(work), k.to(work)
     per_logit = min(1 / temperature, torch.finfo(work).max)
-    # Neither q / temperature nor a product; also false where the largest is not finite.
-    if q.device.type == "cpu" and _largest(q) * max(_largest(k), 1.0) * q.shape[1] * max(1.0, per_logit) < 1e30:
+    if q.device.type == "cpu" and _largest(q) * _largest(k) * q.shape[1] * max(1.0, per_logit) < 1e30:
+        # Also false where the largest is not finite.
         return Operands(q * per_logit, k, 1.0, 1.0, per_logit, temperature)
     if half:
         return Operands(q, k, per_logit, per_logit, per_logit, 1.0)
@@ -163,7 +162,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _by_chunks(
     operands: Operands, target: Shares, need_dq: bool
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """As `_by_attention`; the first is None unless `need_dq`. Peak and half gaps are in products of the operands."""
+    """As `_by_attention`; the first is None unless `need_dq`. peak is in products of the operands."""
     q, k = operands.q, operands.k
     attended = torch.empty_like(q) if need_dq else None
     stats = q.new_empty((4, q.shape[0]))
@@ -177,6 +176,7 @@ def _by_chunks(
         if attended is not None:
             torch.mm(z, k, out=attended[start:stop]).div_(total[:, None])
     stats[1].log_()
+    stats[2:].mul_(operands.gain)
     peak, log_sum, half_first, half_second = stats
     return attended, (peak, log_sum, half_first, half_second)
 

@@ -42,10 +42,10 @@ KERNELS = (
 )
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-# Logits from here on, and everything not finite, are left to float64.
+# Logits of base 2 from here on, and everything not finite, are left to float64. Less far with a lift, which has to be
+# added to them.
 _REACH = tl.constexpr(1e30)
-# Added to the log_sum of a row that was, far below any other: the gradient of the keys does the same with it.
-_MARK = tl.constexpr(-1000.0)
+_REACH_LIFTED = tl.constexpr(2.0**16)
 # Key sets of one launch; longer lists take several.
 _TERMS = 4
 _MOST_SPLITS = 64
@@ -142,11 +142,7 @@ def _step(
     higher = tl.maximum(peak, tl.max(z, 1) * factor)
     weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
     kept = tl.exp2(peak - higher)
-    # A product that is not finite makes the total NaN: also minus infinity, whose weight of 0 would not be noticed.
-    noticed = tl.fma(z, 0.0, weight)
-    if TAIL:
-        noticed = tl.where(keep[None, :], noticed, 0.0)
-    total = total * kept + tl.sum(noticed, 1)
+    total = total * kept + tl.sum(weight, 1)
     if WITH_DQ:
         acc = tl.dot(weight.to(k.dtype), k, acc * kept[:, None], input_precision="ieee")
     return acc, higher, total
@@ -241,17 +237,15 @@ def _target_key(k_ptr, column_ptr, i, M, d, D: tl.constexpr):
 def _loss(log_sum, gap_first, gap_second, own, other, MIXTURE: tl.constexpr):
     """(loss, draw to first, draw to second) of one row, gaps and results in float64; see `target.loss_of`."""
     if MIXTURE:
-        a = tl.log(own).to(tl.float64) - gap_first
-        b = tl.log(other).to(tl.float64) - gap_second
-        top = tl.maximum(a, b)
-        low = tl.where(top == float("-inf"), 0.0, tl.minimum(a, b) - top).to(tl.float32)
-        small = tl.exp2(low * _LOG2E)
-        some = own + other > 0.0
-        larger = tl.where(some, 1.0 / (1.0 + small), 0.0)
-        smaller = tl.where(some, small / (1.0 + small), 0.0)
-        loss = log_sum.to(tl.float64) - (top + tl.log(1.0 + small).to(tl.float64))
-        own = tl.where(a >= b, larger, smaller)
-        other = tl.where(a >= b, smaller, larger)
+        # The gaps are subtracted first: each may be so large that a logarithm added to it leaves no trace.
+        both = (own > 0.0) & (other > 0.0)
+        odds = tl.where(both, tl.log(own) - tl.log(other), 0.0).to(tl.float64) + (gap_second - gap_first)
+        small = tl.where(both, tl.exp2(-tl.abs(odds).to(tl.float32) * _LOG2E), 0.0)
+        larger, smaller = 1.0 / (1.0 + small), small / (1.0 + small)
+        near = tl.minimum(gap_first - tl.log(own).to(tl.float64), gap_second - tl.log(other).to(tl.float64))
+        loss = log_sum.to(tl.float64) + near - tl.log(1.0 + small).to(tl.float64)
+        own = tl.where(both, tl.where(odds >= 0.0, larger, smaller), (own > 0.0).to(tl.float32))
+        other = tl.where(both, tl.where(odds >= 0.0, smaller, larger), (other > 0.0).to(tl.float32))
     else:
         loss = log_sum.to(tl.float64) * (own + other).to(tl.float64)
         loss += own.to(tl.float64) * gap_first + other.to(tl.float64) * gap_second
@@ -307,9 +301,9 @@ def info_nce_merge_kernel(
     gap_second = ((peak - z_second) * _LN2).to(tl.float64)
     product = peak.to(tl.float64) / factor
     # Comparisons that NaN fails; a sum of zeros unless something is not finite.
-    usual = (tl.abs(peak) < _REACH) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
-    usual = usual & (tl.sum(attended * 0.0, 0) == 0.0)
-    if not usual:
+    reach = _REACH_LIFTED if LIFT > 0 else _REACH
+    usual = (tl.abs(peak) < reach) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
+    if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
         wide = q.to(tl.float64)
         product, total, exact = _exact_row(wide, k_ptr, M, factor, D, BLOCK_K, BLOCK_D)
         attended = exact.to(tl.float32)
@@ -321,7 +315,7 @@ def info_nce_merge_kernel(
     tl.store(loss_ptr + term.to(tl.int64) * N + i, (loss * scale).to(tl.float32))
     row_ptr = rows_ptr + 4 * term.to(tl.int64) * N + i
     tl.store(row_ptr, product)
-    tl.store(row_ptr + N, log_sum.to(tl.float64) + tl.where(usual, 0.0, _MARK))
+    tl.store(row_ptr + N, log_sum.to(tl.float64))
     tl.store(row_ptr + 2 * N, at_first.to(tl.float64))
     tl.store(row_ptr + 3 * N, at_second.to(tl.float64))
     if WITH_DQ:
@@ -353,33 +347,27 @@ def info_nce_scale_kernel(
 # ---- gradient of the keys ----
 
 
-@triton.jit
-def _left(product, log_sum, factor):
-    """Which rows are left to float64: those marked as such, those out of reach, and what is NaN."""
-    return ~((tl.abs(product * factor) < _REACH) & (log_sum > 0.5 * _MARK))
-
-
 @triton.jit(do_not_specialize=["N", "stride_n"])
 def info_nce_slopes_kernel(
-    grad_ptr, rows_ptr, top_ptr, out_ptr, left_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, rows_ptr, top_ptr, out_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(4, N) for the kernel below: each query's log-sum-exp of base 2, what its softmax is multiplied by, and what is
-    taken off at its two targets. Gradients are divided by their largest, `top`, and lifted, so that float16 can hold
-    them. Rows left to float64 get zeros, and `left` says for every BLOCK rows whether there is one.
+    """(4, N) for the kernel below: each query's largest logit of base 2, what exp2(logit - largest) is multiplied by,
+    and what is taken off at its two targets. Gradients are divided by their largest, `top`, and lifted, so that
+    float16 can hold them. Rows left to float64 get zeros.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = row < N
     product = tl.load(rows_ptr + row, mask=valid, other=0)
-    log_sum = tl.load(rows_ptr + N + row, mask=valid, other=0)
+    log_sum = tl.load(rows_ptr + N + row, mask=valid, other=0).to(tl.float32)
     at_first = tl.load(rows_ptr + 2 * N + row, mask=valid, other=0).to(tl.float32)
     at_second = tl.load(rows_ptr + 3 * N + row, mask=valid, other=0).to(tl.float32)
     grad = tl.load(grad_ptr + row * stride_n, mask=valid, other=0).to(tl.float32)  # narrow: any stride
-    left = _left(product, log_sum, factor)
-    tl.store(left_ptr + tl.program_id(0).to(tl.int64), tl.max((valid & left).to(tl.int32), 0))
-    grad = tl.where(left, 0.0, grad / tl.load(top_ptr) * 2.0**LIFT)
-    lse = product * factor + log_sum * _LOG2E
-    tl.store(out_ptr + row, tl.where(left, 0.0, lse).to(tl.float32), mask=valid)
-    tl.store(out_ptr + N + row, grad * (at_first + at_second), mask=valid)
+    peak = product * factor
+    usual = tl.abs(peak) < (_REACH_LIFTED if LIFT > 0 else _REACH)
+    grad = tl.where(usual, grad / tl.load(top_ptr) * 2.0**LIFT, 0.0)
+    tl.store(out_ptr + row, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
+    # The sum divides here: its logarithm added to a large logit would leave no trace.
+    tl.store(out_ptr + N + row, grad * (at_first + at_second) * tl.exp2(-log_sum * _LOG2E), mask=valid)
     tl.store(out_ptr + 2 * N + row, grad * at_first, mask=valid)
     tl.store(out_ptr + 3 * N + row, grad * at_second, mask=valid)
 
@@ -448,12 +436,12 @@ def info_nce_keys_kernel(
         row = block + tile
         valid = row < count
         q = _tile(q_tile, d, valid, D, BLOCK_D, True)
-        lse = tl.load(slopes_ptr + row, mask=valid, other=0)  # narrow: one number per row
+        peak = tl.load(slopes_ptr + row, mask=valid, other=0)  # narrow: one number per row
         slope = tl.load(slopes_ptr + N + row, mask=valid, other=0)  # narrow: one number per row
         q_rows = q_ptr + tl.cast(block, tl.int64) * D
         z = _products(k, q, k_ptr, low + place < M, q_rows, valid, D, BLOCK_N, BLOCK_M, SLICE)
-        # Rounded otherwise than in the forward pass, a logit may come out above its row's log-sum-exp.
-        p = tl.exp2(tl.minimum(tl.fma(z, factor, -lse[None, :]), 0.0)) * slope[None, :]
+        # Rounded otherwise than in the forward pass, a logit may come out above the largest of its row.
+        p = tl.exp2(tl.minimum(tl.fma(z, factor, -peak[None, :]), 0.0)) * slope[None, :]
         acc = tl.dot(p.to(q.dtype), q, acc, input_precision="ieee")
         q_tile += BLOCK_M * D
     # The targets: of the many queries, few have theirs among these keys, mostly side by side.
@@ -472,9 +460,8 @@ def info_nce_keys_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "count", "stride_n"])
 def info_nce_sum_kernel(
-    q_ptr, k_ptr, first_ptr, second_ptr, grad_ptr, rows_ptr, top_ptr, left_ptr, parts_ptr, out_ptr, N, M, count,
-    stride_n, factor, inverse, scale, D: tl.constexpr, LIFT: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, first_ptr, second_ptr, grad_ptr, rows_ptr, top_ptr, worst_ptr, parts_ptr, out_ptr, N, M, count,
+    stride_n, factor, inverse, scale, D: tl.constexpr, LIFT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one key: its splits added up, and rows out of float32's reach computed in float64."""
     j = tl.program_id(0).to(tl.int64)
@@ -484,24 +471,17 @@ def info_nce_sum_kernel(
         place = parts_ptr + (tl.cast(s, tl.int64) * M + j) * D
         acc += tl.load(place + d, mask=d < D, other=0)  # narrow: one row
     out = acc * (tl.load(top_ptr) * 2.0**-LIFT)
-    any_left = tl.zeros([], tl.int32)
-    blocks = tl.cdiv(N, BLOCK)
-    for start in range(0, blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        any_left = tl.maximum(
-            any_left, tl.max(tl.load(left_ptr + block, mask=block < blocks, other=0), 0)
-        )  # narrow: few
-    if any_left > 0:
+    reach = _REACH_LIFTED if LIFT > 0 else _REACH
+    if not (tl.load(worst_ptr) * factor < reach):
         k = tl.load(k_ptr + j * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
         exact = tl.zeros([BLOCK_D], tl.float64)
         for i in range(0, N):
             row = tl.cast(i, tl.int64)
             product = tl.load(rows_ptr + row)
-            log_sum = tl.load(rows_ptr + N + row)
-            if _left(product, log_sum, factor):
+            if not (tl.abs(product * factor) < reach):
                 q = tl.load(q_ptr + row * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
                 below = tl.minimum((tl.sum(q * k, 0) - product) * factor, 0.0).to(tl.float32)
-                log_sum = (log_sum - tl.where(log_sum > 0.5 * _MARK, 0.0, _MARK)).to(tl.float32)
+                log_sum = tl.load(rows_ptr + N + row).to(tl.float32)
                 at_first = tl.load(rows_ptr + 2 * N + row)
                 at_second = tl.load(rows_ptr + 3 * N + row)
                 slope = tl.exp2(below - log_sum * _LOG2E).to(tl.float64) * (at_first + at_second)
@@ -648,11 +628,11 @@ def keys_calls(
     parts = q.new_empty((splits, m, width), dtype=torch.float32)
     # Only float16 is too narrow for the gradients as they come.
     top = grad.abs().amax().clamp_min(1e-38) if q.dtype == torch.float16 else torch.ones_like(grad[0])
+    worst = rows[0].abs().amax()
     slopes = q.new_empty((4, n), dtype=torch.float32)
-    lift, factor = {"LIFT": _lift(q), "BLOCK": 256}, _factor(temperature)
-    left = q.new_empty(triton.cdiv(n, 256), dtype=torch.int32)
-    args = (grad, rows, top, slopes, left, n, grad.stride(0), factor)
-    prepare = Call(info_nce_slopes_kernel, (len(left),), args, 4, 1, lift)
+    lift, factor = {"LIFT": _lift(q)}, _factor(temperature)
+    args = (grad, rows, top, slopes, n, grad.stride(0), factor)
+    prepare = Call(info_nce_slopes_kernel, (triton.cdiv(n, 256),), args, 4, 1, {**lift, "BLOCK": 256})
     shapes = {"D": width, "BLOCK_D": _padded(width)}
     blocks = {
         "BLOCK_M": given["block_m"],
@@ -664,7 +644,7 @@ def keys_calls(
     args = (q, k, first, second, slopes, parts, n, m, chunk, factor)
     warps = (given["num_warps"], given["num_stages"])
     keys = Call(info_nce_keys_kernel, (tiles, splits), args, *warps, {**shapes, **blocks})
-    args = (q, k, first, second, grad, rows, top, left, parts, out, n, m, splits, grad.stride(0))
+    args = (q, k, first, second, grad, rows, top, worst, parts, out, n, m, splits, grad.stride(0))
     args = (*args, factor, 1 / temperature, scale)
     return prepare, keys, Call(info_nce_sum_kernel, (m,), args, 1, 1, {**shapes, **lift})
 
