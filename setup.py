@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +41,12 @@ COMMON = [
     "-fvisibility=hidden",
     *WARNINGS,
 ]
-AVX2 = ["-mavx2", "-mf16c", "-mtune=haswell"]
+# The instruction sets that the CPU kernels are compiled for, of which the best one is chosen at run time.
+SETS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mf16c", "-mtune=haswell"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mprefer-vector-width=512"],
+}
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -123,31 +129,32 @@ def first_line(compiler: str) -> str:
     return (run([compiler, "--version"]).splitlines() or [compiler])[0]
 
 
-def build_cpu(library: Path, folder: Path, avx2: bool | None = None) -> str:
+def build_cpu(library: Path, folder: Path, sets: Sequence[str] | None = None) -> str:
     """Compile the CPU library, its objects into `folder`; returns what it was built with.
 
     Args:
-        avx2: also compile kernels for AVX2, chosen at run time; default where the machine is an x86-64.
+        sets: the names in `SETS` to compile kernels for; default all where the machine is an x86-64, else the first.
     """
     torch, compiler = load_torch(), cpp_compiler()
-    if avx2 is None:
-        avx2 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = {"portable": [], **({"avx2": AVX2} if avx2 else {})}
+    if sets is None:
+        sets = list(SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
     commands, objects = [], []
     for source in sorted(SOURCES.glob("*.cpp")):
         if source.stem.endswith("_cuda"):
             continue
-        kernels = source.stem.endswith("_cpu")
-        for name, extra in (
-            sets.items() if kernels else [("", flags_of(torch) + (["-DSDMP_WITH_AVX2"] if avx2 else []))]
-        ):
+        if source.stem.endswith("_cpu"):
+            variants = {name: [f"-DSDMP_ISA={name}", *SETS[name]] for name in sets}
+        else:
+            variants = {"": [*flags_of(torch), *(f"-DSDMP_WITH_{name.upper()}" for name in sets)]}
+        for name, flags in variants.items():
             objects.append(str(folder / f"{source.stem}{name}.o"))
-            isa = [f"-DSDMP_ISA={name}"] if kernels else []
-            commands.append([compiler, *COMMON, *EXACT, *isa, *extra, "-c", str(source), "-o", objects[-1]])
+            commands.append([compiler, *COMMON, *EXACT, *flags, "-c", str(source), "-o", objects[-1]])
     compile_all(commands)
     libraries = Path(torch.__file__).parent / "lib"
     run([compiler, "-shared", *objects, "-L", str(libraries), "-ltorch_cpu", "-o", str(library)])
-    return f"built with {first_line(compiler)}{' for AVX2 and plain x86-64' if avx2 else ''}"
+    kinds = {"portable": "plain x86-64", "avx2": "AVX2", "avx512": "AVX-512"}
+    built = ", ".join(kinds[name] for name in reversed(sets)) if len(sets) > 1 else ""
+    return f"built with {first_line(compiler)}{f' for {built}' if built else ''}"
 
 
 def cuda_targets(torch, nvcc: str) -> list[str]:

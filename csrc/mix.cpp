@@ -52,8 +52,19 @@ void run_tasks(const Job& job, Run run) {
   });
 }
 
+#if defined(SDMP_WITH_AVX512)
+// Not the first processors with 512 bits, which slow down for them.
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2");
+}
+#endif
+
 // The kernels for the best instruction set that was built and that this processor has.
 auto mix_kernel() {
+#if defined(SDMP_WITH_AVX512)
+  if (has_avx512()) return avx512::mix;
+#endif
 #if defined(SDMP_WITH_AVX2)
   if (__builtin_cpu_supports("avx2")) return avx2::mix;
 #endif
@@ -61,6 +72,9 @@ auto mix_kernel() {
 }
 
 auto mix_backward_kernel() {
+#if defined(SDMP_WITH_AVX512)
+  if (has_avx512()) return avx512::mix_backward;
+#endif
 #if defined(SDMP_WITH_AVX2)
   if (__builtin_cpu_supports("avx2")) return avx2::mix_backward;
 #endif

@@ -167,8 +167,15 @@ void copy_bytes(char* to, const char* from, int64_t bytes) {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
+// Asks for memory that is read soon, into the second-level cache: the first has no room for it.
+void fetch(const char* from, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k, 0, 2);
+}
+
 void stream_line(char* to, const char* from) {
-#if defined(__AVX__)
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX__)
   for (int64_t k = 0; k < kLine; k += 32) {
     const __m256i data = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k), data);
@@ -183,21 +190,38 @@ void stream_line(char* to, const char* from) {
 #endif
 }
 
+// A blend in float32, in whole lines past the cache.
+void stream_blend(const float* a, float wa, const float* b, float wb, int64_t n, char* out) {
+  alignas(kLine) float line[kLine / sizeof(float)];
+  for (int64_t k = 0; k < n; k += kLine / sizeof(float), out += kLine) {
+    for (size_t j = 0; j < kLine / sizeof(float); ++j) line[j] = blend(a[k + j], wa, b[k + j], wb);
+    stream_line(out, reinterpret_cast<const char*>(line));
+  }
+}
+
 // Writes pieces one behind the other, whole cache lines past the cache. A line made of several pieces is put together
 // first; the ends, which may share a line with a neighbour, are written plainly.
 class LineWriter {
  public:
   explicit LineWriter(char* to) : to_(to) {}
 
-  void append(const char* from, int64_t bytes) {
-    if (held_ > 0 || (reinterpret_cast<uintptr_t>(to_) & (kLine - 1)) != 0) {
-      const int64_t taken = start_line(from, bytes);
+  // Whether the next byte begins a line, and where that is.
+  bool aligned() const { return held_ == 0 && (reinterpret_cast<uintptr_t>(to_) & (kLine - 1)) == 0; }
+  char* next() const { return to_; }
+  void skip(int64_t bytes) { to_ += bytes; }
+
+  // `roomy`: a line may be read from the end of the piece on, which spares a copy of uneven length.
+  void append(const char* from, int64_t bytes, bool roomy) {
+    if (!aligned()) {
+      const int64_t taken = start_line(from, bytes, roomy);
       from += taken;
       bytes -= taken;
     }
-    for (; bytes >= kLine; bytes -= kLine, from += kLine, to_ += kLine) stream_line(to_, from);
+    char* to = to_;
+    for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) stream_line(to, from);
+    to_ = to;
     if (bytes > 0) {
-      copy_bytes(line_, from, bytes);
+      hold(from, bytes, roomy);
       held_ = bytes;
     }
   }
@@ -210,7 +234,7 @@ class LineWriter {
 
  private:
   // Fills up the line under way.
-  int64_t start_line(const char* from, int64_t bytes) {
+  int64_t start_line(const char* from, int64_t bytes, bool roomy) {
     const int64_t at = held_ > 0 ? held_ : reinterpret_cast<uintptr_t>(to_) & (kLine - 1);
     const int64_t taken = smaller(bytes, kLine - at);
     if (held_ == 0) {
@@ -218,7 +242,7 @@ class LineWriter {
       to_ += taken;
       return taken;
     }
-    copy_bytes(line_ + held_, from, taken);
+    hold(from, taken, roomy);
     held_ += taken;
     if (held_ == kLine) {
       stream_line(to_, line_);
@@ -228,9 +252,17 @@ class LineWriter {
     return taken;
   }
 
+  void hold(const char* from, int64_t bytes, bool roomy) {
+    if (roomy) {
+      std::memcpy(line_ + held_, from, kLine);  // what is too much, the next piece overwrites
+    } else {
+      copy_bytes(line_ + held_, from, bytes);
+    }
+  }
+
   char* to_;
   int64_t held_ = 0;
-  alignas(kLine) char line_[kLine];
+  alignas(kLine) char line_[2 * kLine];
 };
 
 void finish_streams() {
@@ -419,16 +451,24 @@ class Output {
 
   void made(int64_t count) {
     if (stream_) {
-      lines_.append(memory_, count * size_);
+      lines_.append(memory_, count * size_, true);  // the scratch behind it is there to be read
     } else {
       next_ += count * size_;
     }
   }
 
-  // A piece that exists already.
-  void copy(const char* from, int64_t count) {
+  // Where to make the next piece past the cache in whole lines, or null where `made` has to do that.
+  char* lines(int64_t count) {
+    if (!stream_ || !lines_.aligned() || count * size_ % kLine != 0) return nullptr;
+    char* next = lines_.next();
+    lines_.skip(count * size_);
+    return next;
+  }
+
+  // A piece that exists already; `behind` it, so many elements more may be read.
+  void copy(const char* from, int64_t count, int64_t behind) {
     if (stream_) {
-      lines_.append(from, count * size_);
+      lines_.append(from, count * size_, behind * size_ >= kLine);
       return;
     }
     if (from != next_) copy_bytes(next_, from, count * size_);
@@ -466,6 +506,7 @@ class Mixer {
     write_ = writer_for(job.out, kind);
     blend_ = blender_for(job.out, kind);
     copies_ = kind == Scaled::kNo && job.in == job.out;
+    streams_blend_ = kind == Scaled::kNo && job.out == Type::kFloat;
     if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
   }
 
@@ -523,6 +564,10 @@ class Mixer {
 
   Source read(const View& view, int64_t n, int slot) {
     const Place from = place(view, g_, job_.in, n, plane_, run_.row, run_.x);
+    // A processor sees ahead along one run, but boxes break it off, and arithmetic leaves it too little time.
+    if (from.step == 1 && (member_[0].row.boxed() || !copies_)) {
+      fetch(from.at + run_.count * in_size_, run_.count * in_size_);
+    }
     return Source{contiguous(from, job_.in, run_.count, scratch_.raw[slot]), nullptr};
   }
 
@@ -567,8 +612,15 @@ class Mixer {
       } else if (part == Part::kOther) {
         copy_part(out, 1 - m, from, n);
       } else if (part == Part::kBlend) {
-        blend_(values(m) + from, row.own, values(1 - m) + from, row.other, n, scaling_, out.piece());
-        out.made(n);
+        const float* own = values(m) + from;
+        const float* other = values(1 - m) + from;
+        char* lines = streams_blend_ ? out.lines(n) : nullptr;
+        if (lines != nullptr) {
+          stream_blend(own, row.own, other, row.other, n, lines);
+        } else {
+          blend_(own, row.own, other, row.other, n, scaling_, out.piece());
+          out.made(n);
+        }
       } else {
         resize_part(m, run_.begin + from, n);
         write_(scratch_.sum, n, scaling_, out.piece());
@@ -581,7 +633,7 @@ class Mixer {
   // Pixels taken over as they are: bit for bit where nothing is converted.
   void copy_part(Output& out, int slot, int64_t from, int64_t n) {
     if (copies_) {
-      out.copy(source_[slot].raw + from * in_size_, n);
+      out.copy(source_[slot].raw + from * in_size_, n, run_.count - from - n);
     } else {
       write_(values(slot) + from, n, scaling_, out.piece());
       out.made(n);
@@ -630,7 +682,7 @@ class Mixer {
   int64_t in_size_, out_size_;
   Writer write_;
   Blender blend_;
-  bool copies_;
+  bool copies_, streams_blend_;
   Scaling scaling_;
   int64_t plane_ = 0;
   Run run_{};

@@ -88,6 +88,10 @@ namespace avx2 {
 void mix(const MixJob& job, int64_t begin, int64_t end, char* scratch);
 void mix_backward(const GradJob& job, int64_t begin, int64_t end, char* scratch);
 }  // namespace avx2
+namespace avx512 {
+void mix(const MixJob& job, int64_t begin, int64_t end, char* scratch);
+void mix_backward(const GradJob& job, int64_t begin, int64_t end, char* scratch);
+}  // namespace avx512
 
 // ---- on a GPU ----
 

@@ -228,9 +228,11 @@ def build() -> dict[str, Any]:
 
 
 @needs_cpp
-def test_plain_kernels_compute_what_those_for_avx2_compute(build: dict[str, Any], tmp_path: Path) -> None:
-    library = tmp_path / "plain.so"
-    build["build_cpu"](library, tmp_path, avx2=False)
+@pytest.mark.parametrize("sets", [["portable"], ["portable", "avx2"]], ids="+".join)
+def test_kernels_for_lesser_processors_compute_the_same(build: dict[str, Any], sets: list[str], tmp_path: Path) -> None:
+    """Bit for bit what the library as installed computes here, which takes the best instruction set there is."""
+    library = tmp_path / "lesser.so"
+    build["build_cpu"](library, tmp_path, sets)
     done = subprocess.run(
         [sys.executable, native_trials.__file__, str(library)],
         capture_output=True,
