@@ -19,6 +19,18 @@ namespace sdmp {
 namespace SDMP_ISA {
 namespace {
 
+// A bfloat16 made from bytes. No NaN comes of those but the processor's own, which rounds to a NaN without a look.
+struct ByteBf16 {
+  uint16_t bits;
+};
+
+using SDMP_ISA::store;
+
+inline void store(float value, ByteBf16& out) {
+  const uint32_t bits = bits_of(value);
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 // ---- runs: the inner loops ----
 
 // What normalising a run takes: one constant for the plane, or `period` of them for interleaved channels.
@@ -102,23 +114,28 @@ constexpr Loader kLoaders[] = {load_run<uint8_t>, load_run<Half>, load_run<Bf16>
 
 template <Scaled kind>
 constexpr Writer kWriters[] = {write_run<uint8_t, kind>, write_run<Half, kind>, write_run<Bf16, kind>,
-                               write_run<float, kind>};
+                               write_run<float, kind>, write_run<ByteBf16, kind>};
 template <Scaled kind>
 constexpr Blender kBlenders[] = {blend_run<uint8_t, kind>, blend_run<Half, kind>, blend_run<Bf16, kind>,
-                                 blend_run<float, kind>};
+                                 blend_run<float, kind>, blend_run<ByteBf16, kind>};
 
-Writer writer_for(Type out, Scaled kind) {
+// Where the tables have what makes `out` of `in`.
+int entry(Type in, Type out) {
+  return in == Type::kUint8 && out == Type::kBf16 ? 4 : static_cast<int>(out);
+}
+
+Writer writer_for(Type in, Type out, Scaled kind) {
   const auto* table = kind == Scaled::kNo      ? kWriters<Scaled::kNo>
                       : kind == Scaled::kPlane ? kWriters<Scaled::kPlane>
                                                : kWriters<Scaled::kPeriod>;
-  return table[static_cast<int>(out)];
+  return table[entry(in, out)];
 }
 
-Blender blender_for(Type out, Scaled kind) {
+Blender blender_for(Type in, Type out, Scaled kind) {
   const auto* table = kind == Scaled::kNo      ? kBlenders<Scaled::kNo>
                       : kind == Scaled::kPlane ? kBlenders<Scaled::kPlane>
                                                : kBlenders<Scaled::kPeriod>;
-  return table[static_cast<int>(out)];
+  return table[entry(in, out)];
 }
 
 int64_t size_of(Type type) { return type == Type::kUint8 ? 1 : type == Type::kFloat ? 4 : 2; }
@@ -503,8 +520,8 @@ class Mixer {
       : job_(job), g_(job.geometry), scratch_(scratch, job.geometry), in_size_(size_of(job.in)),
         out_size_(size_of(job.out)) {
     const Scaled kind = job.scale == nullptr ? Scaled::kNo : g_.interleaved ? Scaled::kPeriod : Scaled::kPlane;
-    write_ = writer_for(job.out, kind);
-    blend_ = blender_for(job.out, kind);
+    write_ = writer_for(job.in, job.out, kind);
+    blend_ = blender_for(job.in, job.out, kind);
     copies_ = kind == Scaled::kNo && job.in == job.out;
     streams_blend_ = kind == Scaled::kNo && job.out == Type::kFloat;
     if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
@@ -708,7 +725,7 @@ class Gradient {
   Gradient(const GradJob& job, char* scratch)
       : job_(job), g_(job.geometry), scratch_(scratch, job.geometry), out_size_(size_of(job.out)) {
     const Scaled kind = job.scale == nullptr ? Scaled::kNo : g_.interleaved ? Scaled::kPeriod : Scaled::kPlane;
-    write_ = writer_for(job.out, kind);
+    write_ = writer_for(job.in, job.out, kind);
     if (kind == Scaled::kPeriod) scaling_ = repeat(nullptr, job.scale, g_.group, scratch_.periodic);
   }
 
