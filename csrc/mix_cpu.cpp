@@ -282,6 +282,60 @@ class LineWriter {
   alignas(kLine) char line_[2 * kLine];
 };
 
+// Writes a run of whole lines past the cache: `own`, and within boxes `other`. Unlike pieces of any two sources, those
+// of one place share their lines, so that a line of both is two loads and a choice.
+class CutWriter {
+ public:
+  CutWriter(const char* own, const char* other, char* to) : own_(own), other_(other), to_(to) {}
+
+  // Bytes [begin, end) come from `other`; called in ascending order.
+  void box(int64_t begin, int64_t end) {
+    const int64_t first = begin / kLine * kLine, last = end / kLine * kLine;
+    if (first == last) {
+      choose(first, begin - first, end - first);
+      return;
+    }
+    if (begin > first) choose(first, begin - first, kLine);
+    own_until(first);
+    stream_until(other_, last);
+    if (end > last) choose(last, 0, end - last);
+  }
+
+  void finish(int64_t bytes) { own_until(bytes); }
+
+ private:
+  // Bytes [begin, end) of a line from `other`, the rest from `own` or as chosen before.
+  void choose(int64_t line, int64_t begin, int64_t end) {
+    if (chosen_ != line) {
+      own_until(line);
+      std::memcpy(line_, own_ + line, kLine);
+      chosen_ = line;
+    }
+    const char* other = other_ + line;
+    const int8_t low = static_cast<int8_t>(begin), high = static_cast<int8_t>(end);
+    for (int8_t k = 0; k < kLine; ++k) line_[k] = (k >= low) & (k < high) ? other[k] : line_[k];
+  }
+
+  void own_until(int64_t position) {
+    if (chosen_ >= 0) {
+      stream_line(to_ + chosen_, line_);
+      at_ = chosen_ + kLine;
+      chosen_ = -1;
+    }
+    stream_until(own_, position);
+  }
+
+  void stream_until(const char* from, int64_t position) {
+    for (; at_ < position; at_ += kLine) stream_line(to_ + at_, from + at_);
+  }
+
+  const char* own_;
+  const char* other_;
+  char* to_;
+  int64_t at_ = 0, chosen_ = -1;
+  alignas(kLine) char line_[kLine];
+};
+
 void finish_streams() {
 #if defined(__SSE2__)
   _mm_sfence();  // the stores are in no order with what another thread reads next
@@ -523,7 +577,7 @@ class Mixer {
     write_ = writer_for(job.in, job.out, kind);
     blend_ = blender_for(job.in, job.out, kind);
     copies_ = kind == Scaled::kNo && job.in == job.out;
-    streams_blend_ = kind == Scaled::kNo && job.out == Type::kFloat;
+    plain_float_ = kind == Scaled::kNo && job.out == Type::kFloat;
     if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
   }
 
@@ -620,6 +674,16 @@ class Mixer {
   void write_mixed(int m) {
     const Row& row = member_[m].row;
     Output out = output(job_.mixed, member_[m].index);
+    if (row.rule == Rule::kCutMix && copies_) {
+      if (char* lines = out.lines(run_.count)) {
+        CutWriter cut(source_[m].raw, source_[1 - m].raw, lines);
+        each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
+          if (part == Part::kOther) cut.box(from * in_size_, (from + n) * in_size_);
+        });
+        cut.finish(run_.count * in_size_);
+        return;
+      }
+    }
     const bool untouched = job_.in_place && copies_ && out.direct();  // own pixels are where they belong
     each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
       if (part == Part::kOwn && untouched) {
@@ -631,7 +695,7 @@ class Mixer {
       } else if (part == Part::kBlend) {
         const float* own = values(m) + from;
         const float* other = values(1 - m) + from;
-        char* lines = streams_blend_ ? out.lines(n) : nullptr;
+        char* lines = plain_float_ ? out.lines(n) : nullptr;
         if (lines != nullptr) {
           stream_blend(own, row.own, other, row.other, n, lines);
         } else {
@@ -640,8 +704,12 @@ class Mixer {
         }
       } else {
         resize_part(m, run_.begin + from, n);
-        write_(scratch_.sum, n, scaling_, out.piece());
-        out.made(n);
+        if (plain_float_) {
+          out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
+        } else {
+          write_(scratch_.sum, n, scaling_, out.piece());
+          out.made(n);
+        }
       }
     });
     out.finish();
@@ -699,7 +767,7 @@ class Mixer {
   int64_t in_size_, out_size_;
   Writer write_;
   Blender blend_;
-  bool copies_, streams_blend_;
+  bool copies_, plain_float_;
   Scaling scaling_;
   int64_t plane_ = 0;
   Run run_{};
