@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -241,6 +242,8 @@ class Run:
         if not self.training.world.is_first:
             return
         self.picture()
+        if self.training.config.run.knn_max_images > 0 and self.no_knn is not None:
+            self.log.say(f"kNN      not measured: {self.no_knn}")
         if self.measures():
             self.say_knn("raw pixels", "knn_raw_pixels", None)
             self.say_knn("untrained backbone", "knn", self.training.method.backbone)
@@ -298,8 +301,18 @@ class Run:
                 raise checkpoint.Unwritable(f"checkpoints cannot be written to {target}: {error}") from error
 
     def measures(self) -> bool:
-        """Whether kNN can be measured: it is switched on, and the images have at least two classes."""
-        return self.training.config.run.knn_max_images > 0 and len(self.index.classes) > 1
+        """Whether kNN is measured: it is switched on, and the images have classes that it can tell apart."""
+        return self.training.config.run.knn_max_images > 0 and self.no_knn is None
+
+    @cached_property
+    def no_knn(self) -> str | None:
+        """Why the images' classes allow no kNN."""
+        if len(self.index.classes) < 2:
+            return "that takes images in at least two folders, one per class"
+        bank, queries = knn_images(self.index, self.test_index, self.training.config.run.knn_max_images)
+        if not set(bank.labels.tolist()) & set(queries.labels.tolist()):
+            return f"none of the {len(queries)} queries has a class that is among the {len(bank)} images of the bank"
+        return None
 
     def say_knn(self, what: str, key: str, backbone: nn.Module | None) -> None:
         """Measure, print and record the kNN accuracy of a backbone, or of the pixels themselves."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sdmp_train import checkpoint
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
@@ -57,6 +58,23 @@ def test_a_run_leaves_everything_it_promises(tiny: Config, tmp_path: Path, capsy
     ):
         assert text in printed, text
         assert text in logged, text
+
+
+@pytest.mark.parametrize("folders", ["one", "one_each"])
+def test_without_classes_to_tell_apart_it_says_why_there_is_no_knn(tiny: Config, folders: str, tmp_path: Path, capsys):
+    for i in range(10):
+        folder = tmp_path / "images" / ("all" if folders == "one" else f"class{i}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(folder / f"{i}.jpg")
+    config = replace(tiny, data=replace(tiny.data, data=str(tmp_path / "images")))
+    assert pretrain(limit(config, knn_max_images=30, max_steps=1), tmp_path / "run") == 0
+    why = {
+        "one": "that takes images in at least two folders, one per class",
+        "one_each": "none of the 2 queries has a class that is among the 8 images of the bank",
+    }
+    printed = capsys.readouterr().out
+    assert printed.count("kNN") == 1
+    assert f"kNN      not measured: {why[folders]}" in printed
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("tiny", 3), ("tiny", 4), ("tiny_resnet", 3)])  # 4: the end of an epoch
