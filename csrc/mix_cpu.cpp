@@ -183,10 +183,16 @@ void copy_bytes(char* to, const char* from, int64_t bytes) {
 }
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kFloats = kLine / static_cast<int64_t>(sizeof(float));
 
-// Asks for memory that is read soon, into the second-level cache: the first has no room for it.
+// Memory that is read soon is asked for, into the second-level cache: the first has no room for it. A processor does so
+// by itself along one run only, and those of boxes break off.
+constexpr int64_t kAhead = 4 * kTile;  // bytes: a tile of float32
+
+inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
 void fetch(const char* from, int64_t bytes) {
-  for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k, 0, 2);
+  for (int64_t k = 0; k < bytes; k += kLine) fetch(from + k);
 }
 
 void stream_line(char* to, const char* from) {
@@ -209,9 +215,10 @@ void stream_line(char* to, const char* from) {
 
 // A blend in float32, in whole lines past the cache.
 void stream_blend(const float* a, float wa, const float* b, float wb, int64_t n, char* out) {
-  alignas(kLine) float line[kLine / sizeof(float)];
-  for (int64_t k = 0; k < n; k += kLine / sizeof(float), out += kLine) {
-    for (size_t j = 0; j < kLine / sizeof(float); ++j) line[j] = blend(a[k + j], wa, b[k + j], wb);
+  alignas(kLine) float line[kFloats];
+  for (int64_t k = 0; k < n; k += kFloats, out += kLine) {
+    fetch(reinterpret_cast<const char*>(a + k) + kAhead);  // and b when it is its turn to be a
+    for (int64_t j = 0; j < kFloats; ++j) line[j] = blend(a[k + j], wa, b[k + j], wb);
     stream_line(out, reinterpret_cast<const char*>(line));
   }
 }
@@ -326,7 +333,10 @@ class CutWriter {
   }
 
   void stream_until(const char* from, int64_t position) {
-    for (; at_ < position; at_ += kLine) stream_line(to_ + at_, from + at_);
+    for (; at_ < position; at_ += kLine) {
+      fetch(from + at_ + kAhead);
+      stream_line(to_ + at_, from + at_);
+    }
   }
 
   const char* own_;
@@ -635,8 +645,7 @@ class Mixer {
 
   Source read(const View& view, int64_t n, int slot) {
     const Place from = place(view, g_, job_.in, n, plane_, run_.row, run_.x);
-    // A processor sees ahead along one run, but boxes break it off, and arithmetic leaves it too little time.
-    if (from.step == 1 && (member_[0].row.boxed() || !copies_)) {
+    if (from.step == 1 && (member_[0].row.rule == Rule::kResizeMix || !copies_)) {
       fetch(from.at + run_.count * in_size_, run_.count * in_size_);
     }
     return Source{contiguous(from, job_.in, run_.count, scratch_.raw[slot]), nullptr};
@@ -733,16 +742,24 @@ class Mixer {
     const Taps& taps = scratch_.x[m];
     const int64_t y = at / g_.length, group = g_.group;
     const int64_t begin = (at - y * g_.length) / group - row.left, columns = n / group;
-    const Tap tap = resize_tap(static_cast<int32_t>(y - row.top), row.bottom - row.top,
-                               static_cast<int32_t>(job_.height), row.scale_y);
+    const Tap tap = box_tap(row, y);
     const int64_t low = taps.first[begin];
     const int64_t last = begin + columns - 1;
     const int64_t count = taps.first[last] + taps.step[last] + group - low;
     const float* upper = partner_row(member.partner, tap.first, low, count, scratch_.rows[0]);
     const float* lower = partner_row(member.partner, tap.first + tap.step, low, count, scratch_.rows[1]);
     float* blended = scratch_.rows[2];
+    int64_t k = 0;
+    if (job_.in == Type::kFloat && y + 1 < row.bottom) {
+      const int64_t ahead = (box_tap(row, y + 1).first - tap.first) * job_.partners.h;  // to what the next row takes
+      for (; k + kFloats <= count; k += kFloats) {
+        fetch(upper + k + ahead);
+        fetch(lower + k + ahead);
+        for (int64_t j = k; j < k + kFloats; ++j) blended[j] = blend(upper[j], tap.w0, lower[j], tap.w1);
+      }
+    }
 #pragma GCC ivdep
-    for (int64_t k = 0; k < count; ++k) blended[k] = blend(upper[k], tap.w0, lower[k], tap.w1);
+    for (; k < count; ++k) blended[k] = blend(upper[k], tap.w0, lower[k], tap.w1);
     if (row.right - row.left == job_.width) {
       for (int64_t k = 0; k < n; ++k) scratch_.sum[k] = blend(blended[k], 1.0f, blended[k], 0.0f);
       return;
@@ -750,6 +767,11 @@ class Mixer {
     // The last pixel's neighbour is itself: so every second tap is one pixel on.
     for (int64_t k = 0; k < group; ++k) blended[count + k] = blended[count - group + k];
     blend_columns(blended - low, taps.first + begin, taps.weights + 2 * begin, columns, group, scratch_.sum);
+  }
+
+  Tap box_tap(const Row& row, int64_t y) const {
+    return resize_tap(static_cast<int32_t>(y - row.top), row.bottom - row.top, static_cast<int32_t>(job_.height),
+                      row.scale_y);
   }
 
   const float* partner_row(int64_t n, int64_t y, int64_t x, int64_t count, float* memory) {
