@@ -52,33 +52,24 @@ void run_tasks(const Job& job, Run run) {
   });
 }
 
-#if defined(SDMP_WITH_AVX512)
-// Not the first processors with 512 bits, which slow down for them.
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2");
-}
-#endif
+struct Kernels {
+  decltype(&portable::mix) mix;
+  decltype(&portable::mix_backward) mix_backward;
+};
 
-// The kernels for the best instruction set that was built and that this processor has.
-auto mix_kernel() {
+// Those for the best instruction set that was built and that this processor has.
+Kernels kernels() {
 #if defined(SDMP_WITH_AVX512)
-  if (has_avx512()) return avx512::mix;
+  // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi2")) {
+    return {avx512::mix, avx512::mix_backward};
+  }
 #endif
 #if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return avx2::mix;
+  if (__builtin_cpu_supports("avx2")) return {avx2::mix, avx2::mix_backward};
 #endif
-  return portable::mix;
-}
-
-auto mix_backward_kernel() {
-#if defined(SDMP_WITH_AVX512)
-  if (has_avx512()) return avx512::mix_backward;
-#endif
-#if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return avx2::mix_backward;
-#endif
-  return portable::mix_backward;
+  return {portable::mix, portable::mix_backward};
 }
 
 void check_plan_values(const PlanView& plan, int64_t n, int64_t partner_rows) {
@@ -126,7 +117,7 @@ void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const 
   job.stream = !job.in_place && bytes >= kStreamBytes;
   job.units = job.pairs ? (job.n + 1) / 2 : job.n;
   job.geometry = geometry_of({job.images, job.partners, job.mixed, job.clean}, job.channels, job.height, job.width);
-  run_tasks(job, mix_kernel());
+  run_tasks(job, kernels().mix);
 }
 
 void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_clean,
@@ -169,7 +160,7 @@ void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::option
   } else {
     job.units = job.n + (job.own_partners ? 0 : job.partner_rows);
   }
-  run_tasks(job, mix_backward_kernel());
+  run_tasks(job, kernels().mix_backward);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // Everything goes through tiles that stay in the first-level cache: a tile of an image is a run of one plane. Both
 // images of a mirrored pair are read once, both results are written once; results larger than the cache are
-// assembled in a tile and then written past it, which spares reading the lines they replace.
+// written past it in whole lines, which spares reading the lines they replace, most after assembly in a tile.
 #include <type_traits>
 
 #include "mix.h"

@@ -242,11 +242,11 @@ class Run:
         if not self.training.world.is_first:
             return
         self.picture()
-        if self.training.config.run.knn_max_images > 0 and self.no_knn is not None:
-            self.log.say(f"kNN      not measured: {self.no_knn}")
         if self.measures():
             self.say_knn("raw pixels", "knn_raw_pixels", None)
             self.say_knn("untrained backbone", "knn", self.training.method.backbone)
+        elif self.training.config.run.knn_max_images > 0:
+            self.log.say(f"kNN      not measured: {self.no_knn}")
         self.save()
 
     def after_step(self, training: Training) -> None:

@@ -35,7 +35,7 @@ def unit(n: int, d: int, seed: int = 0) -> Tensor:
 def run(q: Tensor, k: Any, target: Any, upstream: Tensor | None = None, call: Any = info_nce, **options: Any) -> Result:
     """(losses, [dq, dk of every key set]) for one upstream gradient per loss, default 1."""
     options = {"temperature": 0.2, "reduction": "none", **options}
-    leaves = [t.detach().requires_grad_() for t in (q, *([k] if isinstance(k, Tensor) else k))]
+    leaves = [t.detach().requires_grad_() for t in (q, *cases._sets(k))]
     losses = call(leaves[0], leaves[1] if isinstance(k, Tensor) else leaves[1:], target, **options)
     losses = losses if isinstance(losses, Tensor) else torch.stack(losses)
     given = torch.ones_like(losses) if upstream is None else upstream.to(losses)

@@ -225,6 +225,12 @@ def _exact_row(q, k_ptr, M, factor, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOC
 
 
 @triton.jit
+def _within_reach(logit, LIFT: tl.constexpr):
+    """Whether float32 serves for a logit of base 2. A comparison that NaN fails."""
+    return tl.abs(logit) < (_REACH_LIFTED if LIFT > 0 else _REACH)
+
+
+@triton.jit
 def _target_key(k_ptr, column_ptr, i, M, d, D: tl.constexpr):
     """(the key at row i's target column, in float32, whether the column exists); never read where it does not."""
     column = tl.load(column_ptr + i)
@@ -301,8 +307,7 @@ def info_nce_merge_kernel(
     gap_second = ((peak - z_second) * _LN2).to(tl.float64)
     product = peak.to(tl.float64) / factor
     # Comparisons that NaN fails; a sum of zeros unless something is not finite.
-    reach = _REACH_LIFTED if LIFT > 0 else _REACH
-    usual = (tl.abs(peak) < reach) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
+    usual = _within_reach(peak, LIFT) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
     if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
         wide = q.to(tl.float64)
         product, total, exact = _exact_row(wide, k_ptr, M, factor, D, BLOCK_K, BLOCK_D)
@@ -363,7 +368,7 @@ def info_nce_slopes_kernel(
     at_second = tl.load(rows_ptr + 3 * N + row, mask=valid, other=0).to(tl.float32)
     grad = tl.load(grad_ptr + row * stride_n, mask=valid, other=0).to(tl.float32)  # narrow: any stride
     peak = product * factor
-    usual = tl.abs(peak) < (_REACH_LIFTED if LIFT > 0 else _REACH)
+    usual = _within_reach(peak, LIFT)
     grad = tl.where(usual, grad / tl.load(top_ptr) * 2.0**LIFT, 0.0)
     tl.store(out_ptr + row, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
     # The sum divides here: its logarithm added to a large logit would leave no trace.
@@ -471,14 +476,13 @@ def info_nce_sum_kernel(
         place = parts_ptr + (tl.cast(s, tl.int64) * M + j) * D
         acc += tl.load(place + d, mask=d < D, other=0)  # narrow: one row
     out = acc * (tl.load(top_ptr) * 2.0**-LIFT)
-    reach = _REACH_LIFTED if LIFT > 0 else _REACH
-    if not (tl.load(worst_ptr) * factor < reach):
+    if not _within_reach(tl.load(worst_ptr) * factor, LIFT):
         k = tl.load(k_ptr + j * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
         exact = tl.zeros([BLOCK_D], tl.float64)
         for i in range(0, N):
             row = tl.cast(i, tl.int64)
             product = tl.load(rows_ptr + row)
-            if not (tl.abs(product * factor) < reach):
+            if not _within_reach(product * factor, LIFT):
                 q = tl.load(q_ptr + row * D + d, mask=d < D, other=0).to(tl.float64)  # narrow: one row
                 below = tl.minimum((tl.sum(q * k, 0) - product) * factor, 0.0).to(tl.float32)
                 log_sum = tl.load(rows_ptr + N + row).to(tl.float32)
