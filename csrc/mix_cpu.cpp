@@ -188,6 +188,8 @@ constexpr int64_t kFloats = kLine / static_cast<int64_t>(sizeof(float));
 // Memory that is read soon is asked for, into the second-level cache: the first has no room for it. A processor does so
 // by itself along one run only, and those of boxes break off.
 constexpr int64_t kAhead = 4 * kTile;  // bytes: a tile of float32
+// Rows of a resized image are done sooner than memory answers: what the next one takes would come too late.
+constexpr int64_t kRowsAhead = 8;
 
 inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
@@ -357,7 +359,8 @@ void finish_streams() {
 struct Taps {  // of one axis, for one box
   int32_t* first;
   int32_t* step;
-  float* weights;  // of the first and the second source pixel, in turn
+  float* w0;  // weights of the first and the second source pixel
+  float* w1;
 
   // `unit` turns pixels into elements.
   void fill(int64_t target, int64_t extent, float scale, int64_t unit) {
@@ -366,13 +369,13 @@ struct Taps {  // of one axis, for one box
           resize_tap(static_cast<int32_t>(k), static_cast<int32_t>(target), static_cast<int32_t>(extent), scale);
       first[k] = static_cast<int32_t>(tap.first * unit);
       step[k] = static_cast<int32_t>(tap.step * unit);
-      weights[2 * k] = tap.w0;
-      weights[2 * k + 1] = tap.w1;
+      w0[k] = tap.w0;
+      w1[k] = tap.w1;
     }
   }
 };
 
-constexpr int64_t kPad = 4;  // elements that a vector may touch behind a row
+constexpr int64_t kPad = 3 * kFloats;  // elements that vectors may touch behind a row
 
 struct Scratch {
   char* raw[2];        // gathered tiles
@@ -393,7 +396,7 @@ struct Scratch {
       return part;
     };
     const auto take_taps = [&take](int64_t n) {
-      return Taps{reinterpret_cast<int32_t*>(take(n)), reinterpret_cast<int32_t*>(take(n)), take(2 * n)};
+      return Taps{reinterpret_cast<int32_t*>(take(n)), reinterpret_cast<int32_t*>(take(n)), take(n), take(n)};
     };
     raw[0] = reinterpret_cast<char*>(take(kTile));
     raw[1] = reinterpret_cast<char*>(take(kTile));
@@ -422,23 +425,39 @@ Scaling repeat(const float* centre, const float* scale, int64_t group, float* me
   return Scaling{centres, scales, period};
 }
 
-// out[k] = the blend of the pixels at first[k] and its right neighbour. May write kPad elements too many.
-void blend_columns(const float* row, const int32_t* first, const float* weights, int64_t n, int64_t group, float* out) {
+// out[k] = the blend of the pixel at taps.first[k] and its right neighbour, for `n` columns from `begin` on. May touch
+// kPad elements too many.
+void blend_columns(const float* row, const Taps& taps, int64_t begin, int64_t n, int64_t group, float* out) {
+  const int32_t* first = taps.first + begin;
+  const float* w0 = taps.w0 + begin;
+  const float* w1 = taps.w1 + begin;
   int64_t k = 0;
+#if defined(__AVX512F__)
+  if (group == 1) {  // two loads hold what sixteen pixels are made of, if that is near enough
+    for (; k + kFloats <= n && first[k + kFloats - 1] - first[k] < 2 * kFloats; k += kFloats) {
+      const float* from = row + first[k];
+      const __m512i at = _mm512_sub_epi32(_mm512_loadu_si512(first + k), _mm512_set1_epi32(first[k]));
+      const __m512 left = _mm512_permutex2var_ps(_mm512_loadu_ps(from), at, _mm512_loadu_ps(from + kFloats));
+      const __m512 right = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 1), at, _mm512_loadu_ps(from + 1 + kFloats));
+      const __m512 a = _mm512_mul_ps(left, _mm512_loadu_ps(w0 + k));
+      _mm512_storeu_ps(out + k, _mm512_add_ps(a, _mm512_mul_ps(right, _mm512_loadu_ps(w1 + k))));
+    }
+  }
+#endif
 #if defined(__SSE2__)
   if (group == 1) {  // two neighbours are one load
     const auto pair = [row](int32_t at) { return reinterpret_cast<const double*>(row + at); };
     for (; k + 4 <= n; k += 4) {
       const __m128 a = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pair(first[k])), pair(first[k + 1])));
       const __m128 b = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pair(first[k + 2])), pair(first[k + 3])));
-      const __m128 wa = _mm_mul_ps(a, _mm_loadu_ps(weights + 2 * k));
-      const __m128 wb = _mm_mul_ps(b, _mm_loadu_ps(weights + 2 * k + 4));
-      _mm_storeu_ps(out + k, _mm_add_ps(_mm_shuffle_ps(wa, wb, 0x88), _mm_shuffle_ps(wa, wb, 0xdd)));
+      const __m128 left = _mm_mul_ps(_mm_shuffle_ps(a, b, 0x88), _mm_loadu_ps(w0 + k));
+      const __m128 right = _mm_mul_ps(_mm_shuffle_ps(a, b, 0xdd), _mm_loadu_ps(w1 + k));
+      _mm_storeu_ps(out + k, _mm_add_ps(left, right));
     }
   } else if (group == 3) {  // three channels and one lane to spare
     for (; k < n; ++k) {
-      const __m128 a = _mm_mul_ps(_mm_loadu_ps(row + first[k]), _mm_set1_ps(weights[2 * k]));
-      const __m128 b = _mm_mul_ps(_mm_loadu_ps(row + first[k] + 3), _mm_set1_ps(weights[2 * k + 1]));
+      const __m128 a = _mm_mul_ps(_mm_loadu_ps(row + first[k]), _mm_set1_ps(w0[k]));
+      const __m128 b = _mm_mul_ps(_mm_loadu_ps(row + first[k] + 3), _mm_set1_ps(w1[k]));
       _mm_storeu_ps(out + 3 * k, _mm_add_ps(a, b));
     }
   }
@@ -446,7 +465,7 @@ void blend_columns(const float* row, const int32_t* first, const float* weights,
   for (; k < n; ++k) {
     const float* left = row + first[k];
     for (int64_t c = 0; c < group; ++c) {
-      out[k * group + c] = blend(left[c], weights[2 * k], left[group + c], weights[2 * k + 1]);
+      out[k * group + c] = blend(left[c], w0[k], left[group + c], w1[k]);
     }
   }
 }
@@ -476,6 +495,15 @@ const char* contiguous(const Place& from, Type type, int64_t count, char* memory
   if (from.step == 1 || count <= 1) return from.at;
   gather(from.at, from.step, count, size_of(type), memory);
   return memory;
+}
+
+struct Task {
+  int64_t unit, plane, chunk;
+};
+
+// The chunks of a plane follow one another: a resized image takes rows that its neighbours' own pixels are in.
+Task task_of(const Geometry& g, int64_t task) {
+  return Task{task / g.chunks / g.planes, task / g.chunks % g.planes, task % g.chunks};
 }
 
 // Cuts a task into tiles: stretches of a dense plane, where `x` may run on beyond the row, else parts of a row.
@@ -592,8 +620,8 @@ class Mixer {
   }
 
   void run(int64_t task) {
-    plane_ = task % g_.planes;
-    const int64_t chunk = task / g_.planes % g_.chunks, unit = task / g_.planes / g_.chunks;
+    const auto [unit, plane, chunk] = task_of(g_, task);
+    plane_ = plane;
     if (job_.scale != nullptr && !g_.interleaved) scaling_ = Scaling{job_.centre + plane_, job_.scale + plane_, 1};
     members_ = 0;
     add_member(unit);
@@ -750,8 +778,8 @@ class Mixer {
     const float* lower = partner_row(member.partner, tap.first + tap.step, low, count, scratch_.rows[1]);
     float* blended = scratch_.rows[2];
     int64_t k = 0;
-    if (job_.in == Type::kFloat && y + 1 < row.bottom) {
-      const int64_t ahead = (box_tap(row, y + 1).first - tap.first) * job_.partners.h;  // to what the next row takes
+    if (job_.in == Type::kFloat && y + kRowsAhead < row.bottom) {
+      const int64_t ahead = (box_tap(row, y + kRowsAhead).first - tap.first) * job_.partners.h;
       for (; k + kFloats <= count; k += kFloats) {
         fetch(upper + k + ahead);
         fetch(lower + k + ahead);
@@ -766,7 +794,7 @@ class Mixer {
     }
     // The last pixel's neighbour is itself: so every second tap is one pixel on.
     for (int64_t k = 0; k < group; ++k) blended[count + k] = blended[count - group + k];
-    blend_columns(blended - low, taps.first + begin, taps.weights + 2 * begin, columns, group, scratch_.sum);
+    blend_columns(blended - low, taps, begin, columns, group, scratch_.sum);
   }
 
   Tap box_tap(const Row& row, int64_t y) const {
@@ -820,10 +848,10 @@ class Gradient {
   }
 
   void run(int64_t task) {
-    plane_ = task % g_.planes;
-    const int64_t chunk = task / g_.planes % g_.chunks, unit = task / g_.planes / g_.chunks;
+    const auto [unit, plane, chunk] = task_of(g_, task);
+    plane_ = plane;
     if (job_.scale != nullptr && !g_.interleaved) scaling_ = Scaling{&zero_, job_.scale + plane_, 1};
-    each_tile(g_, chunk, [this, unit](const Run& run) {
+    each_tile(g_, chunk, [this, unit = unit](const Run& run) {
       run_ = run;
       if (unit >= job_.n) {
         partner_tile(unit - job_.n);
@@ -910,8 +938,8 @@ class Gradient {
             place(job_.grad_mixed, g_, job_.in, from_row, plane_, row.top + k, row.left * g_.group);
         char* gathered = reinterpret_cast<char*>(scratch_.rows[1]);
         const float* grad = values(box_row, width * g_.group, gathered, scratch_.rows[0]);
-        if (upper) add_scaled(blended, taps.weights[2 * k], grad, width * g_.group);
-        if (lower) add_scaled(blended, taps.weights[2 * k + 1], grad, width * g_.group);
+        if (upper) add_scaled(blended, taps.w0[k], grad, width * g_.group);
+        if (lower) add_scaled(blended, taps.w1[k], grad, width * g_.group);
       }
       scatter_row(blended, width, at - y * g_.length, stop - y * g_.length, scratch_.sum + (at - run_.begin));
       at = stop;
@@ -926,9 +954,9 @@ class Gradient {
       const int64_t first = taps.first[k], second = first + taps.step[k];
       for (int64_t c = 0; c < group; ++c) {
         const float value = blended[k * group + c];
-        if (first >= low) sum[first - low + c] = add_product(sum[first - low + c], taps.weights[2 * k], value);
+        if (first >= low) sum[first - low + c] = add_product(sum[first - low + c], taps.w0[k], value);
         if (second < low || second >= high) continue;
-        sum[second - low + c] = add_product(sum[second - low + c], taps.weights[2 * k + 1], value);
+        sum[second - low + c] = add_product(sum[second - low + c], taps.w1[k], value);
       }
     }
   }

@@ -76,7 +76,7 @@ constexpr int64_t kMaxGroup = 64;     // more interleaved channels than this are
 
 // Bytes of scratch that one thread needs for jobs of this geometry: tiles, three rows, and taps.
 inline int64_t scratch_bytes(const Geometry& g) {
-  return 4 * (8 * (kTile + 32) + 3 * (g.length + g.group + 32) + 2 * 4 * (g.columns + 32) + 4 * (g.rows + 32));
+  return 4 * (8 * (kTile + 32) + 3 * (g.length + g.group + 64) + 2 * 4 * (g.columns + 32) + 4 * (g.rows + 32));
 }
 
 // In mix_cpu.cpp: tasks [begin, end) of a job, one namespace per instruction set. `scratch` is aligned to 64 bytes.
