@@ -90,6 +90,19 @@ def over(*names: str) -> Callable[[Row], float | None]:
     return value
 
 
+def over_in_place(name: str) -> Callable[[Row], float | None]:
+    """How many times longer the named arm, which overwrites its input, takes than ours over the input."""
+
+    def value(row: Row) -> float | None:
+        other = arm(row, name)
+        own = next((a for a in row["arms"] if a["status"] == "ok" and a["name"].endswith(", in place")), None)
+        if own is None or other is None or "times_ours" not in own or "times_ours" not in other:
+            return None
+        return other["times_ours"]["p50"] / own["times_ours"]["p50"]
+
+    return value
+
+
 def over_graph(*names: str) -> Callable[[Row], float | None]:
     """The same among CUDA-graph replays."""
 
@@ -243,7 +256,9 @@ def _cpu_claims() -> list[Claim]:
             Claim("G12", f"{rule} float32: share of a copy's bandwidth", "cpu", "mix", config, of_copy, 0.9),
             Claim("G12", f"{rule} float32: torch.compile", "cpu", "mix", config, over("torch.compile"), 1.5),
             Claim("G12", f"{rule} float32: timm elem", "cpu", "mix", config, over("timm elem"), 4),
-        ]
+            Claim("G12", f"{rule} float32: timm elem, both in place", "cpu", "mix", config,
+                  over_in_place("timm elem"), 4),
+        ]  # fmt: skip
     claims += [
         Claim("G12", "resizemix float32: loop over F.interpolate", "cpu", "mix", resize,
               over("eager F.interpolate loop"), 3),

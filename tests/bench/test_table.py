@@ -35,6 +35,13 @@ def test_goals_stand_beside_what_was_measured():
     assert "| G12 | cutmix float32: timm elem | >= 4x | not measured: this run has no such row |" in text
 
 
+def test_an_arm_that_overwrites_its_input_is_compared_with_ours_in_place_too():
+    arms = [arm("sdmp cpp", "ours", 1.0), arm("sdmp cpp, in place", "ours", 0.8), arm("timm elem", "peer", 3.6)]
+    found = {o.claim.words: o.value for o in goals.outcomes(document(rows=[row(arms=arms)]), "cpu")}
+    assert found["mixup float32: timm elem"] == 3.6
+    assert found["mixup float32: timm elem, both in place"] == pytest.approx(4.5)
+
+
 def test_a_goal_whose_peer_is_absent_says_why():
     entry = row(arms=[arm("sdmp cpp", "ours", 1.0), arm("timm elem", "peer", status="absent")])
     found = [o for o in goals.outcomes(document(rows=[entry]), "cpu") if o.claim.words == "mixup float32: timm elem"]
