@@ -91,14 +91,14 @@ def over(*names: str) -> Callable[[Row], float | None]:
 
 
 def over_in_place(name: str) -> Callable[[Row], float | None]:
-    """How many times longer the named arm, which overwrites its input, takes than ours over the input."""
+    """How many times longer the named arm, which overwrites its input, takes than ours over the input.
+
+    The quotient of the two arms' ratios to ours into another tensor, each a median.
+    """
 
     def value(row: Row) -> float | None:
-        other = arm(row, name)
-        own = next((a for a in row["arms"] if a["status"] == "ok" and a["name"].endswith(", in place")), None)
-        if own is None or other is None or "times_ours" not in own or "times_ours" not in other:
-            return None
-        return other["times_ours"]["p50"] / own["times_ours"]["p50"]
+        other, own = over(name)(row), over("sdmp cpp, in place")(row)
+        return other / own if other and own else None
 
     return value
 

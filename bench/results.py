@@ -118,8 +118,10 @@ class Results:
         """Add a row, in place of an older one of the same setting, device and question, and write the file."""
         row = {"question": question, **row}
         identity = ("question", "op", "setting", "device")
-        rows = [old for old in self.document["rows"] if any(old[key] != row[key] for key in identity)]
-        self.document["rows"] = [*rows, row]
+        rows = self.document["rows"]
+        same = (k for k, old in enumerate(rows) if all(old[key] == row[key] for key in identity))
+        place = next(same, len(rows))
+        rows[place : place + 1] = [row]
         self.write()
 
     def skip(self, question: str, setting: str) -> None:

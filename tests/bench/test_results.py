@@ -64,6 +64,9 @@ def test_rows_are_written_as_they_come_and_replace_their_like(tmp_path):
     again.add("mix", {**entry, "setting": "another"})
     rows = load(path)["rows"]
     assert [(r["setting"], r["threads"]) for r in rows] == [(row()["setting"], 1), ("another", 2)]
+    again.add("mix", {**entry, "threads": 4})  # and keep their place
+    rows = load(path)["rows"]
+    assert [(r["setting"], r["threads"]) for r in rows] == [(row()["setting"], 4), ("another", 2)]
     assert list(path.parent.iterdir()) == [path]
 
 
