@@ -26,8 +26,8 @@ from sdmp_kernels import use_backend
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
-    from sdmp_train.loop import Training
     from sdmp_train.methods.mocov3 import MoCoV3, Plan
+    from sdmp_train.training import Training
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
 
@@ -61,13 +61,13 @@ def config_of(mixing: str, device: torch.device, size: str, batch: int) -> Confi
 
 
 def make_training(config: Config, device: torch.device, method_class: type[MoCoV3] | None = None) -> Training:
-    """A training at its first step, as `sdmp_train.pretrain` builds it."""
+    """A training at its first step, as `sdmp_train.training.build` makes it."""
     from sdmp_train.distributed import World
     from sdmp_train.guard import BufferGuard
-    from sdmp_train.loop import Training
     from sdmp_train.methods.mocov3 import MoCoV3
     from sdmp_train.models import build_backbone
     from sdmp_train.optim import make_optimizer
+    from sdmp_train.training import Training
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     world = World(device)

@@ -21,13 +21,14 @@ import torch
 from sdmp_kernels._checks import check_choice
 
 NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+FILES = {"torch": "composed", "cpp": "native", "cuda": "native"}
 
 
 @dataclass(frozen=True)
 class Op:
     """One op: its name and, per device type, its backends from the preferred to the last resort.
 
-    Every backend named here is a module `sdmp_kernels.ops.<name>.<backend>` (`cpp` and `cuda` share `native`) whose
+    Every backend named here is a module of the op's folder (`FILES` where it is not called like the backend) whose
     functions have one set of names and signatures; `op.py` picks the module and calls the function.
     """
 
@@ -36,8 +37,7 @@ class Op:
 
     def module(self, backend: str) -> ModuleType:
         """The module that implements `backend`."""
-        file = "native" if backend in ("cpp", "cuda") else backend
-        return importlib.import_module(f"sdmp_kernels.ops.{self.name}.{file}")
+        return importlib.import_module(f"sdmp_kernels.ops.{self.name}.{FILES.get(backend, backend)}")
 
     def serves(self, backend: str) -> bool:
         """Whether the op has this backend at all, on any device."""

@@ -154,7 +154,7 @@ def take_folder(arguments: PretrainArguments) -> PretrainArguments:
 
 
 def run_pretrain(argv: Sequence[str]) -> int:
-    from .pretrain import pretrain
+    from .commands import pretrain
 
     arguments = parse_pretrain("pretrain", argv)
     output = Path(arguments.output) if arguments.output else None
@@ -170,7 +170,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
 
 
 def run_plan(argv: Sequence[str]) -> int:
-    from .pretrain import dry_run
+    from .commands import dry_run
 
     arguments = parse_pretrain("plan", argv)
     return dry_run(arguments.config, Path(arguments.output) if arguments.output else None, arguments.overwrite)
@@ -187,7 +187,7 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def run_export(argv: Sequence[str]) -> int:
-    from .pretrain import export_checkpoint
+    from .commands import export_checkpoint
 
     arguments = parse(ExportArguments, "export", argv)
     run = Path(arguments.run)

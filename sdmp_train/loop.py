@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .config import Config
 from .data import Loader
-from .distributed import World, reduce_max
-from .guard import BufferGuard, LateFlags, StopRequest
+from .distributed import reduce_max
+from .guard import LateFlags, StopRequest
 from .log import Log
 from .meter import Meter
-from .methods.mocov3 import MoCoV3
-from .optim import LARS, AdamW, key_momentum, learning_rate
+from .optim import key_momentum, learning_rate
+from .training import Training
 
 
 class Outcome(Enum):
@@ -26,29 +24,6 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request"
     NOT_FINITE = "not finite"
-
-
-@dataclass
-class Training:
-    """All that a step reads and changes. `step` counts the steps made."""
-
-    config: Config
-    world: World
-    method: MoCoV3
-    optimizer: AdamW | LARS
-    buffers: BufferGuard
-    steps_per_epoch: int
-    step: int = 0
-
-    @property
-    def total_steps(self) -> int:
-        """The steps that the schedules span."""
-        return self.config.optim.epochs * self.steps_per_epoch
-
-    @property
-    def last_step(self) -> int:
-        """The step after which this run ends."""
-        return min(self.total_steps, self.config.run.max_steps or self.total_steps)
 
 
 def train(

@@ -9,8 +9,8 @@ from ..config import ConfigError, DataConfig
 from ..data import Index, open_folder
 from ..distributed import join_world
 from ..export import load_exported
-from ..pretrain import open_split, test_split
 from ..run_folder import stored_config
+from ..splits import open_split, test_split
 from .knn import image_features, knn_images, weighted_knn
 
 

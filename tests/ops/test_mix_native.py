@@ -19,8 +19,7 @@ from native_trials import FLOATS, SEEDS, Trial, lay_out, make
 from torch import Tensor
 
 from sdmp_kernels import Rule, _backends, draw_plan, mix, use_backend
-from sdmp_kernels.ops.mix import native, reference
-from sdmp_kernels.ops.mix import torch as composed
+from sdmp_kernels.ops.mix import composed, native, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpp", "cpu")

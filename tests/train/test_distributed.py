@@ -15,10 +15,11 @@ from torch import nn
 from sdmp_train.config import Config
 from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean
 from sdmp_train.guard import BufferGuard, StopRequest
-from sdmp_train.loop import Training, update
+from sdmp_train.loop import update
 from sdmp_train.methods.mocov3 import MoCoV3
 from sdmp_train.models import build_backbone
 from sdmp_train.optim import make_optimizer
+from sdmp_train.training import Training
 
 
 def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, torch.Tensor]:

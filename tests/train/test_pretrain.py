@@ -14,11 +14,12 @@ from PIL import Image
 
 from sdmp_train import checkpoint
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
+from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.data import DataError
-from sdmp_train.loop import Training
-from sdmp_train.pretrain import Run, pretrain
+from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
+from sdmp_train.training import Training
 
 
 def limit(config: Config, **run: object) -> Config:

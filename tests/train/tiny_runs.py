@@ -12,10 +12,10 @@ from sdmp_train.config import Config, MixingConfig
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
 from sdmp_train.guard import BufferGuard
-from sdmp_train.loop import Training
 from sdmp_train.methods.mocov3 import MoCoV3
 from sdmp_train.models import build_backbone
 from sdmp_train.optim import make_optimizer
+from sdmp_train.training import Training
 
 CPU = World(torch.device("cpu"))
 

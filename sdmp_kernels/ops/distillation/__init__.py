@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch as pytorch  # the backend torch.py, once imported, is this package's attribute `torch`
+import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.distillation import op as _op  # noqa: F401  registers the operators
 from sdmp_kernels.ops.target import REDUCTIONS, reduce
 
-_FLOATS = (pytorch.float16, pytorch.bfloat16, pytorch.float32, pytorch.float64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def distillation(
@@ -78,7 +78,7 @@ def distillation(
     ]
     mean_of = _check_mean(teacher_mean, teacher.shape[0])
     check_choice("reduction", reduction, REDUCTIONS)
-    losses, _, _, mean = pytorch.ops.sdmp.distillation(
+    losses, _, _, mean = torch.ops.sdmp.distillation(
         student, teacher, weights["own"], weights.get("other"), partner, center, *temperatures, mean_of
     )
     loss = reduce(losses, reduction)
@@ -96,7 +96,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             f"student and teacher must have the same N rows and K columns, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}; stack the crops in the first dimension"
         )
-    if (student.dtype == pytorch.float64) != (teacher.dtype == pytorch.float64):
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
         raise TypeError(
             f"student and teacher must both be float64 or neither, got {student.dtype} and {teacher.dtype}; "
             "convert one of them"
@@ -123,7 +123,7 @@ def _check_partner(partner: Tensor, other: Tensor | None, student: Tensor) -> No
             "partner is given but other is not, so it has no use; give the weights `other` or leave it out"
         )
     n = student.shape[1]
-    check_tensor("partner", partner, dtypes=(pytorch.int64,), ndim=1, shape="(N,)")
+    check_tensor("partner", partner, dtypes=(torch.int64,), ndim=1, shape="(N,)")
     if len(partner) != n:
         raise ValueError(f"partner has {len(partner)} rows but student has {n}; give one partner per row")
     check_same_device(partner=partner, student=student)

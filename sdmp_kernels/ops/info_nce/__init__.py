@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch as pytorch  # the backend torch.py, once imported, is this package's attribute `torch`
+import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_number, check_same_device, check_tensor
@@ -12,7 +12,7 @@ from sdmp_kernels.ops.info_nce import op as _op  # noqa: F401  registers the ope
 from sdmp_kernels.ops.target import check_options, check_target
 from sdmp_kernels.plan import TwoHot
 
-_FLOATS = (pytorch.float16, pytorch.bfloat16, pytorch.float32, pytorch.float64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def info_nce(
@@ -61,7 +61,7 @@ def info_nce(
         _check_keys(f"k[{t}]" if several else "k", key_set, q)
         name = f"target[{t}]" if several else "target"
         targets.append(check_target(name, two_hot, q.shape[0], key_set.shape[0], q))
-    losses, _, _ = pytorch.ops.sdmp.info_nce(
+    losses, _, _ = torch.ops.sdmp.info_nce(
         q,
         keys,
         [t.first for t in targets],
@@ -70,7 +70,7 @@ def info_nce(
         temperature,
         form,
         reduction == "mean",
-        pytorch.is_grad_enabled() and q.requires_grad,
+        torch.is_grad_enabled() and q.requires_grad,
     )
     if reduction != "none":
         losses = losses.sum(dim=1) if q.shape[0] or reduction == "sum" else losses.mean(dim=1)

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch as pytorch  # the backend torch.py, once imported, is this package's attribute `torch`
+import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.mix import op
 from sdmp_kernels.plan import MixPlan
 
-_DTYPES = (pytorch.uint8, pytorch.float16, pytorch.bfloat16, pytorch.float32, pytorch.float64)
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def mix(
@@ -23,7 +23,7 @@ def mix(
     partners: Tensor | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    dtype: pytorch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     clean: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,19 +64,19 @@ def mix(
     mean_, std_ = scale if scale is not None else (None, None)
     args = (plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, [int(r) for r in plan.rules], mean_, std_)
     if out is None:
-        mixed, kept = pytorch.ops.sdmp.mix(images, partners, *args, result, clean)
+        mixed, kept = torch.ops.sdmp.mix(images, partners, *args, result, clean)
         return (kept, mixed) if clean else mixed
     kept_out, mixed_out = _check_out(images, partners, out, clean, result)
     if mixed_out is images or (_is_real(images) and op.same_memory(mixed_out, images)):
-        pytorch.ops.sdmp.mix_(images, partners, *args, kept_out)
+        torch.ops.sdmp.mix_(images, partners, *args, kept_out)
     else:
-        pytorch.ops.sdmp.mix_out(images, partners, *args, mixed_out, kept_out)
+        torch.ops.sdmp.mix_out(images, partners, *args, mixed_out, kept_out)
     return (kept_out, mixed_out) if kept_out is not None else mixed_out
 
 
 def _is_real(tensor: Tensor) -> bool:
     """Whether the tensor has an address to compare: not a fake one, and not while compiling."""
-    return not pytorch.compiler.is_compiling() and not pytorch._subclasses.fake_tensor.is_fake(tensor)
+    return not torch.compiler.is_compiling() and not torch._subclasses.fake_tensor.is_fake(tensor)
 
 
 def _check_plan(images: Tensor, plan: MixPlan, partners: Tensor | None) -> None:
@@ -132,26 +132,26 @@ def _check_normalisation(
 def _result_dtype(
     images: Tensor,
     normalised: bool,
-    dtype: pytorch.dtype | None,
+    dtype: torch.dtype | None,
     out: Tensor | tuple[Tensor, Tensor] | None,
     clean: bool,
-) -> pytorch.dtype:
+) -> torch.dtype:
     given = out[1] if isinstance(out, (tuple, list)) and len(out) == 2 else out
     if dtype is None and isinstance(given, Tensor):
         dtype = given.dtype
     if dtype is None:
-        dtype = pytorch.float32 if normalised and images.dtype == pytorch.uint8 else images.dtype
-    if not isinstance(dtype, pytorch.dtype):
+        dtype = torch.float32 if normalised and images.dtype == torch.uint8 else images.dtype
+    if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be uint8, float16, bfloat16, float32 or float64, got {dtype}")
-    if dtype == pytorch.uint8 and normalised:
+    if dtype == torch.uint8 and normalised:
         raise ValueError("dtype uint8 cannot hold normalised values; ask for a float dtype, or leave out mean and std")
     return dtype
 
 
 def _check_out(
-    images: Tensor, partners: Tensor | None, out: object, clean: bool, dtype: pytorch.dtype
+    images: Tensor, partners: Tensor | None, out: object, clean: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
     """(clean, mixed) outputs, checked: shape, dtype, device, and that nothing needed is overwritten."""
     if clean != (isinstance(out, (tuple, list)) and len(out) == 2):
@@ -165,7 +165,7 @@ def _check_out(
         if tensor.shape != images.shape:
             raise ValueError(f"{name} must have shape {tuple(images.shape)}, got {tuple(tensor.shape)}")
         check_same_device(**{"images": images, name: tensor})
-        if pytorch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, partners, tensor)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, partners, tensor)):
             raise ValueError(f"{name} cannot be given where gradients are wanted; leave it out, or use torch.no_grad()")
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{name} is an expanded tensor whose elements share memory; give one of its own")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch as pytorch  # the backend torch.py, once imported, is this package's attribute `torch`
+import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_number, check_tensor
@@ -10,7 +10,7 @@ from sdmp_kernels.ops.soft_cross_entropy import op as _op  # noqa: F401  registe
 from sdmp_kernels.ops.target import check_options, check_target, reduce
 from sdmp_kernels.plan import TwoHot
 
-_FLOATS = (pytorch.float16, pytorch.bfloat16, pytorch.float32, pytorch.float64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def soft_cross_entropy(
@@ -42,5 +42,5 @@ def soft_cross_entropy(
     check_options(form, reduction)
     smoothing = check_number("label_smoothing", label_smoothing, low=0.0, high=1.0, what="a number in [0, 1]")
     target = check_target("target", target, logits.shape[0], logits.shape[1], logits)
-    losses, _ = pytorch.ops.sdmp.soft_cross_entropy(logits, target.first, target.second, target.weight, smoothing, form)
+    losses, _ = torch.ops.sdmp.soft_cross_entropy(logits, target.first, target.second, target.weight, smoothing, form)
     return reduce(losses, reduction)

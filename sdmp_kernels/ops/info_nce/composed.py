@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.soft_cross_entropy.composed import take
 from sdmp_kernels.ops.soft_cross_entropy.reference import column, work_dtype
-from sdmp_kernels.ops.soft_cross_entropy.torch import take
 from sdmp_kernels.ops.target import Shares, half_gap, loss_of, pulls_of, shares
 
 # Logits of a chunk: on a CPU about what its cache holds, on a GPU enough to be worth the launches; but never fewer
