@@ -17,6 +17,7 @@ from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
 from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.data import DataError
+from sdmp_train.evaluate.knn import image_features
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
 from sdmp_train.training import Training
@@ -76,6 +77,25 @@ def test_without_classes_to_tell_apart_it_says_why_there_is_no_knn(tiny: Config,
     printed = capsys.readouterr().out
     assert printed.count("kNN") == 1
     assert f"kNN      not measured: {why[folders]}" in printed
+
+
+def test_a_backbone_whose_features_are_not_finite_or_all_the_same_is_said_and_the_run_goes_on(
+    tiny: Config, tmp_path: Path, monkeypatch
+):
+    honest = image_features
+
+    def spoiled(backbone, *given, **more):
+        found = honest(backbone, *given, **more)
+        if backbone is None:
+            return replace(found, rows=found.rows[:1].expand_as(found.rows))
+        return replace(found, rows=found.rows * float("nan"))
+
+    monkeypatch.setattr("sdmp_train.run.image_features", spoiled)
+    assert pretrain(limit(tiny, knn_max_images=30, max_steps=1), tmp_path / "run") == 0
+    logged = (tmp_path / "run" / "train.log").read_text()
+    assert "raw pixels: the features of all 24 images are the same" in logged
+    assert "not measured, untrained backbone: 24 of the 24 features of the bank are not finite" in logged
+    assert not [line for line in metrics(tmp_path / "run") if "knn" in line]
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("tiny", 3), ("tiny", 4), ("tiny_resnet", 3)])  # 4: the end of an epoch
