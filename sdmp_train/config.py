@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,10 +34,24 @@ def near(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 
+def brief(value: object) -> str:
+    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    return one_line(short.repr(value))
+
+
+def one_line(text: object) -> str:
+    """What an exception (or a text) says, without line breaks and shortened; its kind where it says nothing."""
+    words = " ".join(str(text).split())
+    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
+
+
 def require(ok: bool, name: str, got: object, expected: str) -> None:
     """Raise `ConfigError` in the one form all settings use."""
     if not ok:
-        raise ConfigError(f"{name} is {got!r}; expected {expected}")
+        raise ConfigError(f"{name} is {brief(got)}; expected {expected}")
 
 
 def between(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

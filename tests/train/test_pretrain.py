@@ -14,8 +14,8 @@ from PIL import Image
 
 from sdmp_train import checkpoint
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
-from sdmp_train.commands import pretrain
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.commands import dry_run, pretrain
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import DataError
 from sdmp_train.evaluate.knn import image_features
 from sdmp_train.run import Run
@@ -203,6 +203,10 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: Config, tmp_path:
     refused(replace(tiny, data=replace(tiny.data, data=None)), run, "data is missing")
     refused(replace(tiny, optim=replace(tiny.optim, batch_size=64)), run, "batch_size is 64, more than the 36 images")
     refused(replace(tiny, model=replace(tiny.model, arch="vit_smal")), run, "Did you mean vit_small")
+    deit = replace(tiny, model=ModelConfig(arch="deit_tiny_patch16_224"), data=replace(tiny.data, image_px=40))
+    refused(deit, run, "leave 8 of 40 rows")
+    with pytest.raises(ConfigError, match="leave 8 of 40 rows"):
+        dry_run(deit, run, overwrite=False)
     refused(tiny, run, "not a run folder", resume=True)
     if not torch.cuda.is_available():
         refused(limit(tiny, device="cuda"), run, "sees no GPU")
