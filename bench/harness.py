@@ -8,13 +8,14 @@ working sets are rotated through copies larger than the L2 cache, and a graph re
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,35 @@ class Arm:
     graph: bool = False
 
 
+class Model(NamedTuple):
+    """What one call of an op moves and computes, as its `cases.py` counts it: nothing here counts by itself.
+
+    Attributes:
+        floor_bytes: every source read once and every result written once. Rates, and shares of a copy's bandwidth,
+            refer to these bytes.
+        kernel_bytes: what our GPU kernels move today; floor_bytes / kernel_bytes is the largest share they can reach.
+        flops: multiplications, additions and the like.
+    """
+
+    floor_bytes: int
+    kernel_bytes: int
+    flops: int
+
+
+def model_of(op: str, **arguments: Any) -> Model:
+    """The model of a call with these arguments of the op's public function; tensors may be on the meta device.
+
+    A gradient counts where a tensor requires it.
+    """
+    cases = importlib.import_module(f"sdmp_kernels.ops.{op}.cases")
+    return Model(cases.floor_bytes(**arguments), cases.kernel_bytes(**arguments), cases.flops(**arguments))
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is asked: one op at one size, dtype, layout and rule, and the arms that answer.
@@ -82,8 +112,7 @@ class Setting:
         outputs: names of the results.
         dtype: of the arithmetic's result, whose rounding is allowed for.
         arms: the first one of kind "ours" that runs is what ratios refer to.
-        bytes_moved: the fewest bytes that must pass through memory, or None where arithmetic bounds.
-        flops: multiplications and additions of the matrix products, or None.
+        model: what a call must move and compute, or None where nobody counted.
     """
 
     op: str
@@ -95,8 +124,7 @@ class Setting:
     outputs: tuple[str, ...]
     dtype: torch.dtype
     arms: Sequence[Arm]
-    bytes_moved: int | None = None
-    flops: int | None = None
+    model: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +180,9 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         "device": device.type,
         "threads": torch.get_num_threads(),
         "input_copies": len(inputs),
-        "bytes_moved": setting.bytes_moved,
-        "flops": setting.flops,
+        "floor_bytes": setting.model.floor_bytes if setting.model else None,
+        "kernel_bytes": setting.model.kernel_bytes if setting.model else None,
+        "flops": setting.model.flops if setting.model else None,
         "ours": next((r.arm.name for r in runners if r.arm.kind == "ours"), None),
         "arms": list(told.values()),
     }
@@ -170,10 +199,10 @@ def _broke(runner: Runner, told: dict[str, dict[str, Any]], say: Callable[[str],
 
 def copies_needed(setting: Setting, device: torch.device) -> int:
     """How many input sets to rotate through, so that none is found in the GPU's L2 cache from the call before."""
-    if device.type != "cuda" or not setting.bytes_moved:
+    if device.type != "cuda" or setting.model is None:
         return 1
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(64, math.ceil(3 * l2_bytes / setting.bytes_moved)))
+    return max(1, min(64, math.ceil(3 * l2_bytes / max(1, setting.model.floor_bytes))))
 
 
 def _plain(setting: Setting, inputs: Inputs) -> list[Tensor] | None:
@@ -389,10 +418,9 @@ def weigh(runner: Runner, runners: list[Runner], setting: Setting, device: torch
     entry: dict[str, Any] = {"seconds": seconds | {"rounds": len(runner.times), "calls_per_round": runner.inner}}
     if "images" in setting.config:
         entry["images_per_s"] = setting.config["images"] / seconds["p50"]
-    if setting.bytes_moved:
-        entry["gb_per_s"] = setting.bytes_moved / seconds["p50"] / 1e9
-    if setting.flops:
-        entry["tflops"] = setting.flops / seconds["p50"] / 1e12
+    if setting.model is not None:
+        entry["gb_per_s"] = setting.model.floor_bytes / seconds["p50"] / 1e9
+        entry["tflops"] = setting.model.flops / seconds["p50"] / 1e12
     for ceiling, field_name in (("copy", "share_of_copy"), ("matmul", "share_of_matmul")):
         alike = [r for r in runners if r.arm.kind == "ceiling" and r.arm.name.startswith(ceiling)]
         # A replay is held to a replayed ceiling, as both are without the host's time.
@@ -516,5 +544,5 @@ def ceiling_matmul(flops: int, dtype: torch.dtype, device: torch.device) -> Arm:
         out = torch.empty_like(a)
         return Call(lambda: [torch.mm(a, b, out=out)], count=1 / scale)
 
-    what = f"torch {torch.__version__} mm of {side} x {side} {str(dtype)[6:]}, time scaled by {scale:.3g} to equal FLOP"
+    what = f"torch {torch.__version__} mm of {side} x {side} {short(dtype)}, time scaled by {scale:.3g} to equal FLOP"
     return Arm("matmul", what, "ceiling", bind)

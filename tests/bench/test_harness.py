@@ -10,6 +10,7 @@ from bench.harness import (
     Arm,
     Budget,
     Call,
+    Model,
     Runner,
     Setting,
     largest_error,
@@ -40,7 +41,7 @@ def setting(*arms):
         outputs=("y",),
         dtype=torch.float32,
         arms=arms,
-        bytes_moved=800,
+        model=Model(floor_bytes=800, kernel_bytes=800, flops=0),
     )
 
 
