@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import losses, mix, step
+from bench.clock import clock_of
 from bench.harness import (
     Absent,
     Arm,
@@ -71,7 +72,7 @@ def _median(call: Callable[[], list[Tensor]], device: torch.device) -> float:
     runner = Runner(Arm("", "", "ceiling", lambda _: Call(call)), [Call(call)], [])
     for _ in range(3):
         call()
-    return percentiles([once(runner, device) for _ in range(10)])["p50"]
+    return percentiles([once(runner, clock_of(device.type)).seconds for _ in range(10)])["p50"]
 
 
 # More than 2^31 elements.

@@ -72,6 +72,8 @@ ARM: dict[str, tuple[type, ...]] = {
     "memory_method?": TEXT,
     "launches?": (int, MAYBE),
     "host_syncs?": (int, MAYBE),
+    "host_us?": NUMBER,
+    "queued?": (bool,),
     "images_per_s?": NUMBER,
 }
 CHECK: dict[str, tuple[type, ...]] = {"status": TEXT, "detail": TEXT, "seconds": NUMBER, "facts?": (dict,)}

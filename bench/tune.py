@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import environment, losses, mix
+from bench.clock import clock_of
 from bench.harness import (
     Absent,
     Arm,
@@ -244,7 +245,7 @@ def faster(
                 return None
             continue
         runners[name] = runner
-    time_rounds(list(runners.values()), device, budget)
+    time_rounds(list(runners.values()), clock_of(device.type), budget)
     first = runners.pop("entry 0")
     gains = {name: paired(first, runner) for name, runner in runners.items()}
     if not gains:
