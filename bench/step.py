@@ -155,6 +155,7 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=arms,
+        paced=True,
     )
 
 
@@ -313,6 +314,7 @@ def loader_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=[_loader_arm(loader, feed) for loader in ("dali", "torchvision")],
+        paced=True,
     )
 
 
@@ -365,4 +367,5 @@ def fed_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=arms,
+        paced=True,
     )

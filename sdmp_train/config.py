@@ -18,7 +18,8 @@ from tyro.conf import AvoidSubcommands, OmitArgPrefixes
 
 from .methods.method import Method
 from .methods.mocov3 import MoCoV3
-from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near
+from .reading import read_yaml
+from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
 
 __all__ = [
     "METHODS",
@@ -29,10 +30,12 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "brief",
     "drift",
     "from_dict",
     "load_config",
     "near",
+    "one_line",
     "save_config",
     "to_dict",
     "with_method",
@@ -89,7 +92,7 @@ def with_method(config: Config, name: str) -> Config:
         ConfigError: for an unknown name, with near matches.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(f"method is {name!r}; expected one of {', '.join(METHODS)}.{near(str(name), METHODS)}")
+        raise ConfigError(f"method is {brief(name)}; expected one of {', '.join(METHODS)}.{near(name, METHODS)}")
     return config if name == config.method_name else dataclasses.replace(config, method=METHODS[name].Config())
 
 
@@ -141,9 +144,9 @@ def from_dict(settings: Mapping[str, Any], base: Config, source: str = "config")
     groups = {}
     for group, values in settings.items():
         if group not in known_groups:
-            raise ConfigError(f"{source}: unknown group {group!r}.{near(str(group), known_groups)}")
+            raise ConfigError(f"{source}: unknown group {brief(group)}.{near(group, known_groups)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{source}: {group} must hold names and values, found {values!r}")
+            raise ConfigError(f"{source}: {group} must hold names and values, found {brief(values)}")
         if group == "method" and "name" in values:
             base = with_method(base, values["name"])
             values = {key: value for key, value in values.items() if key != "name"}
@@ -151,7 +154,8 @@ def from_dict(settings: Mapping[str, Any], base: Config, source: str = "config")
         hints = typing.get_type_hints(type(current))
         for key in values:
             if key not in hints:
-                raise ConfigError(f"{source}: unknown setting {group}.{key}.{near(str(key), hints)}")
+                name = one_line(key) if isinstance(key, str) else brief(key)
+                raise ConfigError(f"{source}: unknown setting {group}.{name}.{near(key, hints)}")
         coerced = {key: coerce(value, hints[key], f"{source}: {group}.{key}") for key, value in values.items()}
         groups[group] = dataclasses.replace(current, **coerced)
     return dataclasses.replace(base, **groups)
@@ -187,12 +191,16 @@ def coerce(value: Any, wanted: Any, name: str) -> Any:
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 (no point) as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if wanted in (int, str, bool) and type(value) is wanted:
+    if wanted is int and type(value) is int and abs(value) < 2**63:
+        return value
+    if wanted is str and type(value) is str and "\0" not in value:
+        return value
+    if wanted is bool and type(value) is bool:
         return value
     expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else str(getattr(wanted, "__name__", wanted))
-    raise ConfigError(f"{name} is {value!r}; expected {expected}.{near(str(value), map(str, inner))}")
+    raise ConfigError(f"{name} is {brief(value)}; expected {expected}.{near(value, map(str, inner))}")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -203,7 +211,7 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path, base: Config) -> Config:
     """`base` overridden by a YAML file."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    return from_dict(settings or {}, base, str(path))
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from error
+    return from_dict({} if settings is None else settings, base, str(path))

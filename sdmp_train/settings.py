@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,16 +20,33 @@ class ConfigError(ValueError):
     """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def near(word: object, known: Iterable[str]) -> str:
     """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
     return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    try:
+        return one_line(short.repr(value))
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def one_line(text: object) -> str:
+    """What an exception (or a text) says, without line breaks and shortened; its kind where it says nothing."""
+    words = " ".join(str(text).split())
+    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
 
 
 def require(ok: bool, name: str, got: object, expected: str) -> None:
     """Raise `ConfigError` in the one form all settings use."""
     if not ok:
-        raise ConfigError(f"{name} is {got!r}; expected {expected}")
+        raise ConfigError(f"{name} is {brief(got)}; expected {expected}")
 
 
 def between(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -25,7 +25,7 @@ from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 
 from ..data import Batch, ViewRecipe, byol_views
 from ..distributed import World, distribute, gather_rows
-from ..models import start_vit
+from ..models import feature_width, start_vit
 from ..optim import key_momentum
 from ..settings import between, require
 from .method import At, Group, Loss, Setup
@@ -119,7 +119,7 @@ class Student(nn.Module):
 def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Student:
     """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
     is_vit = hasattr(backbone, "patch_embed")
-    width = int(backbone.num_features)  # type: ignore[arg-type]
+    width = feature_width(backbone)
     hidden = [config.mlp_dim] * (2 if is_vit else 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)

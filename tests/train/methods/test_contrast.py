@@ -7,7 +7,7 @@ import torch
 from tiny_runs import build_method
 from torch import nn
 
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.methods.contrast import ContrastConfig, build_student, mlp_head
 from sdmp_train.models import build_backbone
 
@@ -32,6 +32,25 @@ def test_heads_of_a_resnet(tiny_resnet: Config):
     student = build_student(build_backbone(tiny_resnet.model, 32, seed=0), tiny_resnet.method, seed=0)
     assert layers(student.encoder.projector) == ["96-64", "BatchNorm1d", "ReLU", "64-32", "BatchNorm1d"]
     assert layers(student.predictor) == ["32-64", "BatchNorm1d", "ReLU", "64-32"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_px"),
+    [
+        ("deit_tiny_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 32),
+        ("mobilenetv3_small_100", 32),
+        ("convnext_atto", 40),
+        ("test_resnet", 33),
+        ("deit3_small_patch16_224", 32),
+        ("vit_tiny_r_s16_p8_224", 64),
+    ],
+)
+def test_the_heads_fit_whatever_architecture_takes_the_images(arch: str, image_px: int):
+    backbone = build_backbone(ModelConfig(arch=arch), image_px, seed=0)
+    student = build_student(backbone, ContrastConfig(dim=8, mlp_dim=16), seed=0)
+    (queries,) = student(torch.zeros(2, 3, image_px, image_px))
+    assert queries.shape == (2, 8)
 
 
 def test_heads_depend_on_the_seed_alone_and_global_random_state_is_not_moved(tiny: Config):
