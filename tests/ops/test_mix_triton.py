@@ -18,6 +18,7 @@ from sdmp_kernels.ops.mix import cases, reference
 
 pytest.importorskip("triton")
 from sdmp_kernels.ops.mix import triton as kernels
+from sdmp_kernels.ops.mix import triton_kernels
 
 DEVICE = matrix.DEVICES[-1]
 HERE = [case for case in cases.CASES if not case.interpreter or DEVICE == "cuda"]
@@ -135,6 +136,15 @@ def test_every_kernel_runs():
             images = torch.rand((3, 2, 8, 8), device=DEVICE).requires_grad_()
             mix(images, plan).sum().backward()
     assert names == set(kernels.KERNELS)
+
+
+def test_every_kernel_is_listed():
+    assert {name for name in vars(triton_kernels) if name.endswith("_kernel")} == set(kernels.KERNELS)
+
+
+def test_rules_with_a_box_are_the_last_ones():
+    """What the kernels ask by `rule >= RULE_CUTMIX`."""
+    assert [rule for rule in Rule if rule >= Rule.CUTMIX] == [Rule.CUTMIX, Rule.RESIZEMIX]
 
 
 def test_the_launch_table_has_every_bucket():
