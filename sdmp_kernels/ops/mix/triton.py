@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdmp_kernels import _launch
 from sdmp_kernels._launch import Call, Compile
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.triton_kernels import (
     mix_backward_gather_kernel,
     mix_backward_pair_kernel,
@@ -120,97 +121,53 @@ def _shape(
     return chosen, found["num_warps"], -(-count // found["block"]) * shares * rows
 
 
-def mix(
-    images: Tensor,
-    partners: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
-) -> None:
-    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`; see `reference.mix`."""
-    arch = _launch.architecture(images.device)
-    plan = (rule, partner, lam, box)
-    _mix_call(arch, images, partners, plan, mirrored, rules, mean, std, mixed, clean).launch(images.device)
+def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+    """Write the mixed images and, where they are wanted, the unmixed ones: one launch."""
+    _mix_call(_launch.architecture(images.device), images, partners, plan, norm, outputs).launch(images.device)
 
 
 def _mix_call(
-    arch: str,
-    images: Tensor,
-    partners: Tensor | None,
-    plan: tuple[Tensor, Tensor, Tensor, Tensor],
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
+    arch: str, images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs
 ) -> Call:
-    pair = mirrored and partners is None
+    pair = plan.mirrored and partners is None
     others = images if partners is None else partners
-    kept = mixed if clean is None else clean
-    rule, partner, lam, box = (t.contiguous() for t in plan)
-    scaling = _scaling(mean, std, images)
+    mixed, clean = outputs.mixed, outputs.mixed if outputs.clean is None else outputs.clean
+    rule, partner, lam, box = (tensor.contiguous() for tensor in plan[:4])
+    scaling = _scaling(*(norm or (None, None)), images)
     table = lam if scaling.table is None else scaling.table
-    layout = _layout([images, mixed, kept] if pair else [images, others, mixed, kept], mixed)
-    constants = layout.constants | _allowed(rules) | {"NORMALISE": std is not None, "CLEAN": clean is not None}
+    layout = _layout([images, mixed, clean] if pair else [images, others, mixed, clean], mixed)
+    constants = layout.constants | _allowed(plan.rules)
+    constants |= {"NORMALISE": norm is not None, "CLEAN": outputs.clean is not None}
     constants["PLANES"] = images.shape[1] if constants["PER"] == 1 and images.shape[1] <= 4 else 1
     rows = -(-len(images) // 2) if pair else len(images)
     chosen, num_warps, programs = _shape(arch, "pair" if pair else "gather", rows, images, constants)
     constants |= chosen
     scalars = [layout.units, *images.shape[2:], *layout.strides, *scaling.centres, *scaling.scales]
     if pair:
-        args = [images, mixed, kept, rule, lam, box, table, len(images), *scalars]
+        args = [images, mixed, clean, rule, lam, box, table, len(images), *scalars]
         return Call(mix_pair_kernel, (programs,), tuple(args), num_warps, 1, constants)
-    args = [images, others, mixed, kept, rule, partner, lam, box, table, len(others), *scalars]
+    args = [images, others, mixed, clean, rule, partner, lam, box, table, len(others), *scalars]
     constants["SELF"] = partners is None
     return Call(mix_gather_kernel, (programs,), tuple(args), num_warps, 1, constants)
 
 
-def mix_backward(
-    grad_mixed: Tensor | None,
-    grad_clean: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    std: list[float] | None,
-    grad_images: Tensor,
-    grad_partners: Tensor | None,
-) -> None:
-    """Write the gradients of `images`, and of `partners` where they were given; see `reference.mix_backward`."""
-    arch = _launch.architecture(grad_images.device)
-    plan = (rule, partner, lam, box)
-    for call in _backward_calls(arch, grad_mixed, grad_clean, plan, mirrored, rules, std, grad_images, grad_partners):
-        call.launch(grad_images.device)
+def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
+    """Write the gradients of float images, and of `partners` where they were given: a launch for each of the two."""
+    device = gradients.images.device
+    for call in _backward_calls(_launch.architecture(device), upstream, plan, std, gradients):
+        call.launch(device)
 
 
 def _backward_calls(
-    arch: str,
-    grad_mixed: Tensor | None,
-    grad_clean: Tensor | None,
-    plan: tuple[Tensor, Tensor, Tensor, Tensor],
-    mirrored: bool,
-    rules: list[int],
-    std: list[float] | None,
-    grad_images: Tensor,
-    grad_partners: Tensor | None,
+    arch: str, upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients
 ) -> list[Call]:
-    given = [t for t in (grad_mixed, grad_clean) if t is not None]
+    given = [t for t in upstream if t is not None]
     grads = (given[0], given[-1])
-    scaling = _scaling(None, std, grad_images)
-    rule, partner, lam, box = (t.contiguous() for t in plan)
+    scaling = _scaling(None, std, gradients.images)
+    rule, partner, lam, box = (tensor.contiguous() for tensor in plan[:4])
     table = lam if scaling.table is None else scaling.table
-    constants = _allowed(rules) | {"NORMALISE": std is not None}
-    constants |= {"MIXED": grad_mixed is not None, "CLEAN": grad_clean is not None}
+    constants = _allowed(plan.rules) | {"NORMALISE": std is not None}
+    constants |= {"MIXED": upstream.mixed is not None, "CLEAN": upstream.clean is not None}
 
     def call(kernel: Any, name: str, result: Tensor, tensors: list[Tensor], **more: Any) -> Call:
         layout = _layout([*grads, result], result)
@@ -221,15 +178,15 @@ def _backward_calls(
         args = [*grads, result, *tensors, *numbers, layout.units, *result.shape[2:], *layout.strides, *scaling.scales]
         return Call(kernel, (programs,), tuple(args), num_warps, 1, layout.constants | constants | more | chosen)
 
-    if mirrored and grad_partners is None:
-        return [call(mix_backward_pair_kernel, "backward_pair", grad_images, [rule, lam, box, table])]
-    sources = grad_images if grad_partners is None else grad_partners
-    tensors = [rule, partner, lam, box, *_users(partner, len(sources)), table]
+    images, partners = gradients
+    if plan.mirrored and partners is None:
+        return [call(mix_backward_pair_kernel, "backward_pair", images, [rule, lam, box, table])]
+    tensors = [rule, partner, lam, box, *_users(partner, len(images if partners is None else partners)), table]
     kernel, name = mix_backward_gather_kernel, "backward_gather"
-    own = call(kernel, name, grad_images, tensors, OWN=True, OTHER=grad_partners is None)
-    if grad_partners is None:
+    own = call(kernel, name, images, tensors, OWN=True, OTHER=partners is None)
+    if partners is None:
         return [own]
-    return [own, call(kernel, name, grad_partners, tensors, OWN=False, OTHER=True)]
+    return [own, call(kernel, name, partners, tensors, OWN=False, OTHER=True)]
 
 
 def _users(partner: Tensor, sources: int) -> tuple[Tensor, Tensor]:
@@ -275,10 +232,10 @@ def compiles(arch: str) -> list[Compile]:
     ]  # fmt: skip
 
 
-def _meta_plan(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _meta_plan(rows: int, mirrored: bool, rules: list[int]) -> PlanRows:
     shapes = (((rows,), torch.uint8), ((rows,), torch.int64), ((rows,), torch.float32), ((rows, 4), torch.int32))
     rule, partner, lam, box = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
-    return rule, partner, lam, box
+    return PlanRows(rule, partner, lam, box, mirrored, rules)
 
 
 def _meta_images(dtype: torch.dtype, channels: int, size: tuple[int, int], pixels: bool, strided: bool) -> Tensor:
@@ -307,14 +264,14 @@ def _forward(
 ) -> Compile:
     images = _meta_images(source, channels, size, pixels, strided)
     mixed = torch.empty_like(images, dtype=target or source)
-    mean, std = ((_MEAN * channels)[:channels], (_STD * channels)[:channels]) if normalise else (None, None)
-    kept = torch.empty_like(mixed) if clean else None
-    call = _mix_call(arch, images, None, _meta_plan(len(images)), mirrored, rules, mean, std, mixed, kept)
+    norm = Norm((_MEAN * channels)[:channels], (_STD * channels)[:channels]) if normalise else None
+    outputs = Outputs(mixed, torch.empty_like(mixed) if clean else None)
+    call = _mix_call(arch, images, None, _meta_plan(len(images), mirrored, rules), norm, outputs)
     return call.compilation(f"mix {name}", facts)
 
 
 def _backward(arch: str, name: str, dtype: torch.dtype, *, mirrored: bool = True) -> Compile:
     grad = _meta_images(dtype, 3, (224, 224), pixels=False, strided=False)
-    plan = _meta_plan(len(grad))
-    (call,) = _backward_calls(arch, grad, grad, plan, mirrored, _ALL, _STD, torch.empty_like(grad), None)
+    plan, gradients = _meta_plan(len(grad), mirrored, _ALL), Gradients(torch.empty_like(grad), None)
+    (call,) = _backward_calls(arch, Upstream(grad, grad), plan, _STD, gradients)
     return call.compilation(f"mix {name}", _WIDE)
