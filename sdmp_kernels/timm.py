@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import LABELS, Draws, build_plan, choose, class_numbers, dense_target
+from sdmp_kernels._drop_in import LABELS, Draws, choose, class_numbers, dense_target
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_boxes
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
 
 _MODES = ("batch", "pair", "elem")
 _IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -155,8 +155,19 @@ class Mixup:
         return x, labels
 
     def draw(self, n: int, size: tuple[int, int]) -> MixPlan:
-        """The plan of the next step, on the CPU, as a call on n images of `size` = (H, W) would draw it."""
-        return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), size)[0]
+        """Draw the plan of the next step, as a call would.
+
+        Args:
+            n: number of images, 0 or more.
+            size: (H, W) of the images in pixels.
+
+        Returns:
+            A `MixPlan` of n rows, on the CPU.
+
+        Raises:
+            TypeError, ValueError: for anything else, naming the argument.
+        """
+        return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), check_size(size))[0]
 
     def _draw(self, n: int, size: tuple[int, int]) -> tuple[MixPlan, Tensor | None]:
         """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's."""
@@ -170,12 +181,12 @@ class Mixup:
         else:
             rule, drawn = np.full(count, int(Rule.KEEP), dtype=np.uint8), np.ones(count)
             boxes, rules = np.zeros((count, 4), dtype=np.int32), (Rule.KEEP,)
-        rule, drawn, boxes = rule[unit], drawn[unit], boxes[unit]
-        flip = np.arange(n - 1, -1, -1)
-        plan = build_plan(rule, drawn, boxes, flip, size, rules=rules, mirrored=True)
+        rule, drawn = rule[unit], drawn[unit].astype(np.float32)
+        plan = make_plan(torch.from_numpy(rule), torch.from_numpy(drawn), size, box=torch.from_numpy(boxes[unit]))
+        plan = allowing(plan, rules)
         if self.correct_lam or self.cutmix_minmax is not None:
             return plan, None
-        uncorrected = np.where(rule == Rule.CUTMIX, drawn.astype(np.float32), plan.lam.numpy())
+        uncorrected = np.where(rule == Rule.CUTMIX, drawn, plan.lam.numpy())
         return plan, torch.from_numpy(uncorrected)
 
     def _units(self, n: int) -> np.ndarray:
