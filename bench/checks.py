@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 
 from bench import losses, mix, step
-from bench.harness import Absent, Arm, Call, Runner, Setting, backends_of, largest_error, once, percentiles, words
+from bench.clock import clock_of
+from bench.harness import (
+    Absent,
+    Arm,
+    Call,
+    Runner,
+    Setting,
+    backends_of,
+    largest_error,
+    once,
+    percentiles,
+    short,
+    words,
+)
 from bench.results import Results
 from sdmp_kernels import MixPlan, TwoHot, _backends, draw_plan, info_nce, soft_cross_entropy, use_backend
 from sdmp_kernels import mix as mix_op
@@ -45,7 +58,7 @@ def ceilings(device: torch.device, tiny: bool, results: Results) -> int:
         # Random values: on zeros a matrix product draws less power and runs faster.
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = _median(functools.partial(_product, a, b, torch.empty_like(a)), device)
-        results.document["ceilings"][f"matmul_{losses.short(dtype)}_tflops"] = 2 * side**3 / seconds / 1e12
+        results.document["ceilings"][f"matmul_{short(dtype)}_tflops"] = 2 * side**3 / seconds / 1e12
     results.write()
     print("  " + ", ".join(f"{name} {value:.4g}" for name, value in results.document["ceilings"].items()))
     return 0
@@ -59,7 +72,7 @@ def _median(call: Callable[[], list[Tensor]], device: torch.device) -> float:
     runner = Runner(Arm("", "", "ceiling", lambda _: Call(call)), [Call(call)], [])
     for _ in range(3):
         call()
-    return percentiles([once(runner, device) for _ in range(10)])["p50"]
+    return percentiles([once(runner, clock_of(device.type)).seconds for _ in range(10)])["p50"]
 
 
 # More than 2^31 elements.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import losses, peers
+from bench import info_nce, peers
 from bench.harness import Absent
 from sdmp_kernels import Rule, draw_plan, mix
 
@@ -43,7 +43,7 @@ def test_the_official_style_loop_mixes_as_the_plan_says(images):
 
 def test_hard_label_peers_are_held_to_loss_and_gradient():
     """By an arm that is right, and by one whose gradient alone is wrong."""
-    asked = losses.contrastive(n=16, width=8, dtype=torch.float32, device=torch.device("cpu"), size="tiny")
+    asked = info_nce.setting(n=16, width=8, dtype=torch.float32, device=torch.device("cpu"), size="tiny")
     inputs = asked.inputs(0)
     logits = inputs["q"] @ inputs["k"][0].T / inputs["temperature"]
     loss = torch.nn.functional.cross_entropy(logits, torch.arange(16))
