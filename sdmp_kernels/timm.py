@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor
+from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
 from sdmp_kernels._drop_in import LABELS, Draws, choose, class_numbers, dense_target
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
@@ -272,6 +272,8 @@ def _as_images(x: Tensor, rules: tuple[Rule, ...]) -> Tensor:
             "alone, with cutmix_alpha=0, resizemix_alpha=0 and cutmix_minmax=None"
         )
     check_tensor("x", x, dtypes=_IMAGES, ndim=x.ndim, shape="(N, C, H, W)")
+    if x.ndim == 4:
+        check_channels_first("x", x)
     if rules != (Rule.KEEP,):
         if any(length > 1 and stride == 0 for length, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError("x is an expanded tensor whose elements share memory; give x.contiguous() to mix in place")

@@ -572,6 +572,12 @@ CALL_ERRORS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
         ValueError,
         r"got \(8, 9\); what has no height .* cutmix_alpha=0",
     ),
+    (
+        {},
+        {"x": torch.zeros(8, 24, 20, 3).byte()},
+        ValueError,
+        r"x must have .* looks like \(N, H, W, C\); give x.permute",
+    ),
     ({}, {"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(N, C, H, W\), got \(\)"),
     ({}, {"x": torch.rand(8, 1, 4, 4).expand(8, 3, 4, 4)}, ValueError, "x is an expanded tensor .* give x.contiguous"),
     ({}, {"x": torch.rand(8, 3, 4, 4).requires_grad_()}, ValueError, "x is a leaf that requires a gradient"),
