@@ -18,6 +18,7 @@ from tyro.conf import AvoidSubcommands, OmitArgPrefixes
 
 from .methods.method import Method
 from .methods.mocov3 import MoCoV3
+from .methods.supervised import Supervised
 from .reading import read_yaml
 from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
 
@@ -43,6 +44,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
+    "supervised": Supervised,
 }
 
 # Built from the registry, where mypy cannot follow; tyro reads them at run time.

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_loop import Spy
-from tiny_runs import build_training
+from tiny_runs import Spy, build_training
 from torch import Tensor
 
 from sdmp_kernels import TwoHot, _backends, _launch, use_backend
