@@ -143,6 +143,10 @@ def backends() -> dict[str, dict[str, str]]:
 
     Example: ``{"mix": {"cpu": "cpp", "cuda": "none (torch sees no CUDA device)"}}``. A call that its usual backend
     cannot serve (float64, for example) takes the next one in the order shown.
+
+    Returns:
+        By op and device type ("cpu", "cuda"): a backend's name, with the reasons in brackets where a faster one does
+        not run; "none" with the reason where none does.
     """
     return {name: {device: _describe(op, device) for device in op.order} for name, op in OPS.items()}
 
@@ -173,6 +177,9 @@ def use_backend(name: str, ops: Sequence[str] | str | None = None) -> Iterator[N
         ValueError: for an unknown name.
         RuntimeError: on entering, where the backend cannot run on this machine at all, and on calling an op with
             arguments that the backend cannot serve.
+
+    Returns:
+        A context manager.
 
     The choice holds for the whole process, also for the threads that run a backward pass.
     """
