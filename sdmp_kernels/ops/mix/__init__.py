@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels._checks import check_channels_first, check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.mix import op
+from sdmp_kernels.ops.mix.arguments import PlanRows
 from sdmp_kernels.plan import MixPlan
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,7 +64,7 @@ def mix(
     scale = _check_normalisation(images, mean, std)
     result = _result_dtype(images, scale is not None, dtype, out, clean)
     mean_, std_ = scale if scale is not None else (None, None)
-    args = (plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, [int(r) for r in plan.rules], mean_, std_)
+    args = (*PlanRows.of(plan), mean_, std_)
     if out is None:
         mixed, kept = torch.ops.sdmp.mix(images, partners, *args, result, clean)
         return (kept, mixed) if clean else mixed
