@@ -9,15 +9,15 @@ from pathlib import Path
 from torch import nn
 
 from . import checkpoint
-from .config import to_dict
+from .config import ConfigError, to_dict
 from .data import Index, eval_loader
-from .evaluate.knn import image_features, knn_images, spread, weighted_knn
+from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
 from .splits import EMBEDDED
-from .training import Training, state_parts, versions
+from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
 SAVE_ATTEMPTS = 3
@@ -86,6 +86,7 @@ class Run:
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
+            "backbone": backbone_place(self.training.method),
         }
         target = self.folder / "checkpoints"
         try:
@@ -125,7 +126,13 @@ class Run:
             )
             for images in knn_images(self.index, self.test_index, config.run.knn_max_images)
         )
-        accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        try:
+            accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        except ConfigError as error:  # features that are not finite: no reason to end the run
+            self.log.say(f"kNN      not measured, {what}: {error}")
+            return
+        if (remark := collapse(bank)) is not None:
+            self.log.say(f"kNN      {what}: {remark}")
         self.log.say(
             f"kNN      {accuracy:6.1%} {what} (k = {KNN_K}, {len(bank.rows)} bank, {len(queries.rows)} queries)"
         )
@@ -134,14 +141,11 @@ class Run:
 
     def picture(self) -> None:
         """mix.png, from the first images of the run."""
-        config = self.training.config
-        if config.mixing.mixing == "none":
-            return
-        with eval_loader(spread(self.index, 8), config.data.image_px, batch_size=8, device="cpu") as batches:
-            views = next(iter(batches)).views[0]
-        save_mix_picture(
-            self.folder / "mix.png", views, config.mixing.rules, alpha=config.mixing.alpha, seed=config.run.seed
-        )
+        px = self.training.config.data.image_px
+        with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
+            examples = self.training.method.example(next(iter(batches)))
+        if examples:
+            save_mix_picture(self.folder / "mix.png", examples)
 
     def farewell(self) -> list[str]:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""
