@@ -84,6 +84,8 @@ class Index:
     """(N,) True where DALI's decoder is not known to agree with Pillow, so that Pillow decodes for both loaders."""
     bad: tuple[BadFile, ...] = field(default=())
     """Files, and folders that may not be read, left out with `on_bad="skip"`."""
+    faults: str = ""
+    """What `on_bad="stop"` raises on, as a text."""
     notes: tuple[str, ...] = field(default=())
     """What was passed over, one phrase each: other kinds of files, folders without an image."""
 
@@ -125,7 +127,7 @@ def open_folder(
     path: str | os.PathLike[str],
     *,
     split: Literal["train", "val"] | None = "train",
-    on_bad: Literal["stop", "skip"] = "stop",
+    on_bad: Literal["stop", "skip", "list"] = "stop",
     check: Literal["header", "decode"] = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int = MAX_PIXELS,
@@ -144,7 +146,8 @@ def open_folder(
 
     Args:
         on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
-            "skip" leaves such files out of the index and lists them in `Index.bad`.
+            "skip" leaves such files out of the index and lists them in `Index.bad`;
+            "list" leaves out any number of them without a word, for callers that tell of `Index.faults`.
         check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones.
         max_bad_frac: with "skip", the share of bad files above which the folder is refused after all.
         max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded).
@@ -157,8 +160,8 @@ def open_folder(
         DataError: no such folder, no images, or bad files; the message says what was found and what to do.
         TooManyBadFiles: the share of bad files exceeds `max_bad_frac`.
     """
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"on_bad must be 'stop' or 'skip', but is {on_bad!r}")
+    if on_bad not in ("stop", "skip", "list"):
+        raise ValueError(f"on_bad must be 'stop', 'skip' or 'list', but is {on_bad!r}")
     root = _resolve(Path(path), split)
     listing = list_files(root)
     cache = Cache(root, cache_dir)
@@ -173,7 +176,10 @@ def open_folder(
         raise DataError(_nothing_found(root, listing.by_suffix()))
     classes, labels = _classes([file.name for file in files])
     missing, harmless = missing_classes(listing, set(classes)) if classes else ([], [])
-    _judge(bad, listing.closed, missing, len(files) + len(bad), root, on_bad, max_bad_frac)
+    total = len(files) + len(bad)
+    faults = _faults(bad, listing.closed, missing, total, root)
+    if faults:
+        _judge(faults, len(bad), total, on_bad, max_bad_frac)
     return Index(
         root=root,
         paths=Paths(file.name for file in files),
@@ -183,6 +189,7 @@ def open_folder(
         classes=classes,
         pillow=np.array([checked[file.name].pillow for file in files], dtype=np.bool_),
         bad=tuple(sorted(bad + listing.closed, key=lambda file: file.path)),
+        faults=faults,
         notes=_notes(listing, missing + harmless),
     )
 
@@ -304,16 +311,9 @@ def _check_file(root: Path, file: File, decode: bool, max_pixels: int) -> Checke
     return Checked(height, width, decode, pillow)
 
 
-def _judge(
-    bad: list[BadFile],
-    closed: list[BadFile],
-    missing: list[BadFile],
-    total: int,
-    root: Path,
-    on_bad: str,
-    max_bad_frac: float,
-) -> None:
-    """Raise where what cannot be used may not be left out; else say what is left out."""
+def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path) -> str:
+    """What cannot be used, with the reasons; empty where all is well."""
+    bad, closed = (sorted(files, key=lambda file: file.path) for files in (bad, closed))
     found = [
         f"{count} of {total} files under {printable(root)} are not readable images:\n{_listing(bad)}"
         for count in (len(bad),)
@@ -323,18 +323,22 @@ def _judge(
         found.append(f"{len(closed)} folders under {printable(root)} cannot be read:\n{_listing(closed)}")
     if missing:
         found.append(f"{len(missing)} class folders under {printable(root)} have no image:\n{_listing(missing)}")
-    if not found:
-        return
-    said = "\n".join(found)
+    return "\n".join(found)
+
+
+def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) -> None:
+    """Raise where what cannot be used may not be left out; else say what is left out."""
     if on_bad == "stop":
-        raise DataError(f"{said}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
-    if len(bad) == total:
-        raise TooManyBadFiles(f"{said}\nNo usable image is left")
-    if len(bad) > max_bad_frac * total:
+        raise DataError(f"{faults}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
+    if bad == total:
+        raise TooManyBadFiles(f"{faults}\nNo usable image is left")
+    if on_bad == "list":
+        return
+    if bad > max_bad_frac * total:
         raise TooManyBadFiles(
-            f"{said}\nThat is {len(bad) / total:.1%}, more than the {max_bad_frac:.1%} that max_bad_frac allows"
+            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that max_bad_frac allows"
         )
-    _log.warning("%s\nThey are left out.", said)
+    _log.warning("%s\nThey are left out.", faults)
 
 
 def _notes(listing: Listing, empty: list[BadFile]) -> tuple[str, ...]:
