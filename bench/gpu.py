@@ -22,10 +22,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import environment, goals, plots, table
+from bench.harness import EXIT_ABSENT
 from bench.results import FOLDER, Results, default_path
 
 MATRIX = "tests/ops/test_every_op.py"
@@ -43,6 +45,7 @@ class Run:
         dry: tiny sizes through the interpreter.
         ends: time.monotonic() at which it must be over.
         failed: names of what failed.
+        absent: names of what could not run here for want of something, and of what.
         children: the processes that run now.
     """
 
@@ -51,6 +54,7 @@ class Run:
     dry: bool
     ends: float
     failed: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -82,9 +86,11 @@ class Run:
         return self.child(sys.executable, "-m", "bench", *words, "--json", str(self.path), seconds=seconds)
 
     def note(self, name: str, status: str, detail: str, seconds: float, **facts: object) -> None:
-        """Record a check, and remember it where it failed."""
+        """Record a check, and remember it where it failed or is absent."""
         if status == "failed":
             self.failed.append(name)
+        if status == "absent":
+            self.absent.append(f"{name} ({detail})")
         print(f"  {name}: {status} ({detail})")
         Results(self.path).check(name, status, detail, seconds, **facts)
 
@@ -131,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         Results(path, dry_run=args.dry_run).finish("gpu")
         if not args.dry_run:
             print(f"results in {path.relative_to(environment.ROOT) if environment.ROOT in path.parents else path}")
+    if state.absent:
+        print(f"absent: {'; '.join(state.absent)}")
     print(f"failed: {', '.join(state.failed)}" if state.failed else "nothing failed")
     return 1 if state.failed else 0
 
@@ -184,9 +192,15 @@ def check(name: str) -> Callable[[Run, float], None]:
         started = time.monotonic()
         tiny = ["--tiny"] if state.dry else []
         code = state.bench("check", name, "--device", state.device, *tiny, seconds=seconds)
-        _judge(state, name, code, time.monotonic() - started)
+        parts = {part: found for part, found in _checks(state).items() if part.startswith(f"{name} ")}
+        lacking = {part: found["detail"] for part, found in parts.items() if found["status"] == "absent"}
+        _judge(state, name, code, time.monotonic() - started, lacking)
 
     return stage
+
+
+def _checks(state: Run) -> dict[str, Any]:
+    return Results(state.path).document["checks"]
 
 
 def question(name: str) -> Callable[[Run, float], None]:
@@ -198,14 +212,24 @@ def question(name: str) -> Callable[[Run, float], None]:
             ["--tiny", "--threads", "1"] if state.dry else ["--minutes", f"{0.8 * seconds / 60:.2f}", "--seconds", "2"]
         )
         code = state.bench(name, "--device", state.device, *size, seconds=seconds)
-        _judge(state, f"bench {name}", code, time.monotonic() - started)
+        told = Results(state.path).document["runs"].get(name, {})
+        for arm, reason in told.get("lacking", {}).items():
+            state.note(f"bench {name}, {arm}", "absent", reason, 0)
+        if code == 0 and told["skipped"]:
+            left = f"{len(told['skipped'])} settings were not reached: {', '.join(told['skipped'])}"
+            return state.note(f"bench {name}", "out of time", left, time.monotonic() - started)
+        return _judge(state, f"bench {name}", code, time.monotonic() - started, told.get("absent", {}))
 
     return stage
 
 
-def _judge(state: Run, name: str, code: int | None, taken: float) -> None:
+def _judge(state: Run, name: str, code: int | None, taken: float, absent: dict[str, str]) -> None:
+    """Record how a stage's process ended; `absent`: its parts that could not run here, and why."""
     if code is None:
         state.note(name, "out of time", "ended; what it had finished is kept", taken)
+    elif code == EXIT_ABSENT:
+        parts = "; ".join(f"{part}: {reason}" for part, reason in absent.items()) or "it had nothing to run here"
+        state.note(name, "absent", f"not all of it could run here. {parts}", taken)
     elif code:
         state.note(name, "failed", f"ended with exit code {code}", taken)
     else:
@@ -322,8 +346,7 @@ def pictures(state: Run, seconds: float) -> None:
     for goal, words in goals.NOT_BUILT.items():
         print(f"  {goal:<4} {words}: not built yet")
     if importlib.util.find_spec("matplotlib") is None:
-        print("  no plots: matplotlib is not installed")
-        return
+        return state.note("plots", "absent", "matplotlib is not installed", 0)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         for path in plots.draw(results.document, Path(scratch) if state.dry else FOLDER):
             print(f"  drew {path.name}")
@@ -331,6 +354,7 @@ def pictures(state: Run, seconds: float) -> None:
         print(f"  the table has {len(table.render([results.document]).splitlines())} lines")
     elif state.path.parent == FOLDER:
         print("  README.md: table written" if table.write_readme() else "  README.md has no markers for the table")
+    return None
 
 
 STAGES = (

@@ -26,6 +26,9 @@ from bench.memory import extra_peak
 from sdmp_kernels import _backends, use_backend
 
 Inputs = dict[str, Any]
+OURS = ("bench", "sdmp_kernels", "sdmp_train")
+# Exit code of a command of which a part could not run here for want of something: neither passed nor failed.
+EXIT_ABSENT = 3
 
 
 class Absent(Exception):
@@ -256,15 +259,32 @@ def prepare(
             calls = [capture(calls)]
         runner = Runner(arm, calls, errors, paced=setting.paced)
         warm_up(runner, clock_of(device.type), budget)
-    except Absent as absent:
-        return None, entry | {"status": "absent", "reason": str(absent)}
     except Exception as error:
         # Peers are other people's code on machines we have not seen: one that breaks is named, and the rest go on.
+        why = absence(error)
+        if why is not None:
+            return None, entry | {"status": "absent", "reason": why}
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None, entry | {"status": "failed", "reason": words(error)}
     return runner, entry | {"status": "ok"}
+
+
+def absence(error: BaseException | None) -> str | None:
+    """What is not on this machine, where that is what this error comes from; None where something is broken.
+
+    A module of this project that cannot be found is broken, not absent.
+    """
+    while error is not None:
+        if isinstance(error, Absent):
+            return str(error)
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            package = error.name.partition(".")[0]
+            if package not in OURS:
+                return f"{package} is not installed"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def words(error: Exception) -> str:

@@ -38,6 +38,9 @@ RUN: dict[str, tuple[type, ...]] = {
     "threads": (int,),
     "allocator": TEXT,
     "skipped": (list,),
+    "absent?": (dict,),
+    "broken?": (dict,),
+    "lacking?": (dict,),
 }
 ROW: dict[str, tuple[type, ...]] = {
     "question": TEXT,
@@ -130,6 +133,11 @@ class Results:
     def skip(self, question: str, setting: str) -> None:
         """Name a setting that there was no time for."""
         self.document["runs"][question]["skipped"].append(setting)
+        self.write()
+
+    def gap(self, question: str, kind: str, name: str, reason: str) -> None:
+        """Name what a question did not measure, and why: `kind` is "absent", "broken" or "lacking"."""
+        self.document["runs"][question].setdefault(kind, {})[name] = reason
         self.write()
 
     def check(self, name: str, status: str, detail: str, seconds: float, **facts: Any) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from tyro.conf import OmitArgPrefixes, arg
+
+from .flags import OmitArgPrefixes, arg
 
 
 class ConfigError(ValueError):
