@@ -519,7 +519,7 @@ def large(device: torch.device, tiny: bool, backend: str) -> float:
     n = 6 if tiny else BEYOND // (3 * px * px) + 1
     fits(device, 3 * n * 3 * px * px)
     images = torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, device=device)
-    plan = draw_plan(n, (px, px), per="sample", seed=0, device=device)
+    plan = draw_plan(n, (px, px), per="sample", seed=0, step=0, device=device)
     with use_backend(backend, "mix"):
         mixed = mix(images, plan)
     assert isinstance(mixed, Tensor)

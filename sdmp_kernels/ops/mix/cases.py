@@ -294,7 +294,7 @@ def _case(
 def _drawn(n: int, size: tuple[int, int], rules: Sequence[str], box: str, seed: int) -> MixPlan:
     """The plan of the first seed in which as many rules occur as can."""
     while True:
-        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed)
+        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed, step=0)
         if len(plan.rule.unique()) == min(n, len(rules)):
             return plan
         seed += 1
