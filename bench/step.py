@@ -23,6 +23,7 @@ from bench.environment import shared_data
 from bench.harness import Absent, Arm, Call, Inputs, Setting
 from bench.mix import eager_normalise, literal_loop
 from sdmp_kernels import use_backend
+from sdmp_kernels._backends import OPS
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
@@ -190,7 +191,7 @@ def _step_arm(
         """The first step's loss against the one that the references give from the same start."""
         training = make_training(config_of(mixing, device, size, batch), device)
         with contextlib.ExitStack() as stack:
-            for op in ("mix", "info_nce"):
+            for op in OPS:
                 stack.enter_context(use_backend("reference", op))
             expected = one_step(training, inputs["views"])
         return float((results[0] - expected).abs())
