@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import environment, losses, mix, report, step
+from bench import apart, environment, losses, mix, report, step
 from bench.harness import EXIT_ABSENT, Budget, Setting, absence, measure, words
 from bench.memory import fix_allocator
 from bench.results import Results, default_path
@@ -30,9 +30,11 @@ def run(name: str, args: argparse.Namespace) -> int:
     allocator = fix_allocator() if name == "mix" and device.type == "cpu" else "default"
     path = args.json or (default_path() if args.size in ("default", "full") and not args.only else None)
     results = Results(path) if path is not None else None
-    print(f"{name} on {device.type}: {environment.line()}; allocator {allocator}")
+    alone = measured_apart(name, device, args.size)
+    processes = f"one to check each arm, and one per arm in each of {apart.ROUNDS} rounds" if alone else "one"
+    print(f"{name} on {device.type}: {environment.line()}; allocator {allocator}; processes: {processes}")
     if results is not None:
-        results.begin(name, threads=torch.get_num_threads(), allocator=allocator)
+        results.begin(name, threads=torch.get_num_threads(), allocator=allocator, processes=processes)
     budget = Budget(args.seconds if args.size != "quick" else min(args.seconds, 2.0))
     if args.size == "tiny":
         budget = Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup_seconds=0.0)
@@ -49,6 +51,18 @@ def run(name: str, args: argparse.Namespace) -> int:
             print(f"{gap.kind}: {gap.name}: {gap.reason}")
     kinds = {gap.kind for gap in gaps}
     return 1 if "broken" in kinds else EXIT_ABSENT if "absent" in kinds else 0
+
+
+def measured_apart(name: str, device: torch.device, size: str) -> bool:
+    """Whether every arm gets processes of its own: the losses on a CPU, but for the short runs."""
+    return name == "losses" and device.type == "cpu" and size in ("default", "full")
+
+
+def run_arm(args: argparse.Namespace) -> int:
+    """One arm of one setting, in the process that `bench/apart.py` has started for it; returns the exit code."""
+    device = choose_device(args.device)
+    torch.set_num_threads(args.threads)
+    return apart.child(args, SETTINGS[args.question](device, args.size), device)
 
 
 class Gap(NamedTuple):
@@ -96,7 +110,10 @@ def measure_all(
         print(f"\n{setting.name}")
         begun = time.monotonic()
         try:
-            row = measure(setting, device, budget, print)
+            if measured_apart(name, device, args.size):
+                row = apart.measure(setting, device, apart.starter(name, setting, device, args), print)
+            else:
+                row = measure(setting, device, budget, print)
         except Exception as error:
             # Its inputs or its truth do not fit this machine, say: the later settings can still be measured.
             print(f"    not measured: {words(error)}")

@@ -37,6 +37,7 @@ RUN: dict[str, tuple[type, ...]] = {
     "dirty": (bool, MAYBE),
     "threads": (int,),
     "allocator": TEXT,
+    "processes?": TEXT,
     "skipped": (list,),
     "absent?": (dict,),
     "broken?": (dict,),
@@ -105,8 +106,8 @@ class Results:
             }
         self.document["environment"] = environment.describe()
 
-    def begin(self, question: str, *, threads: int, allocator: str) -> None:
-        """Record who measures what, by which command and at which commit."""
+    def begin(self, question: str, *, threads: int, allocator: str, processes: str = "one") -> None:
+        """Record who measures what, by which command and at which commit, and in how many processes."""
         head, dirty = environment.commit()
         self.document["runs"][question] = {
             "command": environment.command(),
@@ -116,6 +117,7 @@ class Results:
             "dirty": dirty,
             "threads": threads,
             "allocator": allocator,
+            "processes": processes,
             "skipped": [],
         }
         self.write()
