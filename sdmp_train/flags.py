@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 try:
-    from tyro.conf import OmitArgPrefixes, arg
+    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, arg
 except ModuleNotFoundError:
     _Setting = TypeVar("_Setting")
-    OmitArgPrefixes = Annotated[_Setting, None]  # type: ignore[misc]
+    AvoidSubcommands = OmitArgPrefixes = Annotated[_Setting, None]  # type: ignore[misc]
 
     def arg(**_: Any) -> None:  # type: ignore[misc]
         """Nothing: without tyro nobody reads how a field is spelled."""
         return None
 
 
-__all__ = ["OmitArgPrefixes", "arg"]
+__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "arg"]
