@@ -27,6 +27,7 @@ SUITES = {
     "test_golden_training.py": "whole trainings, bit for bit",
     "test_layout.py": "this file",
     "test_native_build.py": "setup.py and csrc",
+    "bench/test_absent.py": "what a machine lacks, in every benchmark",
     "bench/test_model.py": "the bytes and operations that cases.py and the benchmarks share",
     "bench/test_questions.py": "every benchmark, run once on tiny inputs",
     "ops/test_every_op.py": "every op's cases",

@@ -21,6 +21,8 @@ class Batch:
     """(N,) int64 on the CPU: rows of the index."""
     labels: Tensor
     """(N,) int64 on the CPU: class number, -1 where the folder has no classes."""
+    valid: Tensor
+    """(N,) bool on the CPU: False where a file could not be decoded; all True while such a file ends the run."""
 
 
 class Loader(ABC):

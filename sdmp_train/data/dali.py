@@ -74,6 +74,7 @@ class DaliLoader(Loader):
                 views=tuple(view.permute(0, 3, 1, 2) for view in views),
                 ids=torch.from_numpy(rows.astype(np.int64)),
                 labels=torch.from_numpy(self._schedule.index.labels[rows]),
+                valid=torch.ones(len(rows), dtype=torch.bool),
             )
 
     def close(self) -> None:

@@ -134,7 +134,13 @@ def test_a_step_on_two_halves_is_the_step_on_the_whole(tiny_supervised: Config):
     whole, halves = build_training(config), build_training(replace(config, optim=half_batch))
     (batch,) = noise_batches(config, 1)
     parts = [
-        replace(batch, views=(batch.views[0][rows],), ids=batch.ids[rows], labels=batch.labels[rows])
+        replace(
+            batch,
+            views=(batch.views[0][rows],),
+            ids=batch.ids[rows],
+            labels=batch.labels[rows],
+            valid=batch.valid[rows],
+        )
         for rows in (slice(0, 4), slice(4, 8))
     ]
     whole.step = halves.step = 2

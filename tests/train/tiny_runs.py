@@ -57,7 +57,7 @@ def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.T
 def as_batch(views: tuple[torch.Tensor, ...], first_id: int = 0) -> Batch:
     """Views as a loader's batch, with labels 0, 1, 2, 0, ..."""
     ids = torch.arange(first_id, first_id + len(views[0]))
-    return Batch(views, ids, ids % CLASSES)
+    return Batch(views, ids, ids % CLASSES, torch.ones(len(ids), dtype=torch.bool))
 
 
 def noise_batches(config: Config, steps: int, views: int = 2) -> Iterator[Batch]:

@@ -85,6 +85,7 @@ def test_batch(index: Index, loader: str) -> None:
             assert view.is_contiguous(memory_format=torch.channels_last)
         assert batch.ids.dtype == batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == index.labels[batch.ids.numpy()].tolist()
+        assert batch.valid.dtype == torch.bool and batch.valid.tolist() == [True] * len(batch.ids)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

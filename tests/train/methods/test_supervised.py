@@ -46,7 +46,7 @@ def test_it_learns_the_embedded_classes_from_mixed_images():
         ids = torch.randint(len(labels), (rows,), generator=generator)
         flipped = torch.rand(rows, 1, 1, 1, generator=generator) < 0.5
         view = torch.where(flipped, images[ids].flip(3), images[ids])
-        step(training, [Batch((view,), ids, labels[ids])], StopRequest())
+        step(training, [Batch((view,), ids, labels[ids], torch.ones(rows, dtype=torch.bool))], StopRequest())
     unseen, expected = pictures("val", 50)
     clean = mix(unseen, draw_plan(len(unseen), (32, 32), prob=0.0, step=0), dtype=torch.float32, **PIXELS)
     with torch.inference_mode():
