@@ -76,11 +76,12 @@ class Training:
         counter = np.array([0, 0, self.world.rank, LAYER_STREAM], np.uint64)
         seed = int(np.random.Philox(key=key, counter=counter).random_raw())
         device = self.world.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
+            # Not torch.manual_seed, which would also seed GPUs that are not put back.
             torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                # Not torch.manual_seed, which would also seed GPUs that are not put back.
-                torch.cuda.default_generators[device.index].manual_seed(seed)
+            for gpu in gpus:
+                torch.cuda.default_generators[gpu].manual_seed(seed)
             yield
 
 
