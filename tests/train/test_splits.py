@@ -105,7 +105,7 @@ def test_a_test_split_that_cannot_be_used_is_refused_with_the_reason(root: Path,
     assert len(index) == 15
     assert test is not None
     assert len(test) == 0
-    assert "kNN is not measured" in describe_split(config(root).data, index, test)
+    assert "no bank and queries" in describe_split(config(root).data, index, test)
     assert measured(root / "train")[1] == 0
 
 
