@@ -346,7 +346,8 @@ def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) 
     if on_bad == "stop":
         raise DataError(f"{faults}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
     if bad == total:
-        raise TooManyBadFiles(f"{faults}\nNo usable image is left")
+        kind = DataError if on_bad == "list" else TooManyBadFiles
+        raise kind(f"{faults}\nNo usable image is left")
     if on_bad == "list":
         return
     if bad > max_bad_frac * total:
