@@ -50,6 +50,8 @@ class PretrainArguments:
     """Go on with a run: its folder, or nothing where --output names it."""
     resume_previous: bool = False
     """With --resume: take the checkpoint before the newest."""
+    accept_changed_data: bool = False
+    """With --resume: go on although image files have come or gone."""
     overwrite: bool = False
     """Delete a former run in the output folder."""
 
@@ -174,6 +176,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
         resume=arguments.resume is not None,
         previous=arguments.resume_previous,
         overwrite=arguments.overwrite,
+        accept_changed_data=arguments.accept_changed_data,
     )
 
 

@@ -17,6 +17,7 @@ from .config import Config, ConfigError, save_config, to_dict
 from .data import Index, Loader, make_loader
 from .distributed import World, join_world, wait_for_all
 from .export import export_backbone
+from .file_list import store_file_list
 from .guard import StopRequest
 from .log import Log
 from .loop import Outcome, train
@@ -35,6 +36,7 @@ def pretrain(
     resume: bool = False,
     previous: bool = False,
     overwrite: bool = False,
+    accept_changed_data: bool = False,
     log: Log | None = None,
 ) -> int:
     """Run a pretraining to its end, or until it is asked to stop. Returns the exit code.
@@ -50,14 +52,16 @@ def pretrain(
         run_folder.check_folder(folder, resume=resume, overwrite=overwrite)
         index, test_index = open_images(config, say=log.say)
         training = build(config, world, index)
+        remarks = []
         if resume:
-            load_state(training, folder, index, previous=previous)
+            remarks = load_state(training, folder, index, previous=previous, accept_changed_data=accept_changed_data)
         loader = stack.enter_context(open_loader(training, index))
         wait_for_all(world)  # no rank has found a fault: only now is anything written
         if world.is_first:
             run_folder.create_folder(folder, resume=resume, overwrite=overwrite)
             save_config(config, folder / run_folder.MARKER)
-        for line in describe(training, index, loader):
+            store_file_list(index, folder)
+        for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
         if config.run.knn_max_images > 0:
             log.say(f"split    {describe_split(config.data, index, test_index)}")

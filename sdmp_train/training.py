@@ -17,6 +17,7 @@ from . import checkpoint
 from .config import Config, ConfigError, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
+from .file_list import changed_files
 from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
@@ -126,8 +127,12 @@ def parameter_names(method: Method) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in method.trained.named_parameters()}
 
 
-def load_state(training: Training, folder: Path, index: Index, *, previous: bool) -> None:
-    """Put the newest checkpoint (or the one before) into `training`.
+def load_state(
+    training: Training, folder: Path, index: Index, *, previous: bool, accept_changed_data: bool = False
+) -> list[str]:
+    """Put the newest checkpoint (or the one before) into `training`; returns what is otherwise now, in words.
+
+    `accept_changed_data`: image files may have come, gone or changed since then.
 
     Raises:
         ConfigError: where it is damaged, of another model, of other images, or of settings that change the training;
@@ -136,8 +141,13 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
     path = checkpoint.newest_checkpoint(folder / "checkpoints", previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
+    remarks = []
     if state["images"] != index.fingerprint:
-        changes.append(f"images: {state['images']} -> {index.fingerprint}")
+        what = changed_files(str(state["images"]), index, folder)
+        if accept_changed_data:
+            remarks.append(f"changed  {what}")
+        else:
+            changes.append(f"images: {what}; --accept-changed-data goes on with those that are there now")
     if changes:
         raise ConfigError(
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
@@ -153,6 +163,7 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
         checkpoint.load_module(module, parts[name], f"{path}/{name}")
     checkpoint.load_optimizer(training.optimizer, parts["optim"], parameter_names(training.method))
     training.step = int(state["step"])
+    return remarks
 
 
 def versions() -> dict[str, str]:

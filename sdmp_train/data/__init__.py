@@ -24,6 +24,7 @@ from .index import Index, open_folder
 from .layout import find_splits, holds_images
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
+from .source import Source
 from .views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "EvalView",
     "Index",
     "Loader",
+    "Source",
     "TooManyBadFiles",
     "ViewRecipe",
     "byol_views",
@@ -52,7 +54,7 @@ LoaderName = Literal["auto", "dali", "torchvision"]
 
 
 def make_loader(
-    index: Index,
+    index: Source,
     recipes: Sequence[ViewRecipe],
     *,
     batch_size: int,
@@ -85,7 +87,7 @@ def make_loader(
 
 
 def eval_loader(
-    index: Index,
+    index: Source,
     size_px: int,
     *,
     batch_size: int,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import ceil
 from typing import Any
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from .batch import Batch, Loader
 from .images import DECODE_ERRORS, BadFile, DataError, describe
-from .index import Index, bad_files_error, find_bad, open_row
+from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
+from .source import Source
 from .views import EvalParams, EvalView, ViewParams, ViewRecipe, blur_windows
 
 _PREFETCH_BATCHES = 2
@@ -73,8 +74,7 @@ class DaliLoader(Loader):
             yield Batch(
                 views=tuple(view.permute(0, 3, 1, 2) for view in views),
                 ids=torch.from_numpy(rows.astype(np.int64)),
-                labels=torch.from_numpy(self._schedule.index.labels[rows]),
-                valid=torch.ones(len(rows), dtype=torch.bool),
+                labels=torch.from_numpy(self._schedule.source.labels[rows]),
             )
 
     def close(self) -> None:
@@ -84,9 +84,10 @@ class DaliLoader(Loader):
 
     def _build(self) -> Any:
         gpu = self._device.type == "cuda"
+        feed = _Feed(self._schedule, self._workers)
         return _views_pipeline(
-            feed=_Feed(self._schedule, self._workers),
-            some_by_pillow=bool(self._schedule.index.pillow.any()),
+            feed=feed,
+            some_in_memory=feed.some_in_memory,
             recipes=self._schedule.recipes,
             names=[_input_names(recipe) for recipe in self._schedule.recipes],
             gpu=gpu,
@@ -111,12 +112,12 @@ class DaliLoader(Loader):
     def _explain(self, error: RuntimeError, position: int) -> Exception:
         """DALI names the operator that failed but not the file: look for it in this batch and those decoded ahead."""
         ahead = range(position, min(position + _PREFETCH_BATCHES + 1, len(self._schedule)))
-        bad = find_bad(self._schedule.index, [row for step in ahead for row in self._schedule.rows(step)])
+        bad = find_bad(self._schedule.source, [row for step in ahead for row in self._schedule.rows(step)])
         if bad:
             return bad_files_error(bad)
         message = str(error).strip()
         if "decoders.image" in message or "file.read" in message:
-            first = self._schedule.index.path(int(self._schedule.rows(position)[0]))
+            first = self._schedule.source.name(int(self._schedule.rows(position)[0]))
             return DataError(
                 f"DALI could not read or decode an image that Pillow can, in the batch that starts with {first!r}; "
                 f"loader='torchvision' uses Pillow. DALI says:\n{message}"
@@ -145,45 +146,69 @@ class _Hold:
 
 
 class _Feed:
-    """The source of the pipeline: iteration -> files, where some are Pillow's also which, then the views' arrays."""
+    """The source of the pipeline: iteration -> files, where some are in memory also which, then the views' arrays.
+
+    Files that DALI cannot read on its own, or that Pillow decodes, are fetched by threads as far ahead as DALI decodes.
+    """
 
     def __init__(self, schedule: Schedule, workers: int) -> None:
         self._schedule = schedule
         self._pool = ThreadPoolExecutor(workers)
+        self._ahead: dict[int, list[Future[bytes | BadFile]]] = {}
+        source = schedule.source
+        self.some_in_memory = bool(source.pillow.any()) or (len(source) > 0 and source.file(0) is None)
 
     def __call__(self, position: int) -> list[Any]:
         schedule = self._schedule
         if position >= len(schedule):
             raise StopIteration
         rows = schedule.rows(position)
-        by_pillow = schedule.index.pillow[rows]
-        arrays: list[Any] = [self._files(rows)]
-        if schedule.index.pillow.any():
-            arrays.append(by_pillow)
+        if self.some_in_memory:
+            in_memory = np.array([_in_memory(schedule.source, int(row)) for row in rows])
+            arrays: list[Any] = [self._fetched(position), in_memory]
+        else:
+            arrays = [[_as_array(_path(schedule.source, int(row))) for row in rows]]
         for recipe, drawn in zip(schedule.recipes, schedule.params(position, rows), strict=True):
             inputs = _inputs(drawn)
             arrays += [np.ascontiguousarray(inputs[name]) for name in _input_names(recipe)]
         return arrays
 
-    def _files(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Per row its path, or where Pillow decodes the image as the bytes of a PPM file."""
-        index = self._schedule.index
-        each = self._pool.map if index.pillow[rows].any() else map
-        files = list(each(partial(_path_or_ppm, index), rows.tolist()))
+    def _fetched(self, position: int) -> list[NDArray[np.uint8]]:
+        """Per row its path, or its file's bytes, or where Pillow decodes it those of a PPM file."""
+        for later in range(position, min(position + 1 + _PREFETCH_BATCHES, len(self._schedule))):
+            if later not in self._ahead:
+                rows = self._schedule.rows(later).tolist()
+                fetch = partial(_fetch, self._schedule.source)
+                self._ahead[later] = [self._pool.submit(fetch, row) for row in rows]
+        files = [future.result() for future in self._ahead.pop(position)]
         bad = [file for file in files if isinstance(file, BadFile)]
         if bad:
             raise bad_files_error(bad)
-        return [np.frombuffer(file, dtype=np.uint8) for file in files if isinstance(file, bytes)]
+        return [_as_array(file) for file in files if isinstance(file, bytes)]
 
 
-def _path_or_ppm(index: Index, row: int) -> bytes | BadFile:
-    if not index.pillow[row]:
-        return os.fsencode(index.path(row))
+def _in_memory(source: Source, row: int) -> bool:
+    return bool(source.pillow[row]) or source.file(row) is None
+
+
+def _fetch(source: Source, row: int) -> bytes | BadFile:
+    if not _in_memory(source, row):
+        return _path(source, row)
     try:
-        image = open_row(index, row)
+        if not source.pillow[row]:
+            return source.read(row)
+        image = open_row(source, row)
     except DECODE_ERRORS as error:
-        return BadFile(index.path(row), describe(error))
+        return BadFile(source.name(row), describe(error))
     return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+def _path(source: Source, row: int) -> bytes:
+    return os.fsencode(source.file(row) or "")
+
+
+def _as_array(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 def _input_names(recipe: ViewRecipe | EvalView) -> list[str]:
@@ -228,12 +253,12 @@ def _inputs(drawn: ViewParams | EvalParams) -> dict[str, NDArray[Any]]:
 
 @pipeline_def(enable_conditionals=True)
 def _views_pipeline(
-    feed: Any, some_by_pillow: bool, recipes: tuple[ViewRecipe | EvalView, ...], names: list[list[str]], gpu: bool
+    feed: Any, some_in_memory: bool, recipes: tuple[ViewRecipe | EvalView, ...], names: list[list[str]], gpu: bool
 ) -> tuple[Node, ...]:
     """DALI rewrites this function, and those it calls, to make an `if` on a node a choice per image."""
-    count = 1 + some_by_pillow + sum(len(mine) for mine in names)
+    count = 1 + some_in_memory + sum(len(mine) for mine in names)
     files, *nodes = fn.external_source(source=feed, num_outputs=count, batch=True)
-    if some_by_pillow:
+    if some_in_memory:
         encoded = _encoded(files, nodes[0])
         nodes = nodes[1:]
     else:
@@ -253,8 +278,8 @@ def _views_pipeline(
     )
 
 
-def _encoded(files: Node, by_pillow: Node) -> Node:
-    if by_pillow:
+def _encoded(files: Node, in_memory: Node) -> Node:
+    if in_memory:
         encoded = files
     else:
         encoded = fn.io.file.read(files)

@@ -72,8 +72,7 @@ class TorchvisionLoader(Loader):
             yield Batch(
                 views=tuple(view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views),
                 ids=torch.from_numpy(rows.astype(np.int64)),
-                labels=torch.from_numpy(self._schedule.index.labels[rows]),
-                valid=torch.ones(len(rows), dtype=torch.bool),
+                labels=torch.from_numpy(self._schedule.source.labels[rows]),
             )
 
     def close(self) -> None:
@@ -106,11 +105,11 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
         return [torch.from_numpy(view) for view in views], bad
 
     def _decode(self, row: int, bad: list[BadFile]) -> Image.Image | None:
-        index = self.schedule.index
+        source = self.schedule.source
         try:
-            return open_row(index, row)
+            return open_row(source, row)
         except DECODE_ERRORS as error:
-            bad.append(BadFile(index.path(row), describe(error)))
+            bad.append(BadFile(source.name(row), describe(error)))
             return None
 
 

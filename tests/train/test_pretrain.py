@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +38,9 @@ def test_a_run_leaves_everything_it_promises(tiny: Config, tmp_path: Path, capsy
     config = limit(tiny, knn_max_images=30)
     assert pretrain(config, tmp_path / "run") == 0
     names = {p.name for p in (tmp_path / "run").iterdir()}
+    (file_list,) = (name for name in names if name.startswith("images-"))
+    assert re.fullmatch(r"images-[0-9a-f]{16}\.jsonl\.gz", file_list)
+    names.remove(file_list)
     assert names == {"config.yaml", "metrics.jsonl", "train.log", "checkpoints", "exported", "mix.png"}
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "latest",
@@ -170,6 +176,61 @@ def test_other_images_stop_a_resume(tiny: Config, tmp_path: Path, image_folder: 
     next(other.rglob("*.jpg")).unlink()
     with pytest.raises(ConfigError, match="images: "):
         pretrain(config, tmp_path / "run", resume=True)
+
+
+def test_a_resume_says_which_files_came_and_went_and_goes_on_where_accepted(
+    tiny: Config, tmp_path: Path, image_folder: Path, capsys
+):
+    own = tmp_path / "images"
+    shutil.copytree(image_folder, own)
+    config, run = replace(tiny, data=replace(tiny.data, data=str(own))), tmp_path / "run"
+    assert pretrain(limit(config, max_steps=2), run) == 0
+    (own / "bars" / "3.jpg").unlink()
+    shutil.copy(own / "dots" / "1.jpg", own / "dots" / "ne\nw.jpg")
+    Image.open(own / "dots" / "2.jpg").resize((50, 30)).save(own / "dots" / "2.jpg")
+    said = r"of 36 images 1 came \(dots/ne\\nw.jpg\), 1 went \(bars/3.jpg\), 1 changed size \(dots/2.jpg\)"
+    with pytest.raises(ConfigError, match=rf"images: {said}; --accept-changed-data"):
+        pretrain(limit(config, max_steps=4), run, resume=True)
+    assert pretrain(limit(config, max_steps=4), run, resume=True, accept_changed_data=True) == 0
+    assert re.search(rf"changed  {said}", capsys.readouterr().out)
+    assert pretrain(config, run, resume=True) == 0  # the new files are those of the new checkpoint
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("spoil", ["gone", "garbage", "no list", "endless"])
+def test_a_list_of_files_that_cannot_be_read_is_said(tiny: Config, tmp_path: Path, image_folder: Path, spoil: str):
+    own, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, own)
+    config = replace(tiny, data=replace(tiny.data, data=str(own)))
+    assert pretrain(limit(config, max_steps=1), run) == 0
+    (path,) = run.glob("images-*.jsonl.gz")
+    contents = {
+        "garbage": b"x",
+        "no list": gzip.compress(b"[1, 2, 3]\n"),
+        "endless": gzip.compress(b"[" * 2**24),
+    }
+    path.unlink()
+    if spoil in contents:
+        path.write_bytes(contents[spoil])
+    (own / "bars" / "3.jpg").unlink()
+    with pytest.raises(ConfigError, match="the images are not the same \\(which ones cannot be said"):
+        pretrain(config, run, resume=True)
+
+
+def test_a_damaged_file_is_found_before_the_first_step_and_left_out_by_run_and_resume(
+    tiny: Config, tmp_path: Path, image_folder: Path
+):
+    own, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, own)
+    for i in range(12, 80):
+        shutil.copy(own / "bars" / f"{i % 12}.jpg", own / "bars" / f"{i}.jpg")
+    cut = own / "dots" / "5.jpg"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    config = replace(tiny, data=replace(tiny.data, data=str(own), bad_images="skip"))
+    assert pretrain(limit(config, max_steps=14), run) == 0  # a whole epoch
+    assert "1 bad files left out" in (run / "train.log").read_text()
+    cut.unlink()
+    assert pretrain(limit(config, max_steps=15), run, resume=True) == 0
 
 
 def test_a_damaged_checkpoint_stops_a_resume_unless_the_one_before_is_asked_for(tiny: Config, tmp_path: Path):
