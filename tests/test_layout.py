@@ -112,6 +112,13 @@ def test_config_names_a_method_in_its_imports_and_one_line_each():
         ]
 
 
+def test_settings_are_read_without_what_the_command_line_alone_needs():
+    """`flags.py` stands in for tyro where it is not installed."""
+    for path in modules(TRAINER):
+        asks = re.search(r"^\s*(import|from) tyro", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not asks or room(path) in ("flags.py", "__main__.py"), path
+
+
 def test_no_evaluation_imports_the_entry_point_of_pretraining():
     for path in modules(TRAINER / "evaluate"):
         assert not {"commands", "run", "loop", "__main__"} & {name.split(".")[0] for name in imports(path)}, path

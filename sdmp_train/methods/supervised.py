@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import arg
 
 from sdmp_kernels import MixPlan, mix, soft_cross_entropy
 
 from ..data import Batch, ViewRecipe, crop_flip_view
 from ..distributed import distribute
+from ..flags import arg
 from ..models import feature_width
 from ..settings import ConfigError, between
 from .method import At, Group, Loss, Setup
