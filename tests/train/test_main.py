@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,10 +90,34 @@ def test_preset_then_file_then_flags(tmp_path: Path):
         (["--source-weight", "static"], "method", "source_weight", "static"),
         (["--pair-weight", "static"], "method", "pair_weight", "static"),
         (["--max-steps", "7"], "run", "max_steps", 7),
+        (["--min-lr", "1e-6"], "optim", "min_lr", 1e-6),
+        (["--weight-decay-end", "0.4"], "optim", "weight_decay_end", 0.4),
+        (["--clip-grad", "3"], "optim", "clip_grad", 3.0),
+        (["--clip-mode", "parameter"], "optim", "clip_mode", "parameter"),
+        (["--method", "mocov3", "--moco-dim", "64"], "method", "dim", 64),
+        (["--method", "supervised", "--drop-path", "0.1"], "method", "drop_path", 0.1),
+        (["--method=supervised", "--mix-prob", "0.5"], "method", "prob", 0.5),
+        (["--preset", "quickstart-supervised", "--mix-alpha", "0.8"], "method", "alpha", 0.8),
     ],
 )
 def test_flags_are_spelled_as_users_know_them(words: list[str], group: str, name: str, value: object):
     assert getattr(getattr(parse_pretrain("pretrain", words).config, group), name) == value
+
+
+def test_a_method_has_its_own_flags_and_takes_its_defaults_and_every_other_setting(tmp_path: Path, capsys):
+    config = parse_pretrain("pretrain", ["--preset", "quickstart", "--method", "supervised"]).config
+    expected = get_preset("quickstart")
+    assert config == replace(expected, method=type(config.method)())
+    assert config.method_name == "supervised"
+    (tmp_path / "c.yaml").write_text("method: {name: supervised, prob: 0.25}\n")
+    from_file = parse_pretrain("pretrain", ["--config", str(tmp_path / "c.yaml"), "--label-smoothing", "0.1"]).config
+    assert (from_file.method.prob, from_file.method.label_smoothing) == (0.25, 0.1)
+    with pytest.raises(ConfigError, match="Did you mean supervised"):
+        parse_pretrain("pretrain", ["--method", "supervisd"])
+    with pytest.raises(SystemExit) as error:
+        parse_pretrain("pretrain", ["--method", "supervised", "--moco-dim", "64"])
+    assert error.value.code == 2
+    assert "--moco-dim" in capsys.readouterr().err
 
 
 def test_a_stored_configuration_is_accepted_back(tmp_path: Path):
