@@ -169,7 +169,7 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     if output.exists() and output != run / "exported":
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    if "backbone" not in state:
+    if not state.get("backbone"):
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
     part, _, place = state["backbone"].partition(".")
     prefix = f"{place}." if place else ""
