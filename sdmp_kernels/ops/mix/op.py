@@ -30,7 +30,7 @@ def _run(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | N
     if images.numel() == 0:
         return
     whole_pairs = plan.mirrored and partners is None and Rule.RESIZEMIX not in plan.rules
-    in_place = whole_pairs and backend not in ("torch", "reference")
+    in_place = backend == "torch" or (whole_pairs and backend != "reference")
     if same_memory(images, outputs.mixed) and not in_place:
         images = images.clone()
     if partners is not None and any(out is not None and overlaps(partners, out) for out in outputs):
