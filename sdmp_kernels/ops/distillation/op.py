@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
 
 OP = _backends.register("distillation", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
 # The probabilities of a pair stay in registers: so many rows of them fit.
@@ -38,7 +39,7 @@ def _empty(student: Tensor, teacher: Tensor, mean_of: List[int]) -> tuple[Tensor
     return loss, student_stats, teacher_stats, mean
 
 
-@torch.library.custom_op("sdmp::distillation", mutates_args=())
+@operator("distillation")
 def distillation_op(
     student: Tensor,
     teacher: Tensor,
@@ -63,7 +64,7 @@ def _(student, teacher, own, other, partner, center, student_temperature, teache
     return _empty(student, teacher, mean_of)
 
 
-@torch.library.custom_op("sdmp::distillation_backward", mutates_args=())
+@operator("distillation_backward")
 def distillation_backward_op(
     grad: Tensor,
     student: Tensor,
@@ -111,10 +112,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_constants):
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 9
-    gradient = torch.ops.sdmp.distillation_backward(grad, *ctx.saved_tensors, *ctx.temperatures)
-    return (gradient,) + (None,) * 8
+    constants = (None,) * 4
+    _, _, student_wanted, *_ = ctx.needs_input_grad
+    if grad is None or not student_wanted:
+        return None, *constants
+    return distillation_backward_op.overload(grad, *ctx.saved_tensors, *ctx.temperatures), *constants
 
 
-distillation_op.register_autograd(_backward, setup_context=_save)
+distillation_op.register_autograd(_backward, setup_context=_save, of=("student", "teacher", "own", "other", "center"))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
 
 OP = _backends.register("info_nce", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
 LARGEST_TRITON_D = 256
@@ -64,7 +65,7 @@ def _outputs(q: Tensor, terms: int, need_dq: bool) -> tuple[Tensor, Tensor, Tens
     return loss, rows, q.new_empty((terms, *q.shape) if need_dq else (0,), dtype=dtype)
 
 
-@torch.library.custom_op("sdmp::info_nce", mutates_args=())
+@operator("info_nce")
 def info_nce_op(
     q: Tensor,
     keys: list[Tensor],
@@ -89,7 +90,7 @@ def _(q, keys, first, second, weight, temperature, form, mean, need_dq):
     return _outputs(q, len(keys), need_dq)
 
 
-@torch.library.custom_op("sdmp::info_nce_backward", mutates_args=())
+@operator("info_nce_backward")
 def info_nce_backward_op(
     grad: Tensor,
     q: Tensor,
@@ -140,17 +141,16 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_rows, _grad_dq):
-    none = [None] * ctx.terms
     if grad is None:
-        return None, none, none, none, none, None, None, None, None
+        return None, *[None] * ctx.terms
+    _, _, need_q, *need_k = ctx.needs_input_grad
     q, rows, dq, *rest = ctx.saved_tensors
     count = ctx.terms if ctx.again else 0
     keys, first, second, weight = (rest[i * count : (i + 1) * count] for i in range(4))
-    need_q, need_k = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
     args = (grad, q, keys, first, second, weight, rows, dq, *ctx.options, need_q, need_k[:count])
-    d_q, d_k = torch.ops.sdmp.info_nce_backward(*args)
-    d_k = [d if needed else None for d, needed in zip(d_k, need_k, strict=True)] if ctx.again else none
-    return d_q if need_q else None, d_k, none, none, none, None, None, None, None
+    d_q, d_k = info_nce_backward_op.overload(*args)
+    d_k = [d if needed else None for d, needed in zip(d_k, need_k, strict=True)] if ctx.again else [None] * ctx.terms
+    return d_q if need_q else None, *d_k
 
 
-info_nce_op.register_autograd(_backward, setup_context=_save)
+info_nce_op.register_autograd(_backward, setup_context=_save, of=("q", "keys"))

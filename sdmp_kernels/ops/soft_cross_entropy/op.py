@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
 
 OP = _backends.register("soft_cross_entropy", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
 
@@ -25,7 +26,7 @@ def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty((2, logits.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("sdmp::soft_cross_entropy", mutates_args=())
+@operator("soft_cross_entropy")
 def soft_cross_entropy_op(
     logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, label_smoothing: float, form: str
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def _(logits, first, second, weight, label_smoothing, form):
     return _empty(logits)
 
 
-@torch.library.custom_op("sdmp::soft_cross_entropy_backward", mutates_args=())
+@operator("soft_cross_entropy_backward")
 def soft_cross_entropy_backward_op(
     grad: Tensor,
     logits: Tensor,
@@ -73,10 +74,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, _grad_rows):
     if grad is None:
-        return (None,) * 6
+        return (None,)
     logits, rows, first, second, weight = ctx.saved_tensors
-    grad_logits = torch.ops.sdmp.soft_cross_entropy_backward(grad, logits, rows, first, second, weight, *ctx.options)
-    return grad_logits, None, None, None, None, None
+    return (soft_cross_entropy_backward_op.overload(grad, logits, rows, first, second, weight, *ctx.options),)
 
 
-soft_cross_entropy_op.register_autograd(_backward, setup_context=_save)
+soft_cross_entropy_op.register_autograd(_backward, setup_context=_save, of=("logits",))
