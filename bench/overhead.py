@@ -82,7 +82,8 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     row["first_bytes"] = max(0, _resident() - resident)
     count = max(1, int(0.02 / _seconds(call, 20)))
     _seconds(plain, 20)
-    until, times = time.monotonic() + seconds, []
+    times: list[tuple[float, float]] = []
+    until = time.monotonic() + seconds
     while time.monotonic() < until or len(times) < 5:
         times.append((_seconds(call, count), _seconds(plain, count)))
     row["seconds"] = statistics.median(ours for ours, _ in times)
