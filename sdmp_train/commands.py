@@ -22,7 +22,7 @@ from .log import Log
 from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
-from .splits import open_images
+from .splits import describe_split, open_images
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: 75}
@@ -48,7 +48,7 @@ def pretrain(
         log = stack.enter_context(log or Log(quiet=not world.is_first))
         config = resolve(config, world)
         run_folder.check_folder(folder, resume=resume, overwrite=overwrite)
-        index, test_index = open_images(config)
+        index, test_index = open_images(config, say=log.say)
         training = build(config, world, index)
         if resume:
             load_state(training, folder, index, previous=previous)
@@ -59,6 +59,8 @@ def pretrain(
             save_config(config, folder / run_folder.MARKER)
         for line in describe(training, index, loader):
             log.say(line)
+        if config.run.knn_max_images > 0:
+            log.say(f"split    {describe_split(config.data, index, test_index)}")
         log.open(folder, from_step=training.step)
         run = Run(training, index, test_index, folder, log)
         if not resume:
@@ -84,7 +86,7 @@ def open_loader(training: Training, index: Index) -> Loader:
     config, world = training.config, training.world
     return make_loader(
         index,
-        training.method.recipes(),
+        training.method.views(training.at),
         batch_size=config.optim.batch_size // world.size,
         steps=training.last_step,
         start_step=training.step,
@@ -109,8 +111,6 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         + ("asked for" if torch.cuda.is_available() else "torch sees no GPU")
     )
     serving = {op: places[world.device.type] for op, places in backends().items()}
-    chance = method.chance()
-    terms = " + ".join(f"{term.weight:g} {term.name}({term.query} -> {term.key})" for term in method.terms)
     rows = optim.batch_size // world.size
     lines = [
         f"preset   {config.run.preset}",
@@ -118,8 +118,8 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         f"kernels  {', '.join(f'{op}: {name}' for op, name in serving.items())}",
         f"data     {index.summary()}",
         f"model    {config.model.arch} at {config.data.image_px} px: {millions(method.backbone)} M parameters, "
-        f"{millions(method.student)} M with heads",
-        f"loss     {terms}; chance level {chance['loss']:.3f}",
+        f"{millions(method.trained)} M with heads",
+        f"loss     {method.describe()}",
         f"batch    global {optim.batch_size} = {world.size} x {rows} x accum 1",
         f"steps    {training.steps_per_epoch} per epoch x {optim.epochs} epochs = {training.total_steps}"
         + (f", stopping after {training.last_step}" if training.last_step < training.total_steps else ""),
@@ -142,11 +142,13 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         run_folder.check_folder(
             output or run_folder.default_folder(config.run.preset), resume=False, overwrite=overwrite
         )
-        index, _ = open_images(config)
+        index, test_index = open_images(config, say=print)
         training = build(config, world, index)
         with open_loader(training, index) as loader:
             for line in describe(training, index, loader):
                 print(line)
+        if config.run.knn_max_images > 0:
+            print(f"split    {describe_split(config.data, index, test_index)}")
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
@@ -163,10 +165,13 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     if output.exists() and output != run / "exported":
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    prefix = "encoder.backbone."
-    tensors = {name.removeprefix(prefix): t for name, t in parts["model"].items() if name.startswith(prefix)}
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed)
-    checkpoint.load_module(backbone, tensors, f"{path}/model")
+    if "backbone" not in state:
+        raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
+    part, _, place = state["backbone"].partition(".")
+    prefix = f"{place}." if place else ""
+    tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
+    backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
+    checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(f"exported {path} to {output}")
     return 0

@@ -16,8 +16,8 @@ from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
-from .splits import EMBEDDED
-from .training import Training, state_parts, versions
+from .splits import EMBEDDED, NO_CLASSES
+from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
 SAVE_ATTEMPTS = 3
@@ -86,6 +86,7 @@ class Run:
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
+            "backbone": backbone_place(self.training.method),
         }
         target = self.folder / "checkpoints"
         try:
@@ -106,7 +107,9 @@ class Run:
     def no_knn(self) -> str | None:
         """Why the images' classes allow no kNN."""
         if len(self.index.classes) < 2:
-            return "that takes images in at least two folders, one per class"
+            return NO_CLASSES
+        if self.test_index is not None and len(self.test_index) == 0:
+            return self.test_index.notes[-1]
         bank, queries = knn_images(self.index, self.test_index, self.training.config.run.knn_max_images)
         if not set(bank.labels.tolist()) & set(queries.labels.tolist()):
             return f"none of the {len(queries)} queries has a class that is among the {len(bank)} images of the bank"
@@ -140,14 +143,11 @@ class Run:
 
     def picture(self) -> None:
         """mix.png, from the first images of the run."""
-        config = self.training.config
-        if config.mixing.mixing == "none":
-            return
-        with eval_loader(spread(self.index, 8), config.data.image_px, batch_size=8, device="cpu") as batches:
-            views = next(iter(batches)).views[0]
-        save_mix_picture(
-            self.folder / "mix.png", views, config.mixing.rules, alpha=config.mixing.alpha, seed=config.run.seed
-        )
+        px = self.training.config.data.image_px
+        with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
+            examples = self.training.method.example(next(iter(batches)))
+        if examples:
+            save_mix_picture(self.folder / "mix.png", examples)
 
     def farewell(self) -> list[str]:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""

@@ -44,7 +44,8 @@ def test_what_ops_share_imports_from_none():
 @pytest.mark.parametrize("op", OPS)
 def test_every_folder_has_the_files_of_its_backends(op):
     backends = {name for order in _backends.OPS[op].order.values() for name in order}
-    needed = {"__init__", "op", "cases"} | {_backends.FILES.get(name, name) for name in backends}
+    needed = {"__init__", "op", "cases"} | ({"arguments"} if (FOLDER / op / "arguments.py").exists() else set())
+    needed |= {_backends.FILES.get(name, name) for name in backends}
     needed |= {"triton_kernels"} if "triton" in backends else set()
     assert {file.stem for file in (FOLDER / op).glob("*.py")} == needed
 
