@@ -23,6 +23,8 @@ import torch
 from sdmp_kernels._checks import check_choice
 
 NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+# These serve every call wherever there is a tensor.
+EVERYWHERE = ("reference", "torch")
 FILES = {"torch": "composed", "cpp": "native", "cuda": "native"}
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,7 +103,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
     """None where `backend` can run on `device_type` on this machine, else the reason in words."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if backend in ("torch", "reference"):
+    if backend in EVERYWHERE:
         return None
     if backend == "triton":
         version = _triton_version()
@@ -124,7 +126,8 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     Args:
         op: the op.
         device: where its tensors are.
-        refuse: says for a backend why it cannot serve this very call (a dtype, a size), or None.
+        refuse: says for a backend, other than those that serve every call, why it cannot serve this very one (a dtype,
+            a size), or None.
 
     Raises:
         RuntimeError: where a backend was asked for by name and cannot run this call, or none can.
@@ -135,6 +138,8 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
         raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: it has no {forced} backend")
     reasons = []
     for backend in (forced,) if forced is not None else op.order.get(device.type, ("torch", "reference")):
+        if backend in EVERYWHERE:
+            return backend
         why = unavailable(backend, device.type) or (refuse(backend) if refuse else None)
         if why is None:
             return backend

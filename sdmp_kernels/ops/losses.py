@@ -6,6 +6,7 @@ No op imports from another op; what two of them need lives here. Letters: N rows
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# So few numbers are compared by Python in less time than PyTorch takes to begin.
+_FEW = 32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Python makes a tensor of a number wherever one meets a tensor, which costs more than the arithmetic on a few rows.
 _ZERO, _HALF, _ONE = (torch.tensor(number, device="cpu") for number in (0.0, 0.5, 1.0))
@@ -53,7 +56,7 @@ class SafeTarget(NamedTuple):
 def safe_target(first: Tensor, second: Tensor, weight: Tensor, columns: int, dtype: torch.dtype) -> SafeTarget:
     """The target's columns, safe to read, and their weights in `dtype`."""
     given = torch.stack((first, second))
-    weight = weight.to(dtype)
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
     weights = torch.stack((weight, _ONE - weight))
     if given.is_cpu and within(given, columns):
         return SafeTarget(given, weights)
@@ -62,11 +65,20 @@ def safe_target(first: Tensor, second: Tensor, weight: Tensor, columns: int, dty
 
 
 def within(columns: Tensor, count: int) -> bool:
-    """Whether all of (2, N) columns, on the CPU, are in [0, count)."""
+    """Whether all columns, on the CPU, are in [0, count)."""
     if columns.numel() == 0:
         return True
-    low, high = columns.aminmax()
-    return low.item() >= 0 and high.item() < count
+    low, high = extremes(columns)
+    return low >= 0 and high < count
+
+
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of some numbers on the CPU; of NaN both are NaN."""
+    if tensor.numel() <= _FEW:
+        values = tensor.view(-1).tolist()
+        return (min(values), max(values)) if sum(values) == sum(values) else (math.nan, math.nan)
+    low, high = tensor.aminmax()
+    return low.item(), high.item()
 
 
 def at_columns(z: Tensor, columns: Tensor) -> Tensor:
@@ -205,6 +217,9 @@ def upstream(grad: Tensor, rows: int, reduction: str) -> Tensor:
     """(..., N) the upstream gradient of every row, from that of `reduced`."""
     if reduction == "none":
         return grad
+    if grad.is_cpu and grad.ndim == 0:
+        # The quotient of two numbers of float32, rounded to float64 and then to float32, is the quotient in float32.
+        return grad.new_full((rows,), grad.item() / rows if reduction == "mean" else grad.item())
     grad = grad / rows if reduction == "mean" else grad
     return grad.unsqueeze(-1).expand(*grad.shape, rows)
 

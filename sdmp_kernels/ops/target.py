@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_same_device, check_tensor, readable
+from sdmp_kernels.ops.losses import extremes, within
 from sdmp_kernels.plan import TwoHot
 
 FORMS = ("ce", "log_mixture")
@@ -24,12 +25,9 @@ def check_target(argument: str, target: object, rows: int, columns: int, like: T
     if not _fits(target, rows, like.device):
         _check_kind(argument, target, rows, like)
     if rows and readable(*target):
-        least, most = torch.stack((target.first, target.second)).aminmax()
-        low, high = least.item(), most.item()
-        if low < 0 or high >= columns:
+        if not (within(target.first, columns) and within(target.second, columns)):
             _refuse_columns(argument, target, columns)
-        least, most = target.weight.aminmax()
-        low, high = least.item(), most.item()
+        low, high = extremes(target.weight)
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"{argument}.weight must hold shares in [0, 1], got {low:.6g} to {high:.6g}; "

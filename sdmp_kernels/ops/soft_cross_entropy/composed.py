@@ -42,7 +42,7 @@ def forward(
         torch.sum(room.exp_(), dim=1, out=_cut(sums, start, stop))
     log_sum = sums.log()
     target = safe_target(first, second, weight, k, work)
-    halves = half_gaps(peaks, at_columns(logits, target.columns).to(work))
+    halves = half_gaps(peaks, _in(work, at_columns(logits, target.columns)))
     loss = loss_of(log_sum, halves, target, form, 1 - label_smoothing)
     if depth is not None:
         loss += label_smoothing * log_sum + (2 * label_smoothing) * depth
@@ -69,8 +69,8 @@ def backward(
     target = safe_target(first, second, weight, k, work)
     pulls = target.weights
     if form == "log_mixture":
-        pulls = pulls_of(half_gaps(stats[0], at_columns(logits, target.columns).to(work)), target, form)
-    grad = grad.to(work)
+        pulls = pulls_of(half_gaps(stats[0], _in(work, at_columns(logits, target.columns))), target, form)
+    grad = _in(work, grad)
     unsmoothed = grad * (1 - label_smoothing) if label_smoothing else grad
     total = unsmoothed * torch.add(*pulls.unbind())
     if label_smoothing:
@@ -94,6 +94,11 @@ def backward(
 def _as(dtype: torch.dtype, chunk: Tensor, room: Tensor) -> Tensor:
     """The chunk in `dtype`: itself, or a copy in `room`."""
     return chunk if chunk.dtype == dtype else room.copy_(chunk)
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """The tensor in `dtype`, itself where it is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _cut(tensor: Tensor, start: int, stop: int, dim: int = 0) -> Tensor:
