@@ -150,7 +150,7 @@ def half_gaps(peak: Tensor, logits: Tensor) -> Tensor:
 
     Two finite logits can be further apart than the largest finite number, half of that cannot overflow.
     """
-    return _HALF * peak - _HALF * logits
+    return torch.sub(_HALF * peak, logits, alpha=0.5)
 
 
 def loss_of(log_sum: Tensor | None, halves: Tensor, target: SafeTarget, form: str, factor: float = 1.0) -> Tensor:
@@ -169,18 +169,19 @@ def loss_of(log_sum: Tensor | None, halves: Tensor, target: SafeTarget, form: st
         factor: of the loss.
     """
     weights = target.weights
-    w, v = weights.unbind()
     if form == "log_mixture":
+        w, v = weights.unbind()
         half_first, half_second = halves.unbind()
         near, far = half_first - 0.5 * w.log(), half_second - 0.5 * v.log()
         apart = torch.where(torch.isinf(torch.maximum(near, far)), torch.inf, (near - far).abs())
         half = torch.minimum(near, far) if log_sum is None else 0.5 * log_sum + torch.minimum(near, far)
         return ((half - 0.5 * torch.log1p(torch.exp(-2 * apart))) * (2 * factor)).clamp_min_(0)
     doubled = weights + weights if factor == 1 else 2 * factor * weights
-    first, second = (halves * doubled).masked_fill_(weights <= _ZERO, 0).unbind()
+    terms = (halves * doubled).masked_fill_(weights <= _ZERO, 0)
     if log_sum is None:
-        return (first + second).clamp_min_(0)
-    total = w + v if factor == 1 else factor * (w + v)
+        return terms.sum(dim=0).clamp_min_(0)
+    first, second = terms.unbind()
+    total = weights.sum(dim=0) if factor == 1 else factor * weights.sum(dim=0)
     return (log_sum * total).add_(first).add_(second).clamp_min_(0)
 
 

@@ -112,7 +112,7 @@ def _query_gradient(attended: Tensor, chosen: Tensor, pulls: Tensor, factor: Ten
     """(N, D) scale * factor * (total pull * attended - what is drawn to the chosen keys), over the arguments."""
     (k_first, k_second), (at_first, at_second) = chosen.unbind(), pulls.unbind()
     drawn = k_first.mul_(at_first.unsqueeze(1)).addcmul_(k_second, at_second.unsqueeze(1))
-    return attended.mul_((at_first + at_second).unsqueeze(1)).sub_(drawn).mul_(factor).mul_(scale)
+    return attended.mul_(pulls.sum(dim=0).unsqueeze(1)).sub_(drawn).mul_(factor).mul_(scale)
 
 
 def backward(
@@ -220,7 +220,7 @@ def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: T
     """(M, D) sum over i of grad_i * scale * d loss_i / dk, in the dtype of the arithmetic. pulls (2, N)."""
     q, k = operands.q, operands.k
     pulls = grad.to(q.dtype) * pulls.to(q.dtype)
-    total = torch.add(*pulls.unbind()).unsqueeze(1)
+    total = pulls.sum(dim=0).unsqueeze(1)
     dk = torch.zeros_like(k)
     for start, stop, z in _products(q, k):
         _below(z, z.amax(dim=1), operands.gain)

@@ -72,7 +72,7 @@ def backward(
         pulls = pulls_of(half_gaps(stats[0], _in(work, at_columns(logits, target.columns))), target, form)
     grad = _in(work, grad)
     unsmoothed = grad * (1 - label_smoothing) if label_smoothing else grad
-    total = unsmoothed * torch.add(*pulls.unbind())
+    total = unsmoothed * pulls.sum(dim=0)
     if label_smoothing:
         total += grad * label_smoothing
     pulls = unsmoothed * pulls
