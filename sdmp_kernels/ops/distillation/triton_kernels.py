@@ -3,6 +3,8 @@
 Letters: V student crops, T teacher crops, N rows, K columns, which come in chunks of BLOCK.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 from triton import language as tl
@@ -14,6 +16,28 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # Whose probabilities a student's row is compared with: its own, its own and those of the mirrored row (a program then
 # serves both rows), its own and those of any row.
 OWN, PAIR, GATHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class Strides(NamedTuple):
+    """Of logits, in elements."""
+
+    crop: Any
+    row: Any
+    column: Any
+
+
+class Center(NamedTuple):
+    """What is taken off a chunk of a teacher's logits.
+
+    Attributes:
+        shift: what is added to scaled logits: minus the scaled centre.
+        mask: which columns of the chunk exist.
+        columns: how many a whole row has.
+    """
+
+    shift: Any
+    mask: Any
+    columns: Any
 
 
 # Sizes and strides that kernels are not compiled anew for. K and the strides of rows and crops come in groups of ALIGN,
@@ -72,14 +96,13 @@ def _exponentials(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one row and every teacher: (the chunk's exponentials, one over the row's sum of them), two tuples of T."""
-    shift, mask, K = center
-    start, columns, _ = _chunk(chunk, K, strides[2], BLOCK)
+    start, columns, _ = _chunk(chunk, center.columns, strides.column, BLOCK)
     found, inverses = (), ()
-    row_ptr = teacher_ptr + row * strides[1] + start
+    row_ptr = teacher_ptr + row * strides.row + start
     for t in tl.static_range(T):
-        logits = _loaded(row_ptr, columns, mask, float("-inf"), EVEN)
-        row_ptr += strides[0]
-        relative = tl.fma(logits, _SCALE, shift) - tl.load(stats_ptr + t * n + row)
+        logits = _loaded(row_ptr, columns, center.mask, float("-inf"), EVEN)
+        row_ptr += strides.crop
+        relative = tl.fma(logits, _SCALE, center.shift) - tl.load(stats_ptr + t * n + row)
         found = found + (tl.exp2(relative * to_exp2),)
         inverses = inverses + (1.0 / tl.load(stats_ptr + (T + t) * n + row),)
     return found, inverses
@@ -234,8 +257,8 @@ def distillation_student_kernel(
     chunk, i = program % chunks, program // chunks
     K = units * ALIGN
     start, columns, mask = _chunk(chunk, K, student_k, BLOCK)
-    center = (_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
-    strides = (teacher_t.to(tl.int64) * ALIGN, teacher_n.to(tl.int64) * ALIGN, teacher_k)
+    center = Center(_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
+    strides = Strides(teacher_t.to(tl.int64) * ALIGN, teacher_n.to(tl.int64) * ALIGN, teacher_k)
     view, row = student_v.to(tl.int64) * ALIGN, student_n.to(tl.int64) * ALIGN
     e_i, inverse_i = _exponentials(
         teacher_ptr, stats_ptr, i, n, chunk, center, teacher_to_exp2, strides, T, EVEN, BLOCK
@@ -350,8 +373,8 @@ def distillation_gradient_kernel(
     chunk, i = program % chunks, program // chunks
     K = units * ALIGN
     start, columns, mask = _chunk(chunk, K, student_k, BLOCK)
-    center = (_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
-    strides = (teacher_t.to(tl.int64) * ALIGN, teacher_n.to(tl.int64) * ALIGN, teacher_k)
+    center = Center(_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
+    strides = Strides(teacher_t.to(tl.int64) * ALIGN, teacher_n.to(tl.int64) * ALIGN, teacher_k)
     view, row = student_v.to(tl.int64) * ALIGN, student_n.to(tl.int64) * ALIGN
     e_i, inverse_i = _exponentials(
         teacher_ptr, stats_ptr, i, n, chunk, center, teacher_to_exp2, strides, T, EVEN, BLOCK
