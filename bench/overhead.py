@@ -1,7 +1,8 @@
 """What a call costs on the host: the first one of a process, and every one after it, on a few rows.
 
 On a few rows nothing but the host's work is timed. Everything runs on the CPU with one thread, each subject in a
-process of its own, beside the forward and backward pass of `F.cross_entropy`, which PyTorch has in C++.
+process of its own, beside the forward and backward pass of `F.cross_entropy` of labels, which PyTorch has in C++ and
+which does less, and beside what a user of plain PyTorch would write for the same result (`eager` of the op's cases).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from bench import environment
 
     print(f"overhead on cpu, one thread: {environment.line()}")
-    print(f"{'':<20} {'first call':>11} {'modules':>8} {'memory':>8} {'a call':>9} {'over F.cross_entropy':>21}")
+    head = f"{'':<20} {'first call':>11} {'modules':>8} {'memory':>8} {'a call':>9}"
+    print(f"{head} {'over F.cross_entropy':>21} {'over eager':>11}")
     rows = []
     for subject in subjects():
         command = [sys.executable, "-m", "bench.overhead", subject, str(args.seconds)]
@@ -61,7 +63,8 @@ def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
     first, memory = f"{1e3 * row['first_seconds']:.1f} ms", f"{row['first_bytes'] / 1e6:.0f} MB"
     each = f"{1e6 * row['seconds']:.0f} us"
-    return f"{row['name']:<20} {first:>11} {row['modules']:>8} {memory:>8} {each:>9} {row['ratio']:>20.1f}x"
+    eager = f"{row['eager_ratio']:.1f}x" if row["eager_ratio"] is not None else "-"
+    return f"{row['name']:<20} {first:>11} {row['modules']:>8} {memory:>8} {each:>9} {row['ratio']:>20.1f}x {eager:>11}"
 
 
 def measure(name: str, seconds: float) -> dict[str, Any]:
@@ -70,29 +73,33 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     Returns:
         `first_seconds`, `modules` and `first_bytes`: what the first call took, imported and added to the resident set;
         `seconds` a call afterwards, and `ratio`, how often a forward and backward pass of `F.cross_entropy` goes into
-        that: medians over rounds in which the two take turns, of the processor's time and not of the clock's, so that
-        other programs on the machine count less.
+        that; `eager_ratio` likewise for the same result by plain PyTorch, None where there is none. Medians over
+        rounds in which they take turns, of the processor's time and not of the clock's, so that other programs on the
+        machine count less.
     """
     torch.set_num_threads(1)
-    call, plain = subject(name), cross_entropy()
+    call, plain, eager = subject(name), cross_entropy(), None if name == PLAN else subject(name, "eager")
     before, resident, begin = set(sys.modules), _resident(), time.perf_counter()
     call()
     first = time.perf_counter() - begin
     row = {"name": name, "first_seconds": first, "modules": len(set(sys.modules) - before)}
     row["first_bytes"] = max(0, _resident() - resident)
     count = max(1, int(0.02 / _seconds(call, 20)))
-    _seconds(plain, 20)
-    times: list[tuple[float, float]] = []
+    others = [plain] if eager is None else [plain, eager]
+    for other in others:
+        _seconds(other, 20)
+    times: list[list[float]] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until or len(times) < 5:
-        times.append((_seconds(call, count), _seconds(plain, count)))
-    row["seconds"] = statistics.median(ours for ours, _ in times)
-    row["ratio"] = statistics.median(ours / theirs for ours, theirs in times)
+        times.append([_seconds(each, count) for each in (call, *others)])
+    row["seconds"] = statistics.median(ours for ours, *_ in times)
+    ratios = [statistics.median(turn[0] / turn[i + 1] for turn in times) for i in range(len(others))]
+    row["ratio"], row["eager_ratio"] = ratios[0], ratios[1] if eager is not None else None
     return row
 
 
-def subject(name: str) -> Callable[[], object]:
-    """A call of an op on its case, with the backward pass where it has one, or of `draw_plan`."""
+def subject(name: str, how: str = "call") -> Callable[[], object]:
+    """A call of an op on its case and its backward pass, by the op or by `eager` of its cases; or of `draw_plan`."""
     if name == PLAN:
         from sdmp_kernels import draw_plan
 
@@ -103,10 +110,11 @@ def subject(name: str) -> Callable[[], object]:
     case = next((case for case in differentiable if case.name == CASE), differentiable[0])
     made = case.inputs(torch.Generator().manual_seed(0))
     inputs = {n: pytree.tree_map_only(Tensor, _single, v) if n in case.cast else v for n, v in made.items()}
+    run = getattr(cases, how)
     leaves = [leaf.requires_grad_() for n in case.grads for leaf in pytree.tree_leaves(inputs[n])]
 
     def call() -> None:
-        result = next(_tensors(cases.call(**inputs)))
+        result = next(_tensors(run(**inputs)))
         # Not `backward(gradient)`, which makes PyTorch import its symbolic shapes the first time.
         (result if result.ndim == 0 else result.sum()).backward()
         for leaf in leaves:

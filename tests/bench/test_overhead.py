@@ -38,5 +38,7 @@ def test_a_subject_in_a_process_of_its_own():
 
 def test_ten_times_the_work_is_ten_times_the_ratio(monkeypatch):
     plain = overhead.cross_entropy()
-    monkeypatch.setattr(overhead, "subject", lambda name: lambda: [plain() for _ in range(10)])
-    assert 7 < overhead.measure("ten", 0.2)["ratio"] < 14
+    monkeypatch.setattr(overhead, "subject", lambda name, how="": lambda: [plain() for _ in range(1 if how else 10)])
+    row = overhead.measure("ten", 0.2)
+    assert 7 < row["ratio"] < 14
+    assert 7 < row["eager_ratio"] < 14
