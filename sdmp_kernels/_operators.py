@@ -16,6 +16,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("sdmp", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _BELOW_VERSIONS = torch._C._after_ADInplaceOrView_keyset
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 class Operator:
@@ -23,6 +24,10 @@ class Operator:
 
     Autocast recasts none of its arguments. Unless `register_autograd` gives a formula, a backward pass through it
     raises: what has no derivative must not silently have a zero one.
+
+    Attributes:
+        name: of the operator.
+        overload: what is called.
     """
 
     def __init__(self, name: str, run: Callable[..., Any], mutates: Sequence[str]) -> None:
@@ -32,7 +37,8 @@ class Operator:
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         self.name = name
         self.overload = getattr(torch.ops.sdmp, name).default
-        self._function = _refused(self.overload)
+        self._run = None if mutates else run
+        self._record = self._refuse
         self._watched: Callable[[tuple[Any, ...]], Sequence[Any]] = _flat
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         if mutates:
@@ -54,34 +60,72 @@ class Operator:
             of: names of the arguments that autograd watches: tensors, None, or lists of tensors, which are taken
                 apart. `ctx.needs_input_grad` has one entry for each of these, after two for what is handed through.
         """
-        names = [argument.name for argument in self.overload._schema.arguments]
-        places = [names.index(name) for name in of]
-        lists = [names.index(a.name) for a in self.overload._schema.arguments if str(a.type).startswith("List[Tensor")]
-        if any(place in lists for place in places):
+        places = self._places(of)
+        arguments = self.overload._schema.arguments
+        if any(str(arguments[place].type).startswith("List[Tensor") for place in places):
             self._watched = lambda args: _flat([args[place] for place in places])
         else:
             self._watched = lambda args: [args[place] for place in places]
-        self._function = _function(self.overload, setup_context, backward)
+
+        class Recorded(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *watched: Tensor) -> Any:
+                output = self._below(keyset, args)
+                setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return None, None, *backward(ctx, *grads)
+
+        self._record = Recorded.apply
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled():
             watched = self._watched(args)
             if torch._C._any_requires_grad(*watched):
-                return self._function(keyset, args, watched)
+                return self._record(keyset, args, *watched)
+        return self._below(keyset, args)
+
+    def _below(self, keyset: Any, args: tuple[Any, ...]) -> Any:
+        """Run the operator below autograd: by the dispatcher, or at once where it would do nothing else."""
         with torch._C._AutoDispatchBelowAutograd():
+            if self._run is not None and (keyset & _BELOW_VERSIONS).highestPriorityTypeId() in _DEVICES:
+                return self._run(*args)
             return self.overload.redispatch(keyset & _BELOW_AUTOGRAD, *args)
+
+    def _refuse(self, keyset: Any, args: tuple[Any, ...], *watched: Tensor) -> Any:
+        """Without a formula: the results require a gradient, and a backward pass through them raises."""
+        outputs: list[Any] = []
+
+        class Refused(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *watched: Tensor) -> Any:
+                outputs.append(self._below(keyset, args))
+                return tuple(_flat(outputs))
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                raise RuntimeError(
+                    f"{self.overload} has no autograd formula: its results cannot be differentiated; detach them first"
+                )
+
+        tensors = iter(Refused.apply(*watched))
+        return _like(outputs[0], tensors)
+
+    def _places(self, names: Sequence[str]) -> list[int]:
+        known = [argument.name for argument in self.overload._schema.arguments]
+        return [known.index(name) for name in names]
 
     def _register_versions(self, mutates: Sequence[str]) -> None:
         """Count writes to the arguments `mutates`, so that autograd notices where it had saved one."""
-        names = [argument.name for argument in self.overload._schema.arguments]
-        places = [names.index(name) for name in mutates]
-        overload = self.overload
+        places = self._places(mutates)
 
         def counted(keyset: Any, *args: Any) -> Any:
             for place in places:
                 if args[place] is not None:
                     torch.autograd.graph.increment_version(args[place])
-            return overload.redispatch(keyset & _BELOW_VERSIONS, *args)
+            return self.overload.redispatch(keyset & _BELOW_VERSIONS, *args)
 
         _LIBRARY.impl(self.name, counted, "ADInplaceOrView", with_keyset=True)
 
@@ -92,53 +136,11 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
     Args:
         name: of the operator.
         mutates: names of the tensor arguments that are written to.
+
+    Returns:
+        The decorator, which makes an `Operator` of a function.
     """
     return lambda run: Operator(name, run, mutates)
-
-
-def _function(
-    overload: Any, setup_context: Callable[..., None], formula: Callable[..., tuple[Any, ...]]
-) -> Callable[[Any, tuple[Any, ...], Sequence[Any]], Any]:
-    """Runs an operator and records it for the backward pass."""
-
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *watched: Tensor) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload.redispatch(keyset & _BELOW_AUTOGRAD, *args)
-            setup_context(ctx, args, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return None, None, *formula(ctx, *grads)
-
-    return lambda keyset, args, watched: Recorded.apply(keyset, args, *watched)
-
-
-def _refused(overload: Any) -> Callable[[Any, tuple[Any, ...], Sequence[Any]], Any]:
-    """Runs an operator that has no formula: its results require a gradient, and a backward pass through them raises."""
-
-    class Refused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, spec: list[Any], keyset: Any, args: tuple[Any, ...], *watched: Tensor) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload.redispatch(keyset & _BELOW_AUTOGRAD, *args)
-            spec.append(output)
-            return tuple(_flat(output if isinstance(output, tuple) else (output,)))
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"{overload} has no autograd formula: a derivative of this result is not computed; detach it first"
-            )
-
-    def run(keyset: Any, args: tuple[Any, ...], watched: Sequence[Any]) -> Any:
-        spec: list[Any] = []
-        tensors = iter(Refused.apply(spec, keyset, args, *watched))
-        return _like(spec[0], tensors)
-
-    return run
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
@@ -148,7 +150,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += [item for item in value if isinstance(item, Tensor)]
+            found += _flat(value)
     return found
 
 
