@@ -19,9 +19,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from tyro.conf import OmitArgPrefixes, arg
 
+from .durable import write_durably
+
 
 class ConfigError(ValueError):
     """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
+
+    exit_code = 2
 
 
 RULES = ("mixup", "cutmix", "resizemix")
@@ -224,6 +228,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every_epochs: int = 10
     """Epochs between checkpoints; one is also written at the start and at the end."""
+    save_every_minutes: float = 15
+    """Minutes between checkpoints within an epoch; 0 saves at the ends of epochs only."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones go once a newer one has been verified."""
     knn_every_epochs: int = 0
@@ -241,6 +247,7 @@ class RunConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("knn_every_epochs", "knn_max_images"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        between("save_every_minutes", self.save_every_minutes, 0, 1e6)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
 
 
@@ -261,6 +268,7 @@ class Config:
 NOT_MATHS = frozenset(
     {"data.data", "data.workers"}
     | {"run.preset", "run.device", "run.log_every_steps", "run.save_every_epochs", "run.keep_checkpoints"}
+    | {"run.save_every_minutes"}
     | {"run.knn_every_epochs", "run.knn_max_images", "run.max_steps", "run.max_bad_steps"}
 )
 
@@ -335,8 +343,8 @@ def coerce(value: Any, wanted: Any, name: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the YAML that `--config` accepts."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write the YAML that `--config` accepts; a kill leaves the former file or the new one."""
+    write_durably(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def load_config(path: Path, base: Config) -> Config:

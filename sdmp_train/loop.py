@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .data import Loader
+from .data import Batch, Loader
 from .distributed import reduce_max
-from .guard import LateFlags, StopRequest
+from .guard import FAILED, LateFlags, StopRequest, stop_flag
 from .log import Log
 from .meter import Meter
 from .optim import key_momentum, learning_rate
@@ -24,6 +24,7 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request"
     NOT_FINITE = "not finite"
+    FAILED = "a rank had no batch"
 
 
 def train(
@@ -32,15 +33,16 @@ def train(
     """Train from `training.step` to its last step; `after_step` (checkpoints, kNN) runs between steps.
 
     The host never waits for the device within a step: whether a step was finite, and whether any rank was asked to
-    stop, it reads one step late.
+    stop, it reads one step late. Where a rank's loader fails, the steps since then have changed nothing on any rank:
+    `training.step` goes back to the first of them, so that what is saved is whole.
     """
     config, method = training.config, training.method
     flags, meter, bad_steps = LateFlags(), Meter(training.world, config.optim.batch_size), 0
     log.start_progress(training.last_step, training.step)
-    batches = iter(loader)
+    batches, batch = iter(loader), None
     while training.step < training.last_step:
         with meter.waiting():
-            batch = next(batches)  # decode, augment
+            batch = next_batch(batches, batch, stop)  # decode, augment
         plan = method.plan(training.step)
         images = method.mix(batch.views, plan)
         training.buffers.keep()
@@ -57,6 +59,9 @@ def train(
         with meter.paused():
             after_step(training)
         while (report := flags.pop(keep=0 if last else 1)) is not None:
+            if report.failed:
+                training.step = report.step
+                return Outcome.FAILED
             bad_steps = bad_steps + 1 if report.bad else 0
             if report.bad:
                 log.say(f"step {report.step} was not finite and changed nothing; its images: {report.ids.tolist()}")
@@ -66,6 +71,20 @@ def train(
                 return Outcome.STOPPED
         log.advance(training.step)
     return Outcome.DONE
+
+
+def next_batch(batches: Iterator[Batch], former: Batch | None, stop: StopRequest) -> Batch:
+    """The next batch; where there is none, the former again, for steps that every rank makes and none keeps."""
+    if stop.failure is None:
+        try:
+            return next(batches)
+        except Exception as error:
+            if former is None:
+                raise  # nothing has been trained since the last checkpoint
+            stop.failure = error
+    if former is None:
+        raise stop.failure
+    return former
 
 
 def update(training: Training, loss: Tensor, stop: StopRequest) -> tuple[Tensor, Tensor]:
@@ -78,7 +97,8 @@ def update(training: Training, loss: Tensor, stop: StopRequest) -> tuple[Tensor,
     loss.backward()
     grad_norm = get_total_norm([p.grad for p in method.student.parameters() if p.grad is not None])
     bad = ~(loss.detach().isfinite() & grad_norm.isfinite())
-    flags = torch.stack([bad.float(), torch.full_like(grad_norm, float(stop.asked))])
+    said = stop_flag(stop)
+    flags = torch.stack([(bad | (said >= FAILED)).float(), torch.full_like(grad_norm, said)])
     bad = reduce_max(flags, training.world)[0]
     warmup_steps = config.optim.warmup_epochs * training.steps_per_epoch
     for group in optimizer.param_groups:

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from ..stop import ignore_stop_signals
 from .batch import Batch, Loader
-from .images import DECODE_ERRORS, BadFile, decode_rgb, describe
+from .images import DECODE_ERRORS, BadFile, DataError, decode_rgb, describe
 from .index import bad_files_error
 from .schedule import Schedule
 from .views import EvalParams, EvalView, ViewParams, ViewRecipe
@@ -48,6 +49,7 @@ class TorchvisionLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
+        before = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(
             DataLoader(
                 _Batches(self._schedule),
@@ -60,11 +62,14 @@ class TorchvisionLoader(Loader):
                 generator=torch.Generator(),
             )
         )
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
+            signal.signal(signal.SIGCHLD, before)
         mine = self._iteration
         for position in range(len(self)):
             if self._iteration != mine:
                 return
-            views, bad = next(self._batches)
+            views, bad = self._next()
             if bad:
                 raise bad_files_error(bad)
             rows = self._schedule.rows(position)
@@ -73,6 +78,19 @@ class TorchvisionLoader(Loader):
                 ids=torch.from_numpy(rows.astype(np.int64)),
                 labels=torch.from_numpy(self._schedule.index.labels[rows]),
             )
+
+    def _next(self) -> tuple[list[Tensor], list[BadFile]]:
+        try:
+            batch: tuple[list[Tensor], list[BadFile]] = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            if ": Caught " in said or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+                raise  # the process lives, and hands on an error of its own
+            raise DataError(
+                f"a decoding process has died ({said}). Where memory ran out (see the kernel's "
+                "log), give fewer --workers; where a file makes the decoder crash, `sdmp_train verify` finds it"
+            ) from error
+        return batch
 
     def close(self) -> None:
         # An iteration still under way sees the new number and ends. Deleting torch's iterator ends its workers.
@@ -157,6 +175,5 @@ def _random_view(image: Image.Image, recipe: ViewRecipe | EvalView, drawn: ViewP
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of the group; the main process decides, workers go when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal often reaches every process of the group; the main process decides, workers go when it does."""
+    ignore_stop_signals()

@@ -67,7 +67,7 @@ def labelled_images(data: DataConfig, test_data: str | None) -> tuple[Index, Ind
         if test is not None and test.classes != train.classes:
             raise ConfigError(f"{test_data} has classes {test.classes}; expected those of the bank: {train.classes}")
     else:
-        test = test_split(data, train)
+        test = test_split(data, train, None)
     if len(train.classes) < 2:
         raise ConfigError(f"kNN needs at least two class folders under {train.root}; found {len(train.classes)}")
     return knn_images(train, test, max_images=10**9)
