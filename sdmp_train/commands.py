@@ -59,13 +59,15 @@ def pretrain(
         log = stack.enter_context(log or Log(quiet=not world.is_first))
         config = resolve(config, world)
         folder, claimed = output or run_folder.default_folder(config.run.preset), None
-        with together(world):  # no rank has found a fault: only then is anything written
+        with together(world):
             if output is not None:
                 run_folder.check_folder(output, mode)
             if resume and run_folder.is_run_folder(folder):
                 claimed = claim(stack, world, folder, mode)
             index, test_index = open_images(config, stop.check)
-            training = build(config, world, index)
+            stop.check()
+        training = build(config, world, index)
+        with together(world):  # no rank has found a fault: only after this is anything written
             if resume and (previous or checkpoint.step_folders(folder / run_folder.CHECKPOINTS)):
                 load_state(training, folder, index, previous=previous)
             loader = stack.enter_context(open_loader(training, index))

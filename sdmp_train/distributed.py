@@ -97,7 +97,8 @@ def together(world: World) -> Iterator[None]:
     """A block that all ranks leave at the same time, and in the same way.
 
     Where one rank raises, the others raise too: `Stopped` where that was asked for, else `EndedElsewhere` with that
-    rank's exit code. So none leaves while another still saves, and none waits for one that has given up.
+    rank's exit code. So none leaves while another still saves, and none waits for one that has given up. Within the
+    block ranks must not wait for each other: one would never come.
 
     Raises:
         ProcessLost: a rank has died, or has not come within `HOST_MINUTES`.
