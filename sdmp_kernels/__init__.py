@@ -5,7 +5,7 @@ from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.ops.soft_cross_entropy import soft_cross_entropy
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_plan
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_plan, make_plan
 
 __all__ = [
     "MixPlan",
@@ -15,6 +15,7 @@ __all__ = [
     "distillation",
     "draw_plan",
     "info_nce",
+    "make_plan",
     "mix",
     "soft_cross_entropy",
     "use_backend",

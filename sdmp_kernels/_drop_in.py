@@ -1,7 +1,8 @@
-"""What the drop-in classes share: their streams of draws, the plan made of a draw, and dense targets."""
+"""What the drop-in classes share: their streams of draws, class numbers, and dense targets."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,23 +11,36 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdmp_kernels._checks import check_integer, readable
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, count_lam
+from sdmp_kernels.plan import Rule, TwoHot
 
 LABELS = ("dense", "two_hot")
+
+# How many objects without a seed of their own this process has made, all classes together. A counter of itertools is
+# advanced in one step, so that threads get different numbers, and has no lock that a fork could leave closed.
+_MADE = itertools.count()
 
 
 class Draws:
     """One random stream per call, a function of (seed, step, DataLoader worker) alone; no global state is touched.
 
     Attributes:
-        seed: of the streams; by default torch's seed at construction.
+        seed: of the streams; by default one that no other object has: `fresh_seed`.
+        given: whether the seed was given.
         step: number of streams handed out so far; set it to resume or to replay.
     """
 
     def __init__(self, seed: int | None) -> None:
-        given = torch.initial_seed() % 2**64 if seed is None else seed
-        self.seed = check_integer("seed", given, low=0, high=2**64 - 1, what="an integer in [0, 2**64), or None")
+        self.given = seed is not None
+        seed = fresh_seed() if seed is None else seed
+        self.seed = check_integer("seed", seed, low=0, high=2**64 - 1, what="an integer in [0, 2**64), or None")
         self.step = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Draws:
+        """The same streams where a seed was given, others where not: a copy made for every epoch is made anew."""
+        copied = Draws(self.seed if self.given else None)
+        if self.given:
+            copied.step = self.step
+        return copied
 
     def next(self) -> np.random.Generator:
         """The stream of the next call."""
@@ -39,35 +53,21 @@ class Draws:
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 1, salt], dtype=np.uint64)))
 
 
+def fresh_seed() -> int:
+    """A seed made of torch's seed and the number of seeds this process has asked for: another one at every call.
+
+    In a DataLoader worker torch's seed is that worker's and that epoch's, so workers forked from one process, which
+    all go on counting from the same number, get different seeds.
+    """
+    made = np.random.SeedSequence(torch.initial_seed() % 2**64, spawn_key=(next(_MADE),))
+    return int(made.generate_state(1, np.uint64)[0])
+
+
 def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) -> np.ndarray:
     """(count,) uint8: independent rules of the given chances, which add up to 1."""
     edges = np.cumsum(list(chances.values()))
     picks = np.searchsorted(edges / edges[-1], rng.random(count), side="right")
     return np.array([int(rule) for rule in chances], dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
-
-
-def build_plan(
-    rule: np.ndarray,
-    drawn: np.ndarray,
-    boxes: np.ndarray,
-    partner: np.ndarray,
-    size: tuple[int, int],
-    *,
-    rules: tuple[Rule, ...],
-    mirrored: bool,
-) -> MixPlan:
-    """The plan of a draw: rule, drawn lam, boxes and partner of (N,) rows; lam is counted from the boxes."""
-    lam = count_lam(rule, drawn, boxes, size[0] * size[1])
-    return MixPlan(
-        rule=torch.from_numpy(rule.astype(np.uint8)),
-        partner=torch.from_numpy(partner.astype(np.int64)),
-        lam=torch.from_numpy(lam),
-        partner_lam=torch.from_numpy(lam[partner]),
-        box=torch.from_numpy(boxes.astype(np.int32)),
-        size=size,
-        mirrored=mirrored,
-        rules=rules,
-    )
 
 
 def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | None) -> Tensor:
@@ -89,6 +89,7 @@ def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | N
 
 def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K."""
+    # As `TwoHot.dense`, without looking at the columns again.
     dense = target.weight.new_full((len(target.weight), num_classes), smoothing / num_classes)
     for column, weight in ((target.first, target.weight), (target.second, 1 - target.weight)):
         dense.scatter_add_(1, column[:, None], (1 - smoothing) * weight[:, None])

@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
-from .config import Config, ConfigError, load_config, near
+from .config import Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, presets
 from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
 
@@ -39,6 +39,8 @@ class PretrainArguments:
     """Settings of a run: preset < --config file < flags."""
 
     config: OmitArgPrefixes[Config] = field(default_factory=Config)
+    method: MethodName = "mocov3"
+    """Pretext task; it decides which flags there are."""
     folder: Positional[str | None] = None
     """The same as --data."""
     config_file: Annotated[str | None, arg(name="config")] = None
@@ -109,7 +111,7 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     """Preset, then config file (or the resumed run's), then flags."""
     argv = fill_resume(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--config", "--resume", "--output"):
+    for flag in ("--preset", "--method", "--config", "--resume", "--output"):
         early.add_argument(flag)
     first = early.parse_known_args(argv)[0]
     base = get_preset(first.preset or "custom")
@@ -121,7 +123,9 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
             base = run_folder.stored_config(folder)
     if first.preset:
         base = replace(base, run=replace(base.run, preset=first.preset))
-    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base))
+    if first.method:
+        base = with_method(base, first.method)
+    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
 
 
@@ -157,7 +161,7 @@ def take_folder(arguments: PretrainArguments) -> PretrainArguments:
 
 
 def run_pretrain(argv: Sequence[str]) -> int:
-    with StopRequest() as stop:  # before anything that takes its time, torch's import among it
+    with StopRequest() as stop:  # before anything that takes its time or leaves something behind
         from .commands import pretrain
 
         arguments = parse_pretrain("pretrain", argv)

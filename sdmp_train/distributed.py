@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .settings import ConfigError
 from .stop import EndedElsewhere, Stopped
 
 STEP_MINUTES = 30

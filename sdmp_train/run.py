@@ -12,16 +12,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
-from .config import to_dict
+from .config import ConfigError, to_dict
 from .data import DataError, Index, eval_loader
-from .evaluate.knn import image_features, knn_images, spread, weighted_knn
+from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
 from .splits import EMBEDDED
 from .stop import Stopped, StopRequest
-from .training import Training, state_parts, versions
+from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
 SAVE_ATTEMPTS = 3
@@ -151,6 +151,7 @@ class Run:
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
+            "backbone": backbone_place(self.training.method),
         }
         try:
             checkpoint.save_checkpoint(target, self.training.step, state_parts(self.training), state)
@@ -195,7 +196,13 @@ class Run:
             )
             for images in knn_images(self.index, self.test_index, config.run.knn_max_images)
         )
-        accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        try:
+            accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        except ConfigError as error:  # features that are not finite: no reason to end the run
+            self.log.say(f"kNN      not measured, {what}: {error}")
+            return
+        if (remark := collapse(bank)) is not None:
+            self.log.say(f"kNN      {what}: {remark}")
         self.log.say(
             f"kNN      {accuracy:6.1%} {what} (k = {KNN_K}, {len(bank.rows)} bank, {len(queries.rows)} queries)"
         )
@@ -204,14 +211,13 @@ class Run:
 
     def picture(self) -> None:
         """mix.png, from the first images of the run; a disk that is full costs the picture alone."""
-        config = self.training.config
-        if config.mixing.mixing == "none":
+        px, path = self.training.config.data.image_px, self.folder / "mix.png"
+        with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
+            examples = self.training.method.example(next(iter(batches)))
+        if not examples:
             return
-        with eval_loader(spread(self.index, 8), config.data.image_px, batch_size=8, device="cpu") as batches:
-            views = next(iter(batches)).views[0]
-        path = self.folder / "mix.png"
         try:
-            save_mix_picture(path, views, config.mixing.rules, alpha=config.mixing.alpha, seed=config.run.seed)
+            save_mix_picture(path, examples)
         except OSError as error:
             self.log.say(f"{path} cannot be written: {error}")
 

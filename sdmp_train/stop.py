@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. Light to import: they are heard before torch is loaded."""
+"""Signals that ask a run to stop, and how its processes then leave."""
 
 from __future__ import annotations
 

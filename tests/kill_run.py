@@ -329,10 +329,9 @@ def newest(bench: Bench) -> int:
 
 
 def digest(bench: Bench) -> str:
-    """SHA-256 of the trained weights at the last step."""
-    return hashlib.sha256(
-        (bench.run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors").read_bytes()
-    ).hexdigest()
+    """SHA-256 of everything that was trained, at the last step."""
+    files = sorted((bench.run / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @dataclass

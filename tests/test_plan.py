@@ -6,8 +6,13 @@ writes it anew, and the diff shows what moved.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import inspect
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,11 @@ import torch
 from global_random import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch.utils import _pytree as pytree
 
-from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan
+import sdmp_kernels.plan as plan_module
+from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, make_plan, mix
 from sdmp_kernels.plan import _pack, _unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.json"
@@ -132,7 +140,7 @@ def test_views_share_rule_and_drawn_lam(arguments: dict[str, Any], view: int) ->
 
 
 def test_views_have_boxes_of_their_own() -> None:
-    views = [draw_plan(64, (32, 32), rules=["cutmix"], view=view) for view in range(4)]
+    views = [draw_plan(64, (32, 32), rules=["cutmix"], view=view, step=0) for view in range(4)]
     for i, one in enumerate(views):
         for other in views[:i]:
             assert (one.box[:, :2] != other.box[:, :2]).any(1).float().mean() > 0.7
@@ -140,7 +148,7 @@ def test_views_have_boxes_of_their_own() -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"seed": 2**63}])
 def test_seed_and_step_move_every_draw(change: dict[str, int]) -> None:
-    arguments = {"n": 64, "size": (32, 32), "per": "sample"}
+    arguments = {"n": 64, "size": (32, 32), "per": "sample", "step": 0}
     one, other = draw_plan(**arguments), draw_plan(**arguments | change)
     assert (one.rule != other.rule).float().mean() > 0.4
     assert (one.lam != other.lam).float().mean() > 0.9
@@ -165,7 +173,7 @@ def test_world_size_moves_only_local_partners(arguments: dict[str, Any], flip: s
 
 
 def test_global_flip_pairs_across_ranks() -> None:
-    parts = [draw_plan(3, (8, 8), rank=r, world_size=4, flip="global", seed=5) for r in range(4)]
+    parts = [draw_plan(3, (8, 8), rank=r, world_size=4, flip="global", seed=5, step=0) for r in range(4)]
     everything = torch.cat([p.lam for p in parts])
     for rank, part in enumerate(parts):
         for i in range(3):
@@ -191,7 +199,7 @@ def test_given_partners_replace_the_flip(arguments: dict[str, Any], data: st.Dat
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7])
 def test_any_number_of_rows(n: int) -> None:
-    plan = draw_plan(n, (5, 3), per="sample", world_size=3, rank=2)
+    plan = draw_plan(n, (5, 3), per="sample", world_size=3, rank=2, step=0)
     assert [getattr(plan, name).shape for name in TENSORS] == [(n,), (n,), (n,), (n,), (n, 4)]
     assert [getattr(plan, name).dtype for name in TENSORS] == [
         torch.uint8,
@@ -208,20 +216,20 @@ def test_per_batch_draws_one_rule_and_per_sample_many() -> None:
     drawn = [draw_plan(16, (8, 8), step=step).rule.unique() for step in range(60)]
     assert all(len(rules) == 1 for rules in drawn)
     assert {int(rules[0]) for rules in drawn} == {1, 2, 3}
-    assert len(draw_plan(64, (8, 8), per="sample").rule.unique()) == 3
+    assert len(draw_plan(64, (8, 8), per="sample", step=0).rule.unique()) == 3
 
 
 def test_shared_lam_is_one_number_for_the_batch() -> None:
     for rule in ("mixup", "cutmix", "resizemix"):
-        plan = draw_plan(32, (64, 64), rules=[rule], shared_lam=True)
+        plan = draw_plan(32, (64, 64), rules=[rule], shared_lam=True, step=0)
         assert len(plan.lam.unique()) == 1
-    boxes = draw_plan(32, (64, 64), rules=["cutmix"], shared_lam=True).box
+    boxes = draw_plan(32, (64, 64), rules=["cutmix"], shared_lam=True, step=0).box
     assert len(boxes[:, 0].unique()) > 5, "shared lam, but every sample has its own place"
-    assert len(draw_plan(32, (64, 64), rules=["mixup"]).lam.unique()) == 32
+    assert len(draw_plan(32, (64, 64), rules=["mixup"], step=0).lam.unique()) == 32
 
 
 def test_pairs_draw_their_lam_independently() -> None:
-    lam = draw_plan(20_000, (8, 8), rules=["mixup"]).lam.double()
+    lam = draw_plan(20_000, (8, 8), rules=["mixup"], step=0).lam.double()
     correlation = np.corrcoef(lam.numpy(), lam.flip(0).numpy())[0, 1]
     assert abs(correlation) < 0.03
 
@@ -232,29 +240,29 @@ def test_pairs_draw_their_lam_independently() -> None:
 def test_probabilities_of_rules() -> None:
     weights = {"mixup": 0.5, "cutmix": 0.3, "resizemix": 0.2, "keep": 0.0}
     n = 40_000
-    rule = draw_plan(n, (8, 8), rules=weights, per="sample").rule
+    rule = draw_plan(n, (8, 8), rules=weights, per="sample", step=0).rule
     for name, p in weights.items():
         share = float((rule == Rule[name.upper()]).float().mean())
         assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
     batches = [int(draw_plan(1, (8, 8), rules=weights, step=s).rule) for s in range(2000)]
     assert abs(batches.count(Rule.MIXUP) / 2000 - 0.5) < 0.05
-    uniform = draw_plan(n, (8, 8), per="sample").rule
+    uniform = draw_plan(n, (8, 8), per="sample", step=0).rule
     for rule_value in (1, 2, 3):
         assert abs(float((uniform == rule_value).float().mean()) - 1 / 3) < 0.01
 
 
 def test_prob_is_the_chance_of_being_mixed() -> None:
     n = 40_000
-    kept = draw_plan(n, (8, 8), prob=0.3).rule == Rule.KEEP
+    kept = draw_plan(n, (8, 8), prob=0.3, step=0).rule == Rule.KEEP
     assert abs(float(kept.float().mean()) - 0.7) <= 4 * (0.21 / n) ** 0.5
-    assert bool((draw_plan(50, (8, 8), prob=0.0).rule == Rule.KEEP).all())
-    assert not bool((draw_plan(50, (8, 8), prob=1.0).rule == Rule.KEEP).any())
+    assert bool((draw_plan(50, (8, 8), prob=0.0, step=0).rule == Rule.KEEP).all())
+    assert not bool((draw_plan(50, (8, 8), prob=1.0, step=0).rule == Rule.KEEP).any())
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_lam_follows_beta(alpha: float) -> None:
     n = 40_000
-    lam = draw_plan(n, (8, 8), rules=["mixup"], alpha=alpha, seed=2).lam.double()
+    lam = draw_plan(n, (8, 8), rules=["mixup"], alpha=alpha, seed=2, step=0).lam.double()
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(float(lam.mean()) - 0.5) <= 4 * (variance / n) ** 0.5
     assert abs(float(lam.var()) - variance) < 0.02 * variance + 4 * variance * (2 / n) ** 0.5
@@ -262,7 +270,7 @@ def test_lam_follows_beta(alpha: float) -> None:
 
 def test_alpha_of_each_rule() -> None:
     alpha = {"mixup": 50.0, "cutmix": 0.01}
-    plan = draw_plan(20_000, (500, 500), rules=["mixup", "cutmix"], per="sample", alpha=alpha)
+    plan = draw_plan(20_000, (500, 500), rules=["mixup", "cutmix"], per="sample", alpha=alpha, step=0)
     assert float(plan.lam[plan.rule == Rule.MIXUP].std()) < 0.06
     lam = plan.lam[plan.rule == Rule.CUTMIX]
     assert float(((lam < 0.05) | (lam > 0.95)).float().mean()) > 0.9
@@ -270,12 +278,12 @@ def test_alpha_of_each_rule() -> None:
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e6])
 def test_extreme_alpha_stays_in_range(alpha: float) -> None:
-    plan = draw_plan(500, (17, 5), per="sample", alpha=alpha)
+    plan = draw_plan(500, (17, 5), per="sample", alpha=alpha, step=0)
     assert bool(((plan.lam >= 0) & (plan.lam <= 1)).all())
 
 
 def test_resizemix_shares_stay_in_lam_range() -> None:
-    plan = draw_plan(4000, (1000, 1000), rules=["resizemix"], lam_range=(0.2, 0.6))
+    plan = draw_plan(4000, (1000, 1000), rules=["resizemix"], lam_range=(0.2, 0.6), step=0)
     assert 0.199 < float(plan.lam.min()) < 0.21
     assert 0.59 < float(plan.lam.max()) < 0.603
     assert abs(float(plan.lam.mean()) - 0.4) < 0.01
@@ -292,7 +300,7 @@ def test_sides_are_the_floor_of_the_side_ratio(arguments: dict[str, Any], lam: f
 def test_corner_is_uniform_over_all_places_ends_included() -> None:
     # Half of the area of 12 x 20: sides 8 and 14, so tops 0 to 4 and lefts 0 to 6.
     n = 35_000
-    box = draw_plan(n, (12, 20), rules=["resizemix"], lam_range=(0.5, 0.5)).box.numpy()
+    box = draw_plan(n, (12, 20), rules=["resizemix"], lam_range=(0.5, 0.5), step=0).box.numpy()
     for axis, places in ((0, 5), (1, 7)):
         counts = np.bincount(box[:, axis], minlength=places)
         assert len(counts) == places, "no place beyond the last"
@@ -316,7 +324,7 @@ def timm_extents(side: int, lam: float) -> Counter[tuple[int, int]]:
 @pytest.mark.parametrize("lam", [0.0, 0.21, 0.5, 0.77, 0.999, 1.0])
 def test_clip_is_timms_law(lam: float) -> None:
     n = 6000
-    box = draw_plan(n, (13, 24), rules=["resizemix"], lam_range=(lam, lam), box="clip").box
+    box = draw_plan(n, (13, 24), rules=["resizemix"], lam_range=(lam, lam), box="clip", step=0).box
     for axis, side in enumerate((13, 24)):
         drawn = Counter(map(tuple, box[:, [axis, 2 + axis]].tolist()))
         wanted = timm_extents(side, lam)
@@ -439,7 +447,7 @@ def test_label_target_with_labels_of_other_rows() -> None:
 
 
 def test_middle_row_of_an_odd_batch_has_one_column() -> None:
-    plan = draw_plan(5, (8, 8), rules=["mixup"])
+    plan = draw_plan(5, (8, 8), rules=["mixup"], step=0)
     for target in (plan.source_target(10), plan.pair_target(10), plan.label_target(torch.arange(5))):
         assert target.first[2] == target.second[2]
     assert plan.overlap()[2] == pytest.approx(1 - abs(2 * float(plan.lam[2]) - 1))
@@ -528,6 +536,141 @@ def test_refuses_a_wrong_plan(changes: dict[str, Any], error: type[Exception], m
         by_hand(**changes)
 
 
+# ---- made by hand
+
+
+@st.composite
+def make_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `make_plan` for rows of 8 x 11 px: one rule or one per row, boxes given or not, partners or not."""
+    n, size = draw(st.integers(0, 7)), (8, 11)
+    rows = st.lists(st.integers(0, 3), min_size=n, max_size=n)
+    rule = draw(st.one_of(st.sampled_from(NAMES), rows.map(lambda r: torch.tensor(r, dtype=torch.uint8))))
+    shares = st.floats(0, 1, width=32)
+    arguments = {"rule": rule, "size": size, "lam": torch.tensor(draw(st.lists(shares, min_size=n, max_size=n)))}
+    kinds = [Rule[rule.upper()]] * n if isinstance(rule, str) else [Rule(r) for r in rule.tolist()]
+    if draw(st.booleans()):
+        boxes = [[0] * 4] * n
+        for i, kind in enumerate(kinds):
+            if kind > Rule.MIXUP:
+                top, left = draw(st.integers(0, size[0])), draw(st.integers(0, size[1]))
+                boxes[i] = [top, left, draw(st.integers(0, size[0] - top)), draw(st.integers(0, size[1] - left))]
+        arguments["box"] = torch.tensor(boxes, dtype=torch.int32).reshape(n, 4)
+    if draw(st.booleans()):
+        partners = draw(st.lists(st.integers(0, max(n - 1, 0)), min_size=n, max_size=n))
+        arguments["partner"] = torch.tensor(partners, dtype=torch.int64)
+    return arguments
+
+
+@PROPERTY
+@given(make_arguments())
+def test_a_made_plan_keeps_every_promise(arguments: dict[str, Any]) -> None:
+    with untouched():
+        plan = make_plan(**arguments)
+    n, (height, width) = len(arguments["lam"]), arguments["size"]
+    assert same(plan, MixPlan(**vars(plan))), "and is accepted where every value is checked"
+    rule = arguments["rule"]
+    asked = [int(Rule[rule.upper()])] * n if isinstance(rule, str) else rule.tolist()
+    assert plan.rule.tolist() == asked
+    assert set(plan.rules) == ({Rule[rule.upper()]} if isinstance(rule, str) else {Rule(r) for r in asked})
+    assert plan.mirrored == ("partner" not in arguments)
+    assert torch.equal(plan.partner, arguments.get("partner", torch.arange(n - 1, -1, -1)))
+    assert torch.equal(plan.partner_lam, plan.lam[plan.partner])
+    for i, kind in enumerate(asked):
+        given, box = float(arguments["lam"][i]), plan.box[i].tolist()
+        if kind == Rule.MIXUP:
+            assert float(plan.lam[i]) == given
+        elif kind == Rule.KEEP:
+            assert plan.lam[i] == 1
+        else:
+            side = (1 - given) ** 0.5
+            h, w = int(height * side), int(width * side)
+            centred = [(height - h) // 2, (width - w) // 2, h, w]
+            assert box == (arguments["box"][i].tolist() if "box" in arguments else centred)
+            assert torch.equal(plan.lam[i], counted(plan)[i])
+
+
+@PROPERTY
+@given(make_arguments())
+def test_pixels_change_exactly_as_a_made_plan_says(arguments: dict[str, Any]) -> None:
+    plan = make_plan(**arguments)
+    n, (height, width) = len(plan), plan.size
+    images = torch.arange(1.0, n + 1)[:, None, None, None].expand(n, 2, height, width).contiguous()
+    mixed = mix(images, plan)
+    for i in range(n):
+        partner, lam = int(plan.partner[i]), float(plan.lam[i])
+        top, left, h, w = plan.box[i].tolist()
+        expected = images[i].clone()
+        if plan.rule[i] == Rule.MIXUP:
+            expected = lam * images[i] + (1 - lam) * images[partner]
+        expected[:, top : top + h, left : left + w] = float(images[partner, 0, 0, 0])
+        assert torch.allclose(mixed[i], expected, rtol=1e-6, atol=0), "the partner's pixels in the box, none elsewhere"
+        if plan.rule[i] > Rule.MIXUP and partner != i:
+            own = (mixed[i] == images[i]).float().mean()
+            assert float(own) == pytest.approx(lam, abs=1e-6), "the labels weigh what the pixels show"
+
+
+def test_a_centred_box_is_in_the_middle() -> None:
+    plan = make_plan("cutmix", torch.tensor([0.75, 0.0, 1.0, 0.999]), (8, 12))
+    assert plan.box.tolist() == [[2, 3, 4, 6], [0, 0, 8, 12], [4, 6, 0, 0], [4, 6, 0, 0]]
+    assert plan.lam.tolist() == [0.75, 0.0, 1.0, 1.0]
+    assert make_plan("CutMix", torch.zeros(2), (4, 4)).rules == (Rule.CUTMIX,)
+    assert make_plan("resizemix", torch.zeros(0), (4, 4)).rules == (Rule.RESIZEMIX,), "a name says it without a row"
+
+
+def test_partners_of_another_set_of_images() -> None:
+    partner, shares = torch.tensor([5, 0]), torch.tensor([0.25, 0.5])
+    plan = make_plan("mixup", torch.tensor([0.5, 0.75]), (4, 4), partner=partner, partner_lam=shares)
+    assert plan.partner.tolist() == [5, 0]
+    assert torch.equal(plan.partner_lam, shares)
+    partner.zero_()
+    shares.zero_()
+    assert plan.partner.tolist() == [5, 0] and plan.partner_lam.tolist() == [0.25, 0.5], "given tensors are copied"
+    assert make_plan("mixup", torch.ones(2), (4, 4), device="meta").device.type == "meta"
+
+
+MAKE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"rule": "mixip"}, ValueError, "rule names an unknown rule 'mixip': did you mean 'mixup'"),
+    ({"rule": 2}, TypeError, "rule must hold rule names such as 'mixup', got 2"),
+    ({"rule": torch.ones(3)}, TypeError, "rule must be uint8, got float32"),
+    ({"rule": torch.ones(2, dtype=torch.uint8)}, ValueError, "rule has 2 rows but lam has 3; give one per row"),
+    ({"rule": torch.tensor([1, 4, 0], dtype=torch.uint8)}, ValueError, r"rule must hold Rule values \(0 to 3\), got 4"),
+    ({"lam": 0.5}, TypeError, r"lam must be a torch.Tensor of shape \(N,\), got float"),
+    ({"lam": torch.ones(3).double()}, TypeError, "lam must be float32, got float64"),
+    ({"lam": torch.ones(3, 1)}, ValueError, r"lam must have shape \(N,\), got \(3, 1\)"),
+    ({"lam": torch.tensor([0.5, 1.5, 0])}, ValueError, r"lam must hold shares in \[0, 1\], got 1.5"),
+    ({"lam": torch.tensor([0.5, float("nan"), 0])}, ValueError, r"lam must hold shares in \[0, 1\], got nan"),
+    ({"lam": torch.ones(3, requires_grad=True)}, ValueError, "lam requires a gradient, but a plan holds constants"),
+    ({"lam": torch.ones(3, device="meta")}, ValueError, "lam is on meta, but plans are made on the host"),
+    ({"size": (8, 0)}, ValueError, r"size\[1\] must be a width in pixels, 1 or more, got 0"),
+    ({"box": torch.zeros(3, 4)}, TypeError, "box must be int32, got float32"),
+    ({"box": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, r"box must have shape \(N, 4\), got \(3, 3\)"),
+    ({"box": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, "box has 2 rows but lam has 3"),
+    ({"box": torch.ones(3, 4, dtype=torch.int32)}, ValueError, "box must be zeros for rows with KEEP or MIXUP"),
+    (
+        {"rule": "cutmix", "box": torch.tensor([[0] * 4, [7, 0, 2, 1], [0] * 4], dtype=torch.int32)},
+        ValueError,
+        r"box must lie inside the 8 x 8 image, but row 1 has \[7, 0, 2, 1\]",
+    ),
+    (
+        {"rule": "cutmix", "box": torch.tensor([[1, 1, 2**31 - 1, 1]] * 3, dtype=torch.int32)},
+        ValueError,
+        "box must lie inside .* row 0 has",
+    ),
+    ({"partner": torch.zeros(3)}, TypeError, "partner must be int64, got float32"),
+    ({"partner": torch.tensor([0, -1, 0])}, ValueError, "partner must hold row numbers of 0 or more, got -1"),
+    ({"partner": torch.tensor([0, 3, 0])}, ValueError, "partner holds row 3, but lam has only 3; give partner_lam"),
+    ({"partner_lam": torch.ones(2)}, ValueError, "partner_lam has 2 rows but lam has 3"),
+    ({"partner_lam": torch.full((3,), -0.5)}, ValueError, r"partner_lam must hold shares in \[0, 1\], got -0.5"),
+    ({"device": "nowhere"}, RuntimeError, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MAKE_ERRORS)
+def test_refuses_to_make_a_wrong_plan(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with untouched(), pytest.raises(error, match=message):
+        make_plan(**{"rule": "mixup", "lam": torch.ones(3), "size": (8, 8)} | changes)
+
+
 DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"n": -1}, ValueError, "n must be a number of rows, 0 or more, got -1"),
     ({"n": 2.0}, TypeError, "n must be a number of rows, 0 or more, got float"),
@@ -585,7 +728,32 @@ DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("changes", "error", "message"), DRAW_ERRORS)
 def test_refuses_a_wrong_draw(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with untouched(), pytest.raises(error, match=message):
-        draw_plan(**{"n": 3, "size": (8, 8)} | changes)
+        draw_plan(**{"n": 3, "size": (8, 8), "step": 0} | changes)
+
+
+def test_what_is_checked_once_is_checked_by_type_too() -> None:
+    for right, wrong in (({"alpha": 1}, {"alpha": True}), ({"rules": {"mixup": 1}}, {"rules": {"mixup": True}})):
+        draw_plan(3, (8, 8), step=0, **right)
+        with pytest.raises(TypeError, match="got bool"):
+            draw_plan(3, (8, 8), step=0, **wrong)
+    rules = ["mixup"]
+    draw_plan(3, (8, 8), step=0, rules=rules)
+    rules.append("mixip")
+    with pytest.raises(ValueError, match="rules names an unknown rule 'mixip'"):
+        draw_plan(3, (8, 8), step=0, rules=rules)
+
+
+def test_a_drawn_plan_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_plan(3, (8, 8), step=0)
+    for name in ("_check_values", "_check_rules", "_check_alpha"):
+        monkeypatch.setattr(plan_module, name, None)
+    assert len(draw_plan(3, (8, 8), step=1)) == 3
+
+
+def test_refuses_to_draw_without_a_step() -> None:
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'step'"):
+        draw_plan(3, (8, 8))  # type: ignore[call-arg]
+    assert inspect.signature(draw_plan).parameters["step"].default is inspect.Parameter.empty
 
 
 def test_refuses_wrong_targets() -> None:
@@ -603,7 +771,7 @@ def test_refuses_wrong_targets() -> None:
     with pytest.raises(TypeError, match="other must be the MixPlan that mixed the keys, got int"):
         plan.overlap(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"other must mix the same rows .* it has 5 rows, mirrored=True"):
-        plan.overlap(draw_plan(5, (4, 4)))
+        plan.overlap(draw_plan(5, (4, 4), step=0))
     loose = by_hand(partner=torch.tensor([1, 2, 3, 0]), mirrored=False)
     with pytest.raises(ValueError, match="other must have the same partner vector as this plan"):
         loose.overlap(by_hand(partner=torch.tensor([1, 2, 3, 1]), mirrored=False))
@@ -614,11 +782,112 @@ def test_refuses_wrong_targets() -> None:
         beyond.label_target(torch.arange(4))
 
 
+# ---- targets as others want them
+
+
+def test_labels_become_a_two_hot_target() -> None:
+    labels = torch.tensor([2, 0, 1])
+    target = TwoHot.from_labels(labels)
+    assert torch.equal(target.dense(4), torch.nn.functional.one_hot(labels, 4).float())
+    assert target.first is labels and target.weight.dtype == torch.float32
+    assert len(TwoHot.from_labels(labels[:0]).dense(3)) == 0
+    for wrong, error, message in (
+        ([0, 1], TypeError, r"labels must be a torch.Tensor of shape \(N,\), got list"),
+        (labels.int(), TypeError, "labels must be int64, got int32"),
+        (labels[None], ValueError, r"labels must have shape \(N,\), got \(1, 3\)"),
+        (torch.tensor([0, -100]), ValueError, "labels must hold class numbers of 0 or more, got -100"),
+    ):
+        with pytest.raises(error, match=message):
+            TwoHot.from_labels(wrong)  # type: ignore[arg-type]
+
+
+@PROPERTY
+@given(draw_arguments(), st.lists(st.integers(0, 4), min_size=9, max_size=9))
+def test_a_dense_target_is_its_two_columns(arguments: dict[str, Any], classes: list[int]) -> None:
+    plan = draw_plan(**arguments)
+    target = plan.label_target(torch.tensor(classes[: len(plan)], dtype=torch.int64))
+    dense = target.dense(5)
+    assert dense.shape == (len(plan), 5)
+    for i in range(len(plan)):
+        expected = torch.zeros(5)
+        expected[target.first[i]] += target.weight[i]
+        expected[target.second[i]] += 1 - target.weight[i]
+        assert torch.allclose(dense[i], expected, rtol=1e-6, atol=0)
+
+
+def test_a_dense_target_needs_enough_columns() -> None:
+    target = TwoHot(torch.tensor([0, 3]), torch.tensor([1, 1]), torch.tensor([0.5, 0.25]))
+    with pytest.raises(ValueError, match="columns=3 is too few: first holds columns 0 to 3"):
+        target.dense(3)
+    with pytest.raises(ValueError, match="columns must be a number of columns, 1 or more, got 0"):
+        target.dense(0)
+    with pytest.raises(TypeError, match="columns must be a number of columns, 1 or more, got float"):
+        target.dense(4.0)  # type: ignore[arg-type]
+
+
+# ---- a plan among other people's tools
+
+
+def test_a_plan_is_shown_in_one_line() -> None:
+    assert repr(by_hand()) == "MixPlan(4 rows of 4 x 4 px, keep|mixup|cutmix|resizemix, the flip, cpu)"
+    loose = make_plan("mixup", torch.zeros(2), (8, 9), partner=torch.tensor([1, 1]), device="meta")
+    assert repr(loose) == "MixPlan(2 rows of 8 x 9 px, mixup, given partners, meta)"
+
+
+def test_a_plan_is_a_pytree() -> None:
+    plan = by_hand()
+    leaves, spec = pytree.tree_flatten({"plan": plan, "images": torch.zeros(2)})
+    assert len(leaves) == 6
+    again = pytree.tree_unflatten(leaves, spec)["plan"]
+    assert isinstance(again, MixPlan) and same(again, plan)
+    assert (again.size, again.mirrored, again.rules) == (plan.size, plan.mirrored, plan.rules)
+    shapes = pytree.tree_map(lambda tensor: tuple(tensor.shape), plan)
+    assert shapes.box == (4, 4), "leaves may be anything: nothing is checked on the way"
+    assert pytree.tree_map(lambda tensor: tensor.to("meta"), plan).device.type == "meta"
+    assert same(copy.deepcopy(plan), plan)
+
+
+def test_a_plan_is_handed_to_a_compiled_function_and_drawn_outside() -> None:
+    def blend(images: torch.Tensor, plan: MixPlan) -> torch.Tensor:
+        return images * plan.lam[:, None]
+
+    def draw_and_blend(images: torch.Tensor, step: int) -> torch.Tensor:
+        doubled = images * 2
+        return blend(doubled, draw_plan(len(images), (4, 4), step=step))
+
+    def make_and_blend(images: torch.Tensor) -> torch.Tensor:
+        return blend(images, make_plan("cutmix", torch.full((3,), 0.4), (9, 9)))
+
+    torch._dynamo.reset()
+    images = torch.rand(3, 5)
+    handed = torch.compile(blend, fullgraph=True, backend="eager")
+    plan = draw_plan(3, (4, 4), step=0)
+    assert torch.equal(handed(images, plan), blend(images, plan))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="decide on the host: call them outside the compiled"):
+        torch.compile(draw_and_blend, fullgraph=True, backend="eager")(images, 0)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="decide on the host: call them outside the compiled"):
+        torch.compile(make_and_blend, fullgraph=True, backend="eager")(images)
+    counter = CompileCounter()
+    broken = torch.compile(draw_and_blend, backend=counter)
+    for step in range(3):
+        assert torch.equal(broken(images, step), draw_and_blend(images, step)), "every step has draws of its own"
+    assert counter.frame_count >= 2, "what is before and after the draw is compiled all the same"
+    torch._dynamo.reset()
+
+
+def test_drawing_does_not_load_the_compiler() -> None:
+    program = (
+        "import sys, torch; from sdmp_kernels import draw_plan, make_plan; draw_plan(3, (8, 8), step=0); "
+        "make_plan('mixup', torch.zeros(2), (4, 4)); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 # ---- moving and overwriting
 
 
 def test_to_moves_every_tensor_by_one_buffer() -> None:
-    plan = draw_plan(7, (9, 5), per="sample", partner=torch.tensor([1, 1, 1, 2, 3, 4, 6]))
+    plan = draw_plan(7, (9, 5), per="sample", partner=torch.tensor([1, 1, 1, 2, 3, 4, 6]), step=0)
     assert plan.to("cpu") is plan
     packed, layout = _pack(plan, pin=False)
     again = _unpack(packed, layout, plan)
@@ -631,7 +900,7 @@ def test_to_moves_every_tensor_by_one_buffer() -> None:
         assert getattr(elsewhere, name).dtype == getattr(plan, name).dtype
         assert getattr(elsewhere, name).shape == getattr(plan, name).shape
     assert (elsewhere.size, elsewhere.mirrored, elsewhere.rules) == (plan.size, plan.mirrored, plan.rules)
-    assert len(draw_plan(0, (4, 4)).to("meta")) == 0
+    assert len(draw_plan(0, (4, 4), step=0).to("meta")) == 0
     one = MixPlan(
         rule=torch.zeros(9, dtype=torch.uint8)[::9],
         partner=torch.zeros(9, dtype=torch.int64)[::9],
@@ -643,18 +912,53 @@ def test_to_moves_every_tensor_by_one_buffer() -> None:
         rules=(Rule.KEEP,),
     )
     assert same(one, _unpack(*_pack(one, pin=False), one)), "whatever the strides of a single row are"
-    assert draw_plan(3, (4, 4), device="meta").device.type == "meta"
+    assert draw_plan(3, (4, 4), device="meta", step=0).device.type == "meta"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_to_a_gpu_and_back() -> None:
-    plan = draw_plan(33, (9, 5), per="sample")
-    there = draw_plan(33, (9, 5), per="sample", device="cuda")
+    plan = draw_plan(33, (9, 5), per="sample", step=0)
+    there = draw_plan(33, (9, 5), per="sample", device="cuda", step=0)
     assert there.device.type == "cuda"
     assert same(plan, there.to("cpu"))
     for one, other in zip(plan.pair_target(), there.pair_target(), strict=True):
         assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_pinned() -> None:
+    plan = draw_plan(33, (9, 5), per="sample", step=0)
+    pinned = plan.pin_memory()
+    assert all(getattr(pinned, name).is_pinned() for name in TENSORS)
+    assert same(pinned, plan)
+    assert same(pinned.to("cuda", non_blocking=False).to("cpu"), plan)
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "waits"), [("meta", True, False), ("meta", False, True), ("cpu", True, True)]
+)
+def test_a_copy_waits_where_the_host_reads_it(
+    target: str, asked: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = by_hand() if target != "cpu" else by_hand().to("meta")
+    asked_of_torch = []
+    original = torch.Tensor.to
+
+    def record(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked_of_torch.append(kwargs["non_blocking"])
+        return torch.zeros_like(tensor, device="cpu") if target == "cpu" else original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    with contextlib.suppress(ValueError):  # zeros are no plan that was drawn
+        plan.to(target, non_blocking=asked)
+    assert asked_of_torch == [not waits]
+
+
+def test_only_plans_on_the_cpu_are_pinned() -> None:
+    with pytest.raises(ValueError, match="only a plan on the CPU can be pinned, but this one is on meta"):
+        by_hand().to("meta").pin_memory()
 
 
 def test_copy_overwrites_in_place() -> None:
@@ -671,14 +975,22 @@ def test_copy_overwrites_in_place() -> None:
     ("other", "error", "message"),
     [
         ("plan", TypeError, "other must be a MixPlan, got str"),
-        (draw_plan(6, (8, 9)), ValueError, r"size is \(8, 8\) here and \(8, 9\) in other; draw both with the same"),
-        (draw_plan(6, (8, 8), partner=torch.arange(6)), ValueError, "mirrored is True here and False in other"),
-        (draw_plan(6, (8, 8), rules=["mixup"]), ValueError, "host fields agree, but rules is .* here and .* in other"),
-        (draw_plan(5, (8, 8)), ValueError, "plans of one length, but this one has 6 rows and other 5"),
+        (
+            draw_plan(6, (8, 9), step=0),
+            ValueError,
+            r"size is \(8, 8\) here and \(8, 9\) in other; draw both with the same",
+        ),
+        (draw_plan(6, (8, 8), partner=torch.arange(6), step=0), ValueError, "mirrored is True here and False in other"),
+        (
+            draw_plan(6, (8, 8), rules=["mixup"], step=0),
+            ValueError,
+            "host fields agree, but rules is .* here and .* in other",
+        ),
+        (draw_plan(5, (8, 8), step=0), ValueError, "plans of one length, but this one has 6 rows and other 5"),
     ],
 )
 def test_copy_refuses_what_differs_on_the_host(other: Any, error: type[Exception], message: str) -> None:
-    static, before = draw_plan(6, (8, 8)), draw_plan(6, (8, 8))
+    static, before = draw_plan(6, (8, 8), step=0), draw_plan(6, (8, 8), step=0)
     with pytest.raises(error, match=message):
         static.copy_(other)
     assert same(static, before)
@@ -698,7 +1010,7 @@ GOLDEN_ARGUMENTS: list[dict[str, Any]] = [
 
 
 def golden_rows(arguments: dict[str, Any]) -> dict[str, Any]:
-    plan = draw_plan(**arguments | {"size": tuple(arguments["size"])})
+    plan = draw_plan(**{"step": 0} | arguments | {"size": tuple(arguments["size"])})
     return {name: getattr(plan, name).tolist() for name in TENSORS} | {"rules": [int(r) for r in plan.rules]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import subprocess
@@ -17,7 +18,7 @@ from global_random import untouched
 from torch import Tensor
 
 import sdmp_kernels.timm
-from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, soft_cross_entropy
+from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, mix, soft_cross_entropy
 from sdmp_kernels.timm import Mixup
 
 timm_mixup = pytest.importorskip("timm.data.mixup", reason="timm is not installed")
@@ -411,15 +412,9 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert not torch.equal(Mixup(**options, seed=10)(pictures(), class_numbers())[0], one[0])
 
 
-def test_the_default_seed_is_torchs() -> None:
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(1234)
-        by_default = Mixup(mode="elem")
-        assert by_default.seed == 1234
-        assert torch.equal(by_default.draw(8, (9, 9)).lam, Mixup(mode="elem", seed=1234).draw(8, (9, 9)).lam)
-    finally:
-        torch.set_rng_state(state)
+def test_the_seed_of_its_own_can_be_given_again() -> None:
+    by_default = Mixup(mode="elem")
+    assert torch.equal(by_default.draw(8, (9, 9)).lam, Mixup(mode="elem", seed=by_default.seed).draw(8, (9, 9)).lam)
 
 
 class Drawing(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -448,7 +443,7 @@ def test_a_plan_is_replayed() -> None:
     again, target_again = Mixup(num_classes=CLASSES)(pictures(), class_numbers(), plan=mixup.last_plan)
     assert torch.equal(mixed, again)
     assert torch.equal(target, target_again)
-    anyone = draw_plan(8, (16, 20), partner=torch.tensor([1, 2, 3, 4, 5, 6, 7, 1]), per="sample")
+    anyone = draw_plan(8, (16, 20), partner=torch.tensor([1, 2, 3, 4, 5, 6, 7, 1]), per="sample", step=0)
     _, target = Mixup(num_classes=CLASSES, label_smoothing=0.0)(pictures(), class_numbers(), plan=anyone)
     for i, row in enumerate(target):
         assert row[class_numbers()[i]] == pytest.approx(float(anyone.lam[i]))
@@ -464,6 +459,66 @@ def test_a_call_is_one_fused_call(mode: str, monkeypatch: pytest.MonkeyPatch) ->
     Mixup(1.0, 1.0, mode=mode, resizemix_alpha=1.0)(images, class_numbers())
     assert len(calls) == 1
     assert calls[0]["out"] is images
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", ["mixup", "cutmix", "resizemix"])
+def test_gradients_reach_the_layer_through_features_mixed_in_place(mode: str, rule: str) -> None:
+    torch.nn.init.trunc_normal_(weight := torch.empty(4, 3, 1, 1), generator=torch.Generator().manual_seed(1))
+    alphas = {"mixup": (1.0, 0.0, 0.0), "cutmix": (0.0, 1.0, 0.0), "resizemix": (0.0, 0.0, 1.0)}[rule]
+    mixup = Mixup(*alphas[:2], resizemix_alpha=alphas[2], mode=mode, num_classes=CLASSES, seed=2)
+    grads = []
+    for place in ("in place", "aside"):
+        leaf = weight.clone().requires_grad_()
+        features = torch.nn.functional.conv2d(pictures(), leaf)
+        if place == "in place":
+            mixed, _ = mixup(features, class_numbers())
+            assert mixed is features
+        else:
+            mixed = mix(features, mixup.last_plan)
+        mixed.square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6), (8, 5, 6), (8, 3, 2, 5, 6), (8, 2, 3, 2, 5, 6)])
+@pytest.mark.parametrize("mode", MODES)
+def test_features_of_any_rank_are_blended_as_timm_does(
+    shape: tuple[int, ...], mode: str, boxes: list[tuple[int, int, int, int]]
+) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    real = Recorded(1.0, num_classes=CLASSES, mode=mode)
+    np.random.seed(5)  # noqa: NPY002
+    expected, target = real(images.clone(), class_numbers())
+    plan = as_plan(
+        real, boxes, 8, (shape[-2], shape[-1]) if len(shape) > 2 else (1, shape[-1] if len(shape) > 1 else 1)
+    )
+    mixed, target_again = Mixup(num_classes=CLASSES)(given := images.clone(), class_numbers(), plan=narrowed(plan))
+    assert mixed is given
+    assert torch.allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(target_again, target, atol=1e-6)
+    blended, _ = Mixup(mode=mode, num_classes=CLASSES, seed=0)(images.clone(), class_numbers())
+    assert not torch.equal(blended, images), "what it draws itself is mixed, too"
+
+
+def narrowed(plan: MixPlan) -> MixPlan:
+    """A plan that says that only the rules it holds may occur."""
+    return dataclasses.replace(plan, rules=tuple(Rule(value) for value in plan.rule.unique().tolist()))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_frames_of_a_video_are_cut_alike(permuted: bool) -> None:
+    clips = torch.rand(8, 3, 4, 16, 20, generator=torch.Generator().manual_seed(0))
+    x = clips.transpose(1, 2).contiguous().transpose(1, 2) if permuted else clips.clone()
+    mixup = Mixup(0.0, 1.0, mode="elem", num_classes=CLASSES, seed=3)
+    mixed, _ = mixup(x, class_numbers())
+    assert mixed is x
+    for frame in range(4):
+        assert torch.equal(mixed[:, :, frame], mix(clips[:, :, frame].contiguous(), mixup.last_plan))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -510,7 +565,24 @@ def test_refuses_wrong_options(options: dict[str, Any], error: type[Exception], 
 
 
 CALL_ERRORS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({}, {"x": pictures()[0]}, ValueError, r"x must have shape \(N, C, H, W\), got \(3, 16, 20\)"),
+    ({"cutmix_alpha": 1.0}, {"x": pictures()[0]}, ValueError, r"x must have shape \(N, C, H, W\), got \(3, 16, 20\)"),
+    (
+        {"resizemix_alpha": 1.0},
+        {"x": torch.rand(8, 9)},
+        ValueError,
+        r"got \(8, 9\); what has no height .* cutmix_alpha=0",
+    ),
+    (
+        {},
+        {"x": torch.zeros(8, 24, 20, 3).byte()},
+        ValueError,
+        r"x must have .* looks like \(N, H, W, C\); give x.permute",
+    ),
+    ({}, {"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(N, C, H, W\), got \(\)"),
+    ({}, {"x": torch.rand(8, 1, 4, 4).expand(8, 3, 4, 4)}, ValueError, "x is an expanded tensor .* give x.contiguous"),
+    ({}, {"x": torch.rand(8, 3, 4, 4).requires_grad_()}, ValueError, "x is a leaf that requires a gradient"),
+    ({}, {"x": torch.rand(8, 3, 4, 4).requires_grad_()[:]}, ValueError, "x is a leaf that requires a gradient"),
+    ({}, {"plan": draw_plan(8, (16, 20), step=0), "x": torch.rand(8, 20)}, ValueError, "x must have shape"),
     ({}, {"x": pictures().int()}, TypeError, "x must be uint8, float16, .*, got int32"),
     ({}, {"x": np.zeros((8, 3, 16, 20))}, TypeError, "x must be a torch.Tensor .*, got ndarray"),
     ({}, {"target": [1] * 8}, TypeError, r"target must be a tensor of class numbers of shape \(N,\), got list"),
@@ -521,9 +593,14 @@ CALL_ERRORS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     ({"multi_label": True}, {}, ValueError, r"target must have shape \(8, 7\) with multi_label=True, got \(8,\)"),
     ({"multi_label": True}, {"target": None}, TypeError, r"target must be a tensor of shape \(N, 7\), got NoneType"),
     ({}, {"plan": "last"}, TypeError, "plan must be a MixPlan, got str; make one with draw or draw_plan"),
-    ({}, {"plan": draw_plan(7, (16, 20))}, ValueError, "plan has 7 rows but x 8; draw it with n=8"),
-    ({}, {"plan": draw_plan(8, (20, 16))}, ValueError, r"plan.size is \(20, 16\) but images are \(16, 20\)"),
-    ({"correct_lam": False}, {"plan": draw_plan(8, (16, 20))}, ValueError, "plan cannot be replayed with correct_lam"),
+    ({}, {"plan": draw_plan(7, (16, 20), step=0)}, ValueError, "plan has 7 rows but x 8; draw it with n=8"),
+    ({}, {"plan": draw_plan(8, (20, 16), step=0)}, ValueError, r"plan.size is \(20, 16\) but images are \(16, 20\)"),
+    (
+        {"correct_lam": False},
+        {"plan": draw_plan(8, (16, 20), step=0)},
+        ValueError,
+        "plan cannot be replayed with correct_lam",
+    ),
     ({"mixup_alpha": 0.0}, {}, ValueError, "mixup_alpha, cutmix_alpha and resizemix_alpha are all 0 .* give one of"),
 ]
 
@@ -533,10 +610,10 @@ def test_refuses_wrong_calls_and_writes_nothing(
     options: dict[str, Any], call: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {"x": pictures(), "target": class_numbers()} | call
-    before = copy.deepcopy(arguments["x"])
+    before = copy.deepcopy(arguments["x"].detach() if isinstance(arguments["x"], Tensor) else arguments["x"])
     with pytest.raises(error, match=message):
         Mixup(**{"num_classes": CLASSES} | options)(**arguments)
-    assert np.array_equal(arguments["x"], before)
+    assert bool((torch.as_tensor(arguments["x"]) == torch.as_tensor(before)).all())
 
 
 def test_needs_torch_alone() -> None:

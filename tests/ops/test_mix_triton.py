@@ -15,9 +15,11 @@ from ops import matrix
 
 from sdmp_kernels import MixPlan, Rule, _launch, draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import cases, reference
+from sdmp_kernels.ops.mix.arguments import Gradients, PlanRows, Upstream
 
 pytest.importorskip("triton")
 from sdmp_kernels.ops.mix import triton as kernels
+from sdmp_kernels.ops.mix import triton_kernels
 
 DEVICE = matrix.DEVICES[-1]
 HERE = [case for case in cases.CASES if not case.interpreter or DEVICE == "cuda"]
@@ -84,7 +86,7 @@ def ring(shape, value, dtype):
 @pytest.mark.parametrize("partner", [None, (2, 2, 0)], ids=["pair", "gather"])
 def test_nothing_beside_the_tensors_is_read_or_written(size, partner):
     """NaN round the inputs, another value round the outputs: neither gets in, neither is overwritten."""
-    plan = draw_plan(3, size, rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5).to(DEVICE)
+    plan = draw_plan(3, size, rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5, step=0).to(DEVICE)
     if partner is not None:
         plan = cases.partner_vector(plan.to("cpu"), partner, 3).to(DEVICE)
     images, _ = ring((3, 2, *size), float("nan"), torch.float32)
@@ -102,15 +104,14 @@ def test_nothing_beside_the_tensors_is_read_or_written(size, partner):
 
 @pytest.mark.parametrize("partner", [None, (2, 2, 0)], ids=["pair", "gather"])
 def test_gradients_read_and_write_nothing_beside(partner):
-    plan = draw_plan(3, (7, 5), rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5)
+    plan = draw_plan(3, (7, 5), rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5, step=0)
     plan = (plan if partner is None else cases.partner_vector(plan, partner, 3)).to(DEVICE)
     grads, _ = ring((3, 2, 7, 5), float("nan"), torch.float32)
     grads.copy_(torch.rand(grads.shape, generator=torch.Generator().manual_seed(1)))
     result, room = ring(grads.shape, -77.0, torch.float32)
-    args = (plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, list(plan.rules), None)
-    kernels.mix_backward(grads, None, *args, result, None)
-    expected = torch.empty_like(result)
-    reference.mix_backward(grads, None, *args, expected, None)
+    upstream, rows, expected = Upstream(grads, None), PlanRows.of(plan), torch.empty_like(result)
+    kernels.mix_backward(upstream, rows, None, Gradients(result, None))
+    reference.mix_backward(upstream, rows, None, Gradients(expected, None))
     torch.testing.assert_close(result, expected)
     assert (room[:64] == -77).all()
     assert (room[-64:] == -77).all()
@@ -119,7 +120,7 @@ def test_gradients_read_and_write_nothing_beside(partner):
 @pytest.mark.parametrize("rules", [("mixup",), ("cutmix",), ("mixup", "cutmix")], ids=str)
 @pytest.mark.parametrize("n", [1, 4, 5])
 def test_in_place(rules, n):
-    plan = draw_plan(n, (8, 8), rules=rules, per="sample", seed=2).to(DEVICE)
+    plan = draw_plan(n, (8, 8), rules=rules, per="sample", seed=2, step=0).to(DEVICE)
     images = torch.rand((n, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with use_backend("triton", "mix"):
         expected = mix(images, plan)
@@ -128,13 +129,22 @@ def test_in_place(rules, n):
 
 
 def test_every_kernel_runs():
-    flip = draw_plan(3, (8, 8), per="sample", seed=1).to(DEVICE)
-    other = cases.partner_vector(draw_plan(3, (8, 8), per="sample", seed=1), (1, 1, 0), 3).to(DEVICE)
+    flip = draw_plan(3, (8, 8), per="sample", seed=1, step=0).to(DEVICE)
+    other = cases.partner_vector(draw_plan(3, (8, 8), per="sample", seed=1, step=0), (1, 1, 0), 3).to(DEVICE)
     with use_backend("triton", "mix"), _launch.recording() as names:
         for plan in (flip, other):
             images = torch.rand((3, 2, 8, 8), device=DEVICE).requires_grad_()
             mix(images, plan).sum().backward()
     assert names == set(kernels.KERNELS)
+
+
+def test_every_kernel_is_listed():
+    assert {name for name in vars(triton_kernels) if name.endswith("_kernel")} == set(kernels.KERNELS)
+
+
+def test_rules_with_a_box_are_the_last_ones():
+    """What the kernels ask by `rule >= RULE_CUTMIX`."""
+    assert [rule for rule in Rule if rule >= Rule.CUTMIX] == [Rule.CUTMIX, Rule.RESIZEMIX]
 
 
 def test_the_launch_table_has_every_bucket():
@@ -172,6 +182,7 @@ import json, sys
 import torch
 from sdmp_kernels import draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import reference, triton as kernels
+from sdmp_kernels.ops.mix.arguments import Gradients, Outputs, PlanRows, Upstream
 
 far = 2**31 + 8
 
@@ -183,7 +194,7 @@ def view(shape, strides):
 
 
 def run(shape, strides, partner):
-    plan = draw_plan(shape[0], shape[2:], per="sample", seed=3, partner=partner)
+    plan = draw_plan(shape[0], shape[2:], per="sample", seed=3, partner=partner, step=0)
     images, out = view(shape, strides), view(shape, strides)
     images.copy_(torch.randint(0, 255, shape, generator=torch.Generator().manual_seed(0)))
     with use_backend("triton", "mix"):
@@ -194,12 +205,11 @@ def run(shape, strides, partner):
 
 
 def stray(images, **changes):
-    plan = draw_plan(4, (8, 8), per="sample", seed=1)
-    parts = {name: getattr(plan, name).clone() for name in ("rule", "partner", "lam", "box")} | changes
+    plan = draw_plan(4, (8, 8), per="sample", seed=1, step=0)
+    rows = PlanRows.of(plan)._replace(mirrored=False, rules=[0, 1, 2, 3], **changes)
     mixed, grads = torch.empty_like(images), torch.empty_like(images)
-    rules = [0, 1, 2, 3]
-    kernels.mix(images, None, *parts.values(), False, rules, None, None, mixed, None)
-    kernels.mix_backward(images, None, *parts.values(), False, rules, None, grads, None)
+    kernels.mix(images, None, rows, None, Outputs(mixed, None))
+    kernels.mix_backward(Upstream(images, None), rows, None, Gradients(grads, None))
     return bool(mixed.isfinite().all() and grads.isfinite().all())
 
 
@@ -244,7 +254,7 @@ class TestOnAGpu:
         rows = 2**31 // (3 * 224 * 224) + 2
         images = torch.zeros((rows, 3, 224, 224), dtype=torch.uint8, device="cuda")
         images[0], images[-1] = 7, 9
-        plan = draw_plan(rows, (224, 224), rules=("cutmix",), seed=1, device="cuda")
+        plan = draw_plan(rows, (224, 224), rules=("cutmix",), seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             mixed = mix(images, plan)
         few = MixPlan(
@@ -258,19 +268,19 @@ class TestOnAGpu:
     def test_captured_in_a_graph_and_replayed_with_another_plan(self):
         images = torch.rand((8, 5, 64, 64), device="cuda", dtype=torch.bfloat16)
         options = {"mean": cases.MEAN, "std": cases.STD, "clean": True}
-        plan = draw_plan(8, (64, 64), per="sample", seed=1, device="cuda")
+        plan = draw_plan(8, (64, 64), per="sample", seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             mix(images, plan, **options)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 _, mixed = mix(images, plan, **options)
-            plan.copy_(draw_plan(8, (64, 64), per="sample", seed=2, device="cuda"))
+            plan.copy_(draw_plan(8, (64, 64), per="sample", seed=2, device="cuda", step=0))
             graph.replay()
             assert torch.equal(mixed, mix(images, plan, **options)[1])
 
     def test_the_same_bits_fifty_times(self):
         images = torch.rand((33, 3, 96, 96), device="cuda").requires_grad_()
-        plan = draw_plan(33, (96, 96), per="sample", seed=1, device="cuda")
+        plan = draw_plan(33, (96, 96), per="sample", seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             first = torch.autograd.grad(mix(images, plan).square().sum(), images)[0]
             for _ in range(50):

@@ -19,9 +19,10 @@ from sdmp_train import checkpoint, commands, run_folder
 from sdmp_train import run as run_module
 from sdmp_train.__main__ import main
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
-from sdmp_train.commands import pretrain
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.commands import dry_run, pretrain
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import DataError
+from sdmp_train.evaluate.knn import image_features
 from sdmp_train.loop import Outcome
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
@@ -94,6 +95,25 @@ def test_without_classes_to_tell_apart_it_says_why_there_is_no_knn(tiny: Config,
     assert f"kNN      not measured: {why[folders]}" in printed
 
 
+def test_a_backbone_whose_features_are_not_finite_or_all_the_same_is_said_and_the_run_goes_on(
+    tiny: Config, tmp_path: Path, monkeypatch
+):
+    honest = image_features
+
+    def spoiled(backbone, *given, **more):
+        found = honest(backbone, *given, **more)
+        if backbone is None:
+            return replace(found, rows=found.rows[:1].expand_as(found.rows))
+        return replace(found, rows=found.rows * float("nan"))
+
+    monkeypatch.setattr("sdmp_train.run.image_features", spoiled)
+    assert pretrain(limit(tiny, knn_max_images=30, max_steps=1), tmp_path / "run") == 0
+    logged = (tmp_path / "run" / "train.log").read_text()
+    assert "raw pixels: the features of all 24 images are the same" in logged
+    assert "not measured, untrained backbone: 24 of the 24 features of the bank are not finite" in logged
+    assert not [line for line in metrics(tmp_path / "run") if "knn" in line]
+
+
 @pytest.mark.parametrize(("kind", "stop"), [("tiny", 3), ("tiny", 4), ("tiny_resnet", 3)])  # 4: the end of an epoch
 def test_a_resumed_run_is_bitwise_the_unbroken_one(kind: str, stop: int, request, tmp_path: Path):
     config = request.getfixturevalue(kind)
@@ -102,7 +122,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(kind: str, stop: int, request
     assert pretrain(config, tmp_path / "parts", resume=True) == 0
     whole, parts = (load_checkpoint(newest_checkpoint(tmp_path / n / "checkpoints")) for n in ("whole", "parts"))
     assert whole[1]["step"] == parts[1]["step"] == 8
-    assert whole[0].keys() == parts[0].keys() == {"model", "ema", "optim"}
+    assert whole[0].keys() == parts[0].keys() == {"student", "momentum_encoder", "optim"}
     for part, tensors in whole[0].items():
         assert tensors.keys() == parts[0][part].keys()
         assert len(tensors) > 5
@@ -167,9 +187,9 @@ def test_other_images_stop_a_resume(tiny: Config, tmp_path: Path, image_folder: 
 
 def test_a_damaged_checkpoint_stops_a_resume_unless_the_one_before_is_asked_for(tiny: Config, tmp_path: Path):
     assert pretrain(limit(tiny, max_steps=2), tmp_path / "run") == 0
-    path = newest_checkpoint(tmp_path / "run" / "checkpoints") / "model.safetensors"
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints") / "student.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ConfigError, match=r"student\.safetensors is damaged"):
         pretrain(tiny, tmp_path / "run", resume=True)
     assert pretrain(limit(tiny, max_steps=2), tmp_path / "run", resume=True, previous=True) == 0
     load_checkpoint(newest_checkpoint(tmp_path / "run" / "checkpoints"))  # made again, whole
@@ -199,6 +219,10 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: Config, tmp_path:
     refused(replace(tiny, data=replace(tiny.data, data=None)), run, "data is missing")
     refused(replace(tiny, optim=replace(tiny.optim, batch_size=64)), run, "batch_size is 64, more than the 36 images")
     refused(replace(tiny, model=replace(tiny.model, arch="vit_smal")), run, "Did you mean vit_small")
+    deit = replace(tiny, model=ModelConfig(arch="deit_tiny_patch16_224"), data=replace(tiny.data, image_px=40))
+    refused(deit, run, "leave 8 of 40 rows")
+    with pytest.raises(ConfigError, match="leave 8 of 40 rows"):
+        dry_run(deit, run, overwrite=False)
     refused(tiny, run, "not a run folder", resume=True)
     if not torch.cuda.is_available():
         refused(limit(tiny, device="cuda"), run, "sees no GPU")
@@ -257,7 +281,7 @@ def test_two_runs_of_one_default_name_get_a_folder_each(tiny: Config, tmp_path: 
 def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny: Config, tmp_path: Path):
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     assert pretrain(limit(tiny, max_steps=6), run) == 0
-    path = checkpoints / "step-000006" / "model.safetensors"
+    path = checkpoints / "step-000006" / "student.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert pretrain(limit(tiny, max_steps=2), run, resume=True, previous=True) == 0
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000000", "step-000002", "step-000006.damaged"]
@@ -273,8 +297,8 @@ def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny: Config, tmp
     assert pretrain(tiny, run, resume=True) == 0
     assert pretrain(tiny, tmp_path / "whole") == 0
     parts, whole = (load_checkpoint(newest_checkpoint(f / "checkpoints"))[0] for f in (run, tmp_path / "whole"))
-    for name, tensor in whole["model"].items():
-        assert torch.equal(parts["model"][name], tensor), name
+    for name, tensor in whole["student"].items():
+        assert torch.equal(parts["student"][name], tensor), name
 
 
 @pytest.mark.parametrize("where", ["indexing", "picture", "kNN", "after the last step"])

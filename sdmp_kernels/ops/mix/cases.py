@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels.ops.case import FLOATS, Case
 from sdmp_kernels.ops.mix import mix, reference
+from sdmp_kernels.ops.mix.arguments import Norm, PlanRows
 from sdmp_kernels.plan import MixPlan, Rule, draw_plan
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.25), (0.229, 0.224, 0.225, 0.5, 0.125)
@@ -80,13 +81,13 @@ def truth(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The exact result in float64, rounded only where the result is uint8."""
     others = None if partners is None else partners.double()
-    mixed = reference.mix_pixels(images.double(), others, plan.rule, plan.partner, plan.lam, plan.box)
+    mixed = reference.mix_pixels(images.double(), others, PlanRows.of(plan))
     integers = (dtype or images.dtype) == torch.uint8 and std is None
-    scale = (None, None) if mean is None or std is None else (list(mean), list(std))
+    norm = None if mean is None or std is None else Norm(list(mean), list(std))
     outputs = [
-        reference.store(reference.normalise(pixels, images.dtype, *scale), torch.uint8).double()
+        reference.store(reference.normalise(pixels, images.dtype, norm), torch.uint8).double()
         if integers
-        else reference.normalise(pixels, images.dtype, *scale)
+        else reference.normalise(pixels, images.dtype, norm)
         for pixels in ([images.double(), mixed] if clean else [mixed])
     ]
     return (outputs[0], outputs[1]) if clean else outputs[0]
@@ -113,7 +114,12 @@ def largest_term(
     return max(unit, *map(abs, mean)) / min(std)
 
 
-def bytes_moved(
+def _result_bytes(images: Tensor, std: Sequence[float] | None, dtype: torch.dtype | None) -> int:
+    """Of one result: the mixed images, or the clean ones."""
+    return images.numel() * (dtype or (torch.float32 if images.dtype == torch.uint8 and std else images.dtype)).itemsize
+
+
+def floor_bytes(
     images: Tensor,
     plan: MixPlan,
     *,
@@ -123,10 +129,26 @@ def bytes_moved(
     clean: bool = False,
     **_: Any,
 ) -> int:
-    """The least: every image and partner read once, every result written once."""
-    result = dtype or (torch.float32 if images.dtype == torch.uint8 and std is not None else images.dtype)
-    read = images.numel() * images.element_size() + (0 if partners is None else partners.nbytes)
-    return read + images.numel() * result.itemsize * (2 if clean else 1)
+    """Every image and partner read once, every result written once; where they want gradients, the results' gradients
+    read once and theirs written once.
+    """
+    sources = [images] if partners is None else [images, partners]
+    results = _result_bytes(images, std, dtype) * (2 if clean else 1)
+    wanted = sum(t.nbytes for t in sources if t.requires_grad)
+    return sum(t.nbytes for t in sources) + results + (wanted + results if wanted else 0)
+
+
+def kernel_bytes(images: Tensor, plan: MixPlan, *, partners: Tensor | None = None, **options: Any) -> int:
+    """What today's kernels move. For the flip that is the floor: a program owns both images of a pair. Any other
+    partner is read for every row that has it, and so is the gradient of that row's result.
+    """
+    least = floor_bytes(images, plan, partners=partners, **options)
+    if plan.mirrored and partners is None:
+        return least
+    again = max(0, images.nbytes - (0 if partners is None else partners.nbytes))
+    if images.requires_grad or (partners is not None and partners.requires_grad):
+        again += _result_bytes(images, options.get("std"), options.get("dtype"))
+    return least + again
 
 
 def flops(images: Tensor, plan: MixPlan, *, std: Sequence[float] | None = None, clean: bool = False, **_: Any) -> int:
@@ -273,7 +295,7 @@ def _case(
 def _drawn(n: int, size: tuple[int, int], rules: Sequence[str], box: str, seed: int) -> MixPlan:
     """The plan of the first seed in which as many rules occur as can."""
     while True:
-        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed)
+        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed, step=0)
         if len(plan.rule.unique()) == min(n, len(rules)):
             return plan
         seed += 1
