@@ -23,7 +23,7 @@ from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
-from .splits import open_images
+from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
 from .training import Training, build, load_state, memory_bytes
 
@@ -64,7 +64,7 @@ def pretrain(
                 run_folder.check_folder(output, mode)
             if resume and run_folder.is_run_folder(folder):
                 claimed = claim(stack, world, folder, mode)
-            index, test_index = open_images(config, stop.check)
+            index, test_index = open_images(config, stop.check, log.say)
             stop.check()
         training = build(config, world, index)
         with together(world):  # no rank has found a fault: only after this is anything written
@@ -79,6 +79,8 @@ def pretrain(
                 begin(claimed, config, log, training)
         for line in describe(training, index, loader):
             log.say(line)
+        if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
+            log.say(f"split    {describe_split(config.data, index, test_index)}")
         run = Run(training, index, test_index, folder, run_id, log, stop)
         with asking_to_go_on(run):
             if training.step == 0:
@@ -201,11 +203,13 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         config = resolve(config, world)
         if output is not None:
             run_folder.check_folder(output, "overwrite" if overwrite else "new")
-        index, _ = open_images(config)
+        index, test_index = open_images(config, say=print)
         training = build(config, world, index)
         with open_loader(training, index) as loader:
             for line in describe(training, index, loader):
                 print(line)
+        if config.run.knn_max_images > 0:
+            print(f"split    {describe_split(config.data, index, test_index)}")
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
