@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(shell $(PYTHON) -c 'import platform; print(",dali" if platform.machine() in ("x86_64", "aarch64") else "")'))
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow lint format bench gpu clean
+.PHONY: setup demo test test-slow kills lint format bench gpu clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ test: setup lint
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# Two hundred kills of a run of two processes: the table in docs/promises.md. More than an hour.
+kills: setup
+	$(PY) tests/kill_run.py --kills 200 --seed 0
 
 lint: setup
 	$(PY) -m ruff check .

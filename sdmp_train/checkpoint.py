@@ -7,8 +7,8 @@ A checkpoint is a folder `step-000123` with a safetensors file per part, `state.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ConfigError
+from .durable import draft_of, remove_leftovers, sync, write_durably
+from .run_folder import SAVED
 
 MANIFEST = "manifest.json"
 
@@ -31,40 +34,99 @@ class CheckpointError(ConfigError):
 class Unwritable(OSError):
     """Checkpoints could not be written several times in a row. Exit code 5."""
 
+    exit_code = 5
+
 
 def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
     """Write `folder/step-<step>` so that a kill at any instant leaves it whole or absent; verify it; return its path.
+
+    A checkpoint of that step which is already there stays if it is of the same run (`state["run"]`), whole, and holds
+    the same tensors; any other is set aside first.
 
     Raises:
         OSError: where it cannot be written; what was there before is untouched.
     """
     target = folder / f"step-{step:06d}"
-    if is_whole(target):
-        return target  # the same run at the same step: already there, and equal
-    shutil.rmtree(target, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{target.name}.tmp-{os.getpid()}"
+    draft = draft_of(target)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
-        for name, tensors in parts.items():
-            # Cloned, because batch-norm buffers are views of one storage, which safetensors refuses.
-            copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-            save_file(copies, draft / f"{name}.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        files = {path.name: fingerprint(path) for path in sorted(draft.iterdir())}
-        write_durably(draft / MANIFEST, json.dumps({"format": 1, "files": files}, indent=2))
-        for path in draft.iterdir():
-            sync(path)
-        sync(draft)
+        files = write_parts(draft, parts, {"step": step, **state})
+        if target.exists():
+            if is_equal(target, files, state.get("run")):
+                shutil.rmtree(draft)
+                return target
+            set_aside(target, "abandoned" if is_whole(target) else "damaged")
         draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(folder)
-    verify(target)
+    try:
+        verify(target)
+    except CheckpointError as error:
+        delete(target)
+        raise OSError(f"what was written is not what is read back: {error}") from error
     write_durably(folder / "latest", target.name)
     return target
+
+
+def write_parts(
+    draft: Path, parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Fill the folder of a checkpoint, on disk when this returns; gives what its manifest names."""
+    for name, tensors in parts.items():
+        # Cloned, because batch-norm buffers are views of one storage, which safetensors refuses.
+        copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(copies, draft / f"{name}.safetensors")
+        except SafetensorError as error:  # how safetensors reports a full disk: no OSError
+            raise OSError(f"{draft / name}.safetensors cannot be written: {error}") from error
+    (draft / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    files = {path.name: fingerprint(path) for path in sorted(draft.iterdir())}
+    write_durably(draft / MANIFEST, json.dumps({"format": 1, "files": files}, indent=2))
+    for path in draft.iterdir():
+        sync(path)
+    sync(draft)
+    return files
+
+
+def is_equal(path: Path, files: Mapping[str, dict[str, Any]], run: str | None) -> bool:
+    """Whether a checkpoint is whole, of that run, and has the tensors of `files` (a manifest's)."""
+    try:
+        own = verify(path)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return False
+    changed = {name for name in own.keys() | files.keys() if own.get(name) != files.get(name)}
+    return run is not None and state.get("run") == run and changed <= {"state.json"}
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint so that nothing takes it for one: `step-000123.<why>`, or `.<why>-1`, `-2`, ...; its name.
+
+    `why`: "damaged" or "abandoned".
+    """
+    names = itertools.count(1)
+    target = path.with_name(f"{path.name}.damaged" if why == "damaged" else f"{path.name}.{why}-{next(names)}")
+    while target.exists():
+        target = path.with_name(f"{path.name}.{why}-{next(names)}")
+    path.rename(target)
+    sync(path.parent)
+    return target
+
+
+def set_later_aside(folder: Path, step: int) -> list[str]:
+    """Set aside every checkpoint of a later step than `step`, where a resumed run goes on; what was done, in words."""
+    lines = []
+    for path in step_folders(folder):
+        if step_of(path) > step:
+            whole = is_whole(path)
+            aside = set_aside(path, "abandoned" if whole else "damaged")
+            what = "is not gone on with" if whole else "is damaged"
+            lines.append(f"the checkpoint {path.name} {what}; it is now called {aside.name}")
+    return lines
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -85,16 +147,41 @@ def newest_checkpoint(folder: Path, *, previous: bool = False) -> Path:
 
 def finished_checkpoints(folder: Path) -> list[Path]:
     """Folders `step-<number>` that have a manifest, in order of their steps."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
 
 
-def delete_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest finished checkpoints, and drafts that a killed process left behind."""
-    for path in finished_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def step_folders(folder: Path) -> list[Path]:
+    """Folders `step-<number>`, finished or not, in order of their steps."""
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def delete_old_checkpoints(folder: Path, keep: int) -> list[str]:
+    """Delete what is older than the `keep` newest whole checkpoints, and drafts; returns what else was done, in words.
+
+    Only checkpoints that verify are counted. A damaged one is set aside: it neither counts nor is deleted.
+    """
+    whole, lines = 0, []
+    for path in reversed(finished_checkpoints(folder)):
+        if whole >= keep:
+            delete(path)
+        elif is_whole(path):
+            whole += 1
+        else:
+            lines.append(f"the checkpoint {path.name} is damaged; it is now called {set_aside(path, 'damaged').name}")
+    remove_leftovers(folder, SAVED)
+    return lines
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; killed in the midst of it, a draft is left, which nothing takes for one."""
+    draft = draft_of(path)
+    path.rename(draft)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -106,8 +193,8 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest; `CheckpointError` names the first that is not what was written."""
+def verify(path: Path) -> dict[str, dict[str, Any]]:
+    """Compare every file with the manifest, and return that; `CheckpointError` names the first that differs."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         present = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -116,35 +203,22 @@ def verify(path: Path) -> None:
     if present != set(files):
         raise CheckpointError(f"{path} holds {sorted(present)}; its manifest names {sorted(files)}")
     for name, expected in files.items():
-        if fingerprint(path / name) != expected:
+        try:
+            found = fingerprint(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+        if found != expected:
             raise CheckpointError(
                 f"{path / name} is damaged: its size or SHA-256 differs from the manifest. "
                 "`--resume-previous` takes the checkpoint before this one"
             )
+    return files
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a text file atomically, and be on disk when this returns."""
-    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], part: str) -> None:

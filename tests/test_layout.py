@@ -31,9 +31,11 @@ SUITES = {
     "bench/test_model.py": "the bytes and operations that cases.py and the benchmarks share",
     "bench/test_questions.py": "every benchmark, run once on tiny inputs",
     "ops/test_every_op.py": "every op's cases",
+    "ops/test_layout_of_ops.py": "what is in an op's folder",
     "ops/test_mix_native.py": "csrc/mix",
     "ops/test_mix_triton.py": "sdmp_kernels/ops/mix/triton.py",
     "train/test_convergence.py": "curves of whole trainings",
+    "train/test_kill_run.py": "whole runs, killed: kill_run.py",
     "train/test_pretrain.py": "whole runs: commands.py, run.py, run_folder.py, training.py",
     "train/data/test_loaders.py": "dali.py and torchvision.py side by side",
 }

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from .batch import Batch, Loader
-from .images import DECODE_ERRORS, BadFile, describe
+from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule
 from .views import EvalParams, EvalView, ViewParams, ViewRecipe
@@ -59,13 +59,17 @@ class TorchvisionLoader(Loader):
             # Or torch would take a number from the global generator for seeds that no worker uses.
             generator=torch.Generator(),
         )
+        before = signal.getsignal(signal.SIGCHLD)
         with _signals_wait():
             self._batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
+            signal.signal(signal.SIGCHLD, before)
         mine = self._iteration
         for position in range(len(self)):
             if self._iteration != mine:
                 return
-            views, bad = next(self._batches)
+            views, bad = self._next()
             if bad:
                 raise bad_files_error(bad)
             rows = self._schedule.rows(position)
@@ -74,6 +78,19 @@ class TorchvisionLoader(Loader):
                 ids=torch.from_numpy(rows.astype(np.int64)),
                 labels=torch.from_numpy(self._schedule.source.labels[rows]),
             )
+
+    def _next(self) -> tuple[list[Tensor], list[BadFile]]:
+        try:
+            batch: tuple[list[Tensor], list[BadFile]] = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            if ": Caught " in said or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+                raise  # the process lives, and hands on an error of its own
+            raise DataError(
+                f"a decoding process has died ({said}). Where memory ran out (see the kernel's "
+                "log), give fewer --workers; where a file makes the decoder crash, `sdmp_train verify` finds it"
+            ) from error
+        return batch
 
     def close(self) -> None:
         # An iteration still under way sees the new number and ends. Deleting torch's iterator ends its workers.

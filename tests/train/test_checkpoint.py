@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sdmp_train import checkpoint
@@ -21,6 +22,7 @@ from sdmp_train.checkpoint import (
     newest_checkpoint,
     optimizer_tensors,
     save_checkpoint,
+    set_later_aside,
 )
 from sdmp_train.optim import AdamW
 
@@ -85,6 +87,85 @@ def test_damage_is_found(harm, tmp_path: Path):
     harm(path)
     with pytest.raises(CheckpointError, match="step-000001"):
         load_checkpoint(path)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("step-*"))
+
+
+def test_a_step_of_the_same_run_is_kept_and_one_of_another_run_set_aside(tmp_path: Path):
+    other = {"model": {"w": torch.zeros(2, 3)}, "optim": {}}
+    path = save_checkpoint(tmp_path, 5, PARTS, {"run": "a", "note": 1})
+    written = (path / "model.safetensors").stat().st_mtime_ns
+    save_checkpoint(tmp_path, 5, PARTS, {"run": "a", "note": 2})  # settings that move no number may differ
+    assert (path / "model.safetensors").stat().st_mtime_ns == written
+    assert names(tmp_path) == ["step-000005"]
+    save_checkpoint(tmp_path, 5, PARTS, {"run": "b"})  # another run, however equal
+    save_checkpoint(tmp_path, 5, other, {"run": "b"})  # the same run, other numbers
+    assert names(tmp_path) == ["step-000005", "step-000005.abandoned-1", "step-000005.abandoned-2"]
+    parts, state = load_checkpoint(path)
+    assert state["run"] == "b" and not parts["model"]["w"].any()
+    assert load_checkpoint(tmp_path / "step-000005.abandoned-1")[1] == {"step": 5, "run": "a", "note": 1}
+    flip(path / "model.safetensors")
+    save_checkpoint(tmp_path, 5, other, {"run": "b"})
+    assert "step-000005.damaged" in names(tmp_path)
+    load_checkpoint(path)
+
+
+def test_only_whole_checkpoints_count_when_old_ones_are_deleted(tmp_path: Path):
+    for step in (1, 2, 3, 9):
+        save_checkpoint(tmp_path, step, PARTS, {})
+    flip(tmp_path / "step-000009" / "model.safetensors")
+    flip(tmp_path / "step-000002" / "optim.safetensors")
+    assert delete_old_checkpoints(tmp_path, keep=2) == [
+        "the checkpoint step-000009 is damaged; it is now called step-000009.damaged",
+        "the checkpoint step-000002 is damaged; it is now called step-000002.damaged",
+    ]
+    assert names(tmp_path) == ["step-000001", "step-000002.damaged", "step-000003", "step-000009.damaged"]
+    assert delete_old_checkpoints(tmp_path, keep=1) == []
+    assert names(tmp_path) == ["step-000002.damaged", "step-000003", "step-000009.damaged"]
+
+
+def test_later_steps_are_set_aside_where_a_run_goes_on_from_an_earlier_one(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, PARTS, {})
+    flip(tmp_path / "step-000004" / "state.json")
+    (tmp_path / "step-000005").mkdir()  # no manifest
+    assert len(set_later_aside(tmp_path, 2)) == 3
+    assert names(tmp_path) == [
+        "step-000001",
+        "step-000002",
+        "step-000003.abandoned-1",
+        "step-000004.damaged",
+        "step-000005.damaged",
+    ]
+    assert set_later_aside(tmp_path, 2) == []
+
+
+def test_an_error_of_safetensors_own_is_an_error_of_the_disk(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 1, PARTS, {})
+    assert names(tmp_path) == []
+
+
+def test_what_the_disk_gives_back_otherwise_is_not_taken_for_saved(tmp_path: Path, monkeypatch):
+    save_checkpoint(tmp_path, 1, PARTS, {})
+    honest = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        moved = honest(path, target)
+        if moved.name == "step-000002":
+            flip(moved / "model.safetensors")
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="not what is read back"):
+        save_checkpoint(tmp_path, 2, PARTS, {})
+    assert names(tmp_path) == ["step-000001"]
 
 
 def count_writes(monkeypatch, fail_at: int | None) -> list[int]:

@@ -230,6 +230,34 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert "step-000006" in capsys.readouterr().err
 
 
+def test_one_command_starts_a_run_and_goes_on_with_it(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", str(image_folder), *TINY, "--knn-max-images", "0", "--output", "run", "--resume", "auto"]
+    for steps in ("2", "3", "3"):
+        assert main([*words, "--max-steps", steps]) == 0
+    assert sorted(p.name for p in Path("run/checkpoints").glob("step-*")) == ["step-000002", "step-000003"]
+    assert main(["pretrain", "--output", "run", "--resume"]) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        (["--output", "run", "--resume-previous"], "give --resume too"),
+        (["--output", "run", "--resume", "--overwrite"], "give one of them"),
+        (["--resume", "elsewhere"], "not a run folder"),
+        (["--resume", "auto"], "needs --output"),
+    ):
+        assert main(["pretrain", str(image_folder), *TINY, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_too_many_bad_images_exit_with_four(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "images", 20)
+    (folder / "bad.jpg").write_text("no image")
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run")]
+    assert main([*words, "--bad-images", "skip"]) == 4
+    assert "more than the 1.0% " in capsys.readouterr().err
+    assert main(words) == 2
+
+
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):
     assert main(["verify", str(image_folder)]) == 0
     printed = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,15 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
-from sdmp_train import checkpoint
+from sdmp_train import checkpoint, commands, run_folder
+from sdmp_train import run as run_module
+from sdmp_train.__main__ import main
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
 from sdmp_train.commands import dry_run, pretrain
 from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import DataError
 from sdmp_train.evaluate.knn import image_features
+from sdmp_train.loop import Outcome
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
+from sdmp_train.stop import Stopped, StopRequest
 from sdmp_train.training import Training
 
 
@@ -41,7 +47,16 @@ def test_a_run_leaves_everything_it_promises(tiny: Config, tmp_path: Path, capsy
     (file_list,) = (name for name in names if name.startswith("images-"))
     assert re.fullmatch(r"images-[0-9a-f]{16}\.jsonl\.gz", file_list)
     names.remove(file_list)
-    assert names == {"config.yaml", "metrics.jsonl", "train.log", "checkpoints", "exported", "mix.png"}
+    assert names == {
+        ".sdmp-run.json",
+        ".sdmp-run.lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "exported",
+        "mix.png",
+    }
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "latest",
         "step-000000",
@@ -286,6 +301,10 @@ def test_a_run_folder_in_use_is_refused_and_overwritten_only_on_request(tiny: Co
     (mine / "thesis.txt").write_text("years of work")
     refused(short, mine, "already in use")
     refused(short, mine, "deletes run folders only", overwrite=True)
+    (mine / "config.yaml").write_text("defaults: []")  # as Hydra and web sites have one
+    refused(short, mine, "deletes run folders only", overwrite=True)
+    (run / "thesis.txt").write_text("years of work")
+    refused(short, run, "thesis.txt is something else", overwrite=True)
     assert (mine / "thesis.txt").exists()
     refused(short, mine / "thesis.txt" / "run", "cannot be made")
 
@@ -313,3 +332,196 @@ def test_checkpoints_that_cannot_be_written_end_the_run_only_at_the_third_failur
     with pytest.raises(Unwritable, match="No space left"):
         pretrain(config, tmp_path / "three")
     assert newest_checkpoint(tmp_path / "three" / "checkpoints").name == "step-000000"
+
+
+def test_two_runs_of_one_default_name_get_a_folder_each(tiny: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run_folder, "default_folder", lambda preset: tmp_path / "runs" / "now")
+    for seed in (0, 1):
+        assert pretrain(limit(tiny, max_steps=1, seed=seed), None) == 0
+    assert [stored_config(tmp_path / "runs" / name).run.seed for name in ("now", "now-2")] == [0, 1]
+
+
+def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny: Config, tmp_path: Path):
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert pretrain(limit(tiny, max_steps=6), run) == 0
+    path = checkpoints / "step-000006" / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert pretrain(limit(tiny, max_steps=2), run, resume=True, previous=True) == 0
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000000", "step-000002", "step-000006.damaged"]
+    assert "step-000006 is damaged; it is now called step-000006.damaged" in (run / "train.log").read_text()
+    assert pretrain(limit(tiny, max_steps=5), run, resume=True) == 0
+    assert pretrain(limit(tiny, max_steps=3), run, resume=True, previous=True) == 0
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == [
+        "step-000002",
+        "step-000003",
+        "step-000005.abandoned-1",
+        "step-000006.damaged",
+    ]
+    assert pretrain(tiny, run, resume=True) == 0
+    assert pretrain(tiny, tmp_path / "whole") == 0
+    parts, whole = (load_checkpoint(newest_checkpoint(f / "checkpoints"))[0] for f in (run, tmp_path / "whole"))
+    for name, tensor in whole["student"].items():
+        assert torch.equal(parts["student"][name], tensor), name
+
+
+@pytest.mark.parametrize("where", ["indexing", "picture", "kNN", "after the last step"])
+def test_a_stop_outside_the_steps_leaves_something_to_go_on_with(
+    where: str, tiny: Config, tmp_path: Path, monkeypatch, capsys
+):
+    config, folder = limit(tiny, knn_max_images=30), tmp_path / "run"
+    stop = StopRequest()
+
+    def ask(function, when=lambda *_: True):
+        def asking(*args, **kwargs):
+            stop.asked = stop.asked or when(*args)
+            return function(*args, **kwargs)
+
+        return asking
+
+    with monkeypatch.context() as patch:
+        if where == "indexing":
+            patch.setattr(commands, "open_images", ask(commands.open_images))
+        if where == "picture":
+            patch.setattr(Run, "picture", ask(Run.picture))
+        if where == "kNN":
+            patch.setattr(run_module, "image_features", ask(run_module.image_features))
+        if where == "after the last step":
+            patch.setattr(Run, "say_knn", ask(Run.say_knn, lambda run, what, *_: what.startswith("trained")))
+        with pytest.raises(Stopped):
+            pretrain(config, folder, stop=stop)
+    assert folder.exists() == (where != "indexing")
+    assert (f"pretrain --resume {folder}" in capsys.readouterr().out) == (where != "indexing")
+    if where != "indexing":
+        with pytest.raises(ConfigError, match="--resume goes on"):
+            pretrain(config, folder)
+    assert pretrain(config, folder, resume=True, or_start=True) == 0
+    lines = metrics(folder)
+    assert [line["step"] for line in lines if "knn_raw_pixels" in line] == [0]
+    assert [line["step"] for line in lines if "knn" in line] == [0, 8]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert (folder / "exported" / "model.safetensors").exists()
+
+
+def test_a_kill_while_a_resume_rewrites_its_files_leaves_a_run_that_goes_on(tiny: Config, tmp_path: Path, monkeypatch):
+    """Every write of the beginning of a resume fails in turn; config.yaml and metrics.jsonl stay whole."""
+    run, config = tmp_path / "run", limit(tiny, max_steps=2, log_every_steps=2)
+    assert pretrain(limit(tiny, max_steps=2), run) == 0
+    settings, numbers = (run / "config.yaml").read_text(), (run / "metrics.jsonl").read_text()
+
+    def resume(fail_at: int) -> int:
+        calls = [0]
+
+        def wrap(function):
+            def wrapped(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == fail_at:
+                    raise OSError(28, "No space left on device")
+                return function(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("write_text", "replace"):
+                patch.setattr(Path, name, wrap(getattr(Path, name)))
+            patch.setattr(os, "fsync", wrap(os.fsync))
+            patch.setattr(commands, "train", lambda *_: Outcome.STOPPED)
+            patch.setattr(Run, "save_last", lambda *_: None)
+            assert pretrain(config, run, resume=True) == 75
+        return calls[0]
+
+    writes = resume(0)
+    assert writes == 8  # two files: written, flushed, renamed, folder flushed
+    (run / "config.yaml").write_text(settings)
+    for number in range(1, writes + 1):
+        with pytest.raises(ConfigError, match="No space left"):
+            resume(number)
+        assert stored_config(run).run.log_every_steps == (1 if number < 4 else 2)
+        assert (run / "metrics.jsonl").read_text() == numbers
+        assert not list(run.glob("*.tmp-*"))
+    assert pretrain(tiny, run, resume=True) == 0
+
+
+def test_checkpoints_come_by_the_clock_too(tiny: Config, tmp_path: Path, monkeypatch):
+    saved: list[int] = []
+    honest = checkpoint.save_checkpoint
+
+    def save(folder, step, parts, state):
+        saved.append(step)
+        return honest(folder, step, parts, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    assert pretrain(limit(tiny, save_every_minutes=1e-9, max_steps=3), tmp_path / "often") == 0
+    assert saved == [0, 1, 2, 3]
+    saved.clear()
+    assert pretrain(limit(tiny, save_every_minutes=0, max_steps=3), tmp_path / "never") == 0
+    assert saved == [0, 3]
+
+
+def test_a_full_disk_is_survived_and_ends_the_run_with_five_at_the_third_save(
+    tiny: Config, tmp_path: Path, monkeypatch, capsys
+):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def no_picture(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "save_mix_picture", no_picture)
+    monkeypatch.setattr(run_module, "RETRY_SECONDS", 0.0)
+    assert pretrain(limit(tiny, max_steps=1), tmp_path / "one") == 0
+    assert "mix.png cannot be written: [Errno 28]" in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    words = ["pretrain", "--config", str(tmp_path / "one" / "config.yaml"), "--output", str(tmp_path / "two")]
+    assert main(words) == 5
+    printed = capsys.readouterr()
+    assert printed.out.count("could not be written") == 3
+    assert printed.err.startswith("error: checkpoints cannot be written to")
+    assert "No space left" in printed.err
+
+
+def test_an_image_that_vanishes_stops_the_run_once_it_is_saved(
+    tiny: Config, tmp_path: Path, image_folder: Path, monkeypatch, capsys
+):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    config = replace(tiny, data=replace(tiny.data, data=str(images)))
+    assert pretrain(config, tmp_path / "whole") == 0
+    hidden = tmp_path / "hidden"
+    honest = Run.after_step
+
+    def after_step(run: Run, training: Training) -> None:
+        if training.step == 3 and images.exists():
+            images.rename(hidden)
+        honest(run, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "after_step", after_step)
+        with pytest.raises(DataError, match="could not be decoded"):
+            pretrain(config, tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-000003"
+    printed = capsys.readouterr().out
+    assert "the images of step 4 of 8 cannot be had; what was trained is saved" in printed
+    assert "was not finite" not in printed
+    hidden.rename(images)
+    assert pretrain(config, tmp_path / "run", resume=True) == 0
+    whole, parts = (load_checkpoint(newest_checkpoint(tmp_path / n / "checkpoints"))[0] for n in ("whole", "run"))
+    for part, tensors in whole.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, parts[part][name]), (part, name)
+
+
+def test_a_killed_decoding_process_stops_the_run_once_it_is_saved(tiny: Config, tmp_path: Path, monkeypatch):
+    config = replace(tiny, data=replace(tiny.data, workers=1), optim=replace(tiny.optim, epochs=20))
+    honest = Run.after_step
+
+    def after_step(run: Run, training: Training) -> None:
+        if training.step == 3:
+            for child in multiprocessing.active_children():
+                child.kill()
+        honest(run, training)
+
+    monkeypatch.setattr(Run, "after_step", after_step)
+    with pytest.raises(DataError, match="a decoding process has died"):
+        pretrain(config, tmp_path / "run")
+    step = int(newest_checkpoint(tmp_path / "run" / "checkpoints").name.removeprefix("step-"))
+    assert 3 <= step < 10
