@@ -14,7 +14,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import Index, Loader, make_loader
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
 from .distributed import World, join_world, wait_for_all
 from .export import export_backbone
 from .guard import StopRequest
@@ -46,18 +46,17 @@ def pretrain(
     with ExitStack() as stack:
         world = stack.enter_context(join_world(config.run.device))
         log = stack.enter_context(log or Log(quiet=not world.is_first))
-        config = resolve(config, world)
+        asked, config = config, resolve(config, world)
         run_folder.check_folder(folder, resume=resume, overwrite=overwrite)
         index, test_index = open_images(config)
         training = build(config, world, index)
-        if resume:
-            load_state(training, folder, index, previous=previous)
-        loader = stack.enter_context(open_loader(training, index))
+        remarks = load_state(training, folder, index, previous=previous) if resume else []
+        loader = stack.enter_context(open_loader(training, index, asked.data.loader))
         wait_for_all(world)  # no rank has found a fault: only now is anything written
         if world.is_first:
             run_folder.create_folder(folder, resume=resume, overwrite=overwrite)
             save_config(config, folder / run_folder.MARKER)
-        for line in describe(training, index, loader):
+        for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
         log.open(folder, from_step=training.step)
         run = Run(training, index, test_index, folder, log)
@@ -71,16 +70,24 @@ def pretrain(
 
 
 def resolve(config: Config, world: World) -> Config:
-    """The configuration with its automatic choices made, and checked against the number of processes."""
+    """The configuration with its automatic choices made, and checked against the number of processes.
+
+    What is stored, and compared on resume, are the choices: the loaders make other pixels, the precisions other sums.
+    """
     if config.optim.batch_size % world.size:
         raise ConfigError(f"batch_size is {config.optim.batch_size}; expected a multiple of the {world.size} processes")
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
-    return replace(config, run=replace(config.run, precision=precision))
+    try:
+        loader, _ = choose_loader(config.data.loader, world.device)
+    except DataError as error:
+        raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
+    data = replace(config.data, loader=loader)
+    return replace(config, data=data, run=replace(config.run, precision=precision))
 
 
-def open_loader(training: Training, index: Index) -> Loader:
-    """The views of the steps still to be made."""
+def open_loader(training: Training, index: Index, asked: LoaderName) -> Loader:
+    """The views of the steps still to be made. `asked`: the loader before it was resolved, so that it can say why."""
     config, world = training.config, training.world
     return make_loader(
         index,
@@ -92,7 +99,7 @@ def open_loader(training: Training, index: Index) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        loader=config.data.loader,
+        loader=asked,
         workers=config.data.workers,
     )
 
@@ -138,13 +145,13 @@ def millions(module: nn.Module) -> str:
 def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
     """Check everything that `pretrain` would check, and print what it would do; nothing is written."""
     with join_world(config.run.device) as world:
-        config = resolve(config, world)
+        asked, config = config, resolve(config, world)
         run_folder.check_folder(
             output or run_folder.default_folder(config.run.preset), resume=False, overwrite=overwrite
         )
         index, _ = open_images(config)
         training = build(config, world, index)
-        with open_loader(training, index) as loader:
+        with open_loader(training, index, asked.data.loader) as loader:
             for line in describe(training, index, loader):
                 print(line)
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import checkpoint
-from .config import Config, ConfigError, drift, from_dict
+from .config import Config, ConfigError, brief, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
 from .guard import BufferGuard
@@ -67,8 +68,8 @@ def parameter_names(method: MoCoV3) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in method.student.named_parameters()}
 
 
-def load_state(training: Training, folder: Path, index: Index, *, previous: bool) -> None:
-    """Put the newest checkpoint (or the one before) into `training`.
+def load_state(training: Training, folder: Path, index: Index, *, previous: bool) -> list[str]:
+    """Put the newest checkpoint (or the one before) into `training`; returns what is otherwise now, in words.
 
     Raises:
         ConfigError: where it is damaged, of another model, of other images, or of settings that change the training;
@@ -76,18 +77,54 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
     """
     path = checkpoint.newest_checkpoint(folder / "checkpoints", previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
+    ranks = check_state(state, path, training.total_steps)
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
     if state["images"] != index.fingerprint:
-        changes.append(f"images: {state['images']} -> {index.fingerprint}")
+        changes.append(f"images: {brief(state['images'])} -> {index.fingerprint}")
+    changes = [f"{line} (--loader)" if line.startswith("data.loader:") else line for line in changes]
     if changes:
         raise ConfigError(
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
             "Leave them as they were, or start a new run"
         )
+    if parts.keys() != {"model", "ema", "optim"}:
+        raise checkpoint.CheckpointError(
+            f"{path} holds the parts {', '.join(sorted(parts))}; expected ema, model, optim"
+        )
     checkpoint.load_module(training.method.student, parts["model"], f"{path}/model")
     checkpoint.load_module(training.method.momentum_encoder, parts["ema"], f"{path}/ema")
-    checkpoint.load_optimizer(training.optimizer, parts["optim"], parameter_names(training.method))
-    training.step = int(state["step"])
+    last_epoch = (state["step"] - 1) / training.steps_per_epoch
+    names = parameter_names(training.method)
+    checkpoint.load_optimizer(training.optimizer, parts["optim"], names, last_epoch=last_epoch)
+    training.step = state["step"]
+    return rank_remarks(ranks, training.world.size)
+
+
+def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
+    """Raise `CheckpointError` unless state.json holds what a run writes; returns the processes it was written by."""
+    kinds = {"config": dict, "images": str, "world_size": int}
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            got = brief(state.get(name))
+            raise checkpoint.CheckpointError(f"{path / 'state.json'}: {name} is {got}; expected {kind.__name__}")
+    if state["world_size"] < 1:
+        raise checkpoint.CheckpointError(
+            f"{path / 'state.json'}: world_size is {state['world_size']}; expected 1 or more"
+        )
+    if state["step"] > total_steps:
+        raise checkpoint.CheckpointError(f"{path} is beyond the {total_steps} steps of this run")
+    return int(state["world_size"])
+
+
+def rank_remarks(before: int, now: int) -> list[str]:
+    """What changes for a run that goes on with another number of processes."""
+    if before == now:
+        return []
+    return [
+        f"ranks    {now} in place of {before}: the same images in the same order, augmented, swapped and mixed by the "
+        "same rules, shares and boxes; but an image is mixed with another partner, for partners are within a rank, and "
+        "sums are rounded otherwise. The run is as good, and not bit for bit the one it would have been"
+    ]
 
 
 def versions() -> dict[str, str]:

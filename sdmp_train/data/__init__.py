@@ -35,6 +35,7 @@ __all__ = [
     "TooManyBadFiles",
     "ViewRecipe",
     "byol_views",
+    "choose_loader",
     "crop_flip_view",
     "dino_views",
     "eval_loader",
@@ -111,7 +112,7 @@ def _carry_out(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    name, why = _choose(loader, device)
+    name, why = choose_loader(loader, device)
     if workers is None:
         workers = _cores() // max(1, min(world_size, torch.cuda.device_count()))
     if name == "dali":
@@ -123,8 +124,8 @@ def _carry_out(
     return TorchvisionLoader(schedule, device=device, workers=workers, why=why)
 
 
-def _choose(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
-    """The loader to use, and why, as a sentence."""
+def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
+    """The loader to use, and why, as a sentence. `DataError` where the one asked for is missing."""
     if loader not in ("auto", "dali", "torchvision"):
         raise ValueError(f"loader must be 'auto', 'dali' or 'torchvision', but is {loader!r}")
     if loader == "torchvision":
