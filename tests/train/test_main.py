@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -118,6 +119,13 @@ def test_resume_needs_a_run(tmp_path: Path):
         (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
         (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
         (["pretrain", "--preset", "quickstart", "--arch", "vit_smal"], "Did you mean vit_small"),
+        (["pretrain", "--preset", "quickstart", "--arch", "hf-hub:timm/resnet18.a1_in1k"], "plain name"),
+        (
+            ["plan", "--preset", "quickstart", "--arch", "vit_tiny_patch16_224", "--image-px", "42"],
+            "leave 2 of 42 rows",
+        ),
+        (["pretrain", "--config", "/dev/zero"], "no regular file"),
+        (["export", "/dev"], "cannot read the config file"),
         (["pretrain"], "data is missing"),
         (["presets", "x"], "takes no arguments"),
         (["export", "missing"], "cannot read the config file"),
@@ -203,6 +211,16 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["eval", "knn", "--weights", "again", "--data", str(image_folder), "--device", "cpu", "-j", "0"]) == 0
     assert main(["export", "run", "--step", "77"]) == 2
     assert "step-000006" in capsys.readouterr().err
+
+
+def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "bomb.pth").write_bytes(b"\x80\x04.")
+    description = {"architecture": "test_resnet", "model_args": {"checkpoint_path": str(tmp_path / "bomb.pth")}}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert main(["eval", "knn", "--weights", str(tmp_path), "--data", str(image_folder), "--device", "cpu"]) == 2
+    printed = capsys.readouterr().err
+    assert "a name in model_args is 'checkpoint_path'" in printed
+    assert printed.count("\n") == 1
 
 
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):
