@@ -164,6 +164,8 @@ class MixingConfig:
     """lam is drawn from Beta(alpha, alpha)."""
     shared_lam: bool = False
     """One lam for the whole batch (Table 7)."""
+    flip: Literal["local", "global"] = "local"
+    """Partners within a GPU, or over all of them, so that their number changes no partner (images are exchanged)."""
     source_weight: Annotated[Literal["random", "static"], arg(name="source-weight")] = "random"
     """`static` puts 1/2 in place of lam in the source loss (Table 6)."""
     pair_weight: Annotated[Literal["random", "static"], arg(name="pair-weight")] = "random"

@@ -97,7 +97,8 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
     names = parameter_names(training.method)
     checkpoint.load_optimizer(training.optimizer, parts["optim"], names, last_epoch=last_epoch)
     training.step = state["step"]
-    return rank_remarks(ranks, training.world.size)
+    mixing = training.config.mixing
+    return rank_remarks(ranks, training.world.size, partners_stay=mixing.mixing == "none" or mixing.flip == "global")
 
 
 def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
@@ -116,14 +117,14 @@ def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
     return int(state["world_size"])
 
 
-def rank_remarks(before: int, now: int) -> list[str]:
+def rank_remarks(before: int, now: int, *, partners_stay: bool) -> list[str]:
     """What changes for a run that goes on with another number of processes."""
     if before == now:
         return []
+    partners = "" if partners_stay else "an image is mixed with another partner (--flip global keeps them), and "
     return [
-        f"ranks    {now} in place of {before}: the same images in the same order, augmented, swapped and mixed by the "
-        "same rules, shares and boxes; but an image is mixed with another partner, for partners are within a rank, and "
-        "sums are rounded otherwise. The run is as good, and not bit for bit the one it would have been"
+        f"ranks    {now} in place of {before}: the same images in the same order, with the same views, rules, shares "
+        f"and boxes; but {partners}sums are rounded otherwise, so the bits are not those of the unbroken run"
     ]
 
 

@@ -22,7 +22,7 @@ from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 
 from ..config import Config, MixingConfig
 from ..data import ViewRecipe, byol_views
-from ..distributed import World, distribute, gather_rows
+from ..distributed import World, distribute, gather_rows, mirror_images, mirror_rank
 from ..models import build_student
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
@@ -114,6 +114,7 @@ class MoCoV3:
                 alpha=mixing.alpha,
                 per=mixing.per,
                 shared_lam=mixing.shared_lam,
+                flip=mixing.flip,
                 seed=seed,
                 step=step,
                 view="abcd".index(view),
@@ -138,10 +139,12 @@ class MoCoV3:
         for view, raw in zip(self.views, ordered, strict=True):
             if view not in plan.mixes:
                 images[view] = cast(Tensor, mix(raw, self.keep, **pixels))
-            elif view in needed:
-                images[view], images[view + "~"] = mix(raw, plan.mixes[view], clean=True, **pixels)
+                continue
+            partners = mirror_images(raw, self.world) if self.config.mixing.flip == "global" else None
+            if view in needed:
+                images[view], images[view + "~"] = mix(raw, plan.mixes[view], partners=partners, clean=True, **pixels)
             else:
-                images[view + "~"] = cast(Tensor, mix(raw, plan.mixes[view], **pixels))
+                images[view + "~"] = cast(Tensor, mix(raw, plan.mixes[view], partners=partners, **pixels))
         return images
 
     def encode(self, images: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -163,10 +166,12 @@ class MoCoV3:
         if term.name == "clean":
             return self.keep.source_target(offset)
         mixed = plan.mixes[term.query[0]]
+        holder = mirror_rank(self.world) if self.config.mixing.flip == "global" else self.world.rank
+        partner_offset = holder * len(self.keep)
         if term.name == "source":
-            target, static = mixed.source_target(offset), self.config.mixing.source_weight == "static"
+            target, static = mixed.source_target(offset, partner_offset), self.config.mixing.source_weight == "static"
         else:
-            target = mixed.pair_target(offset, other=plan.mixes[term.key[0]])
+            target = mixed.pair_target(offset, partner_offset, other=plan.mixes[term.key[0]])
             static = self.config.mixing.pair_weight == "static"
         return target._replace(weight=torch.full_like(target.weight, 0.5)) if static else target
 

@@ -13,7 +13,15 @@ from tiny_runs import random_views, with_mixing
 from torch import nn
 
 from sdmp_train.config import Config
-from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean
+from sdmp_train.distributed import (
+    CpuSyncBatchNorm,
+    World,
+    gather_rows,
+    join_world,
+    mirror_images,
+    reduce_max,
+    reduce_mean,
+)
 from sdmp_train.guard import BufferGuard, StopRequest
 from sdmp_train.loop import update
 from sdmp_train.methods.mocov3 import MoCoV3
@@ -34,7 +42,10 @@ def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, 
     buffers = BufferGuard(method.student, method.momentum_encoder)
     training = Training(config, world, method, optimizer, buffers, steps_per_epoch=4, step=2)
     rows = len(method.keep)
-    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    views = tuple(
+        v[world.rank * rows : (world.rank + 1) * rows]
+        for v in random_views(config, 4 if config.mixing.variant == "extra" else 2)
+    )
     plan = method.plan(0)
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
     buffers.keep()
@@ -49,6 +60,14 @@ def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, 
     return {**state, "flags": flags, "loss": reduce_mean(loss.detach().clone(), world)}
 
 
+VARIANTS = ("replace", "algorithm1", "extra")
+
+
+def flipped(config: Config, variant: str) -> Config:
+    """The configuration with SDMP, whose partners are those of the whole batch."""
+    return with_mixing(config, flip="global", variant=variant)
+
+
 def work(rank: int, port_file: str, config: Config, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -58,6 +77,9 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
         results = {
             "honest": one_step(config, world),
             "poisoned": one_step(config, world, poisoned=True),
+            "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
+            "local": one_step(with_mixing(config), world)["loss"],
+            "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
@@ -127,6 +149,26 @@ def test_two_ranks_make_the_step_of_one(two_ranks):
         assert not rank["honest"]["unchanged"]
         for name, expected in alone.items():
             torch.testing.assert_close(rank["honest"][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_the_global_flip_two_ranks_make_the_step_of_one_also_when_images_are_mixed(two_ranks, variant: str):
+    config, ranks = two_ranks
+    alone = one_step(flipped(config, variant), World(torch.device("cpu")))
+    for rank in ranks:
+        assert not rank["mirrored"][variant]["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(rank["mirrored"][variant][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
+    config, ranks = two_ranks
+    for rank in ranks:
+        assert float(rank["local"]) != pytest.approx(float(rank["mirrored"]["replace"]["loss"]), rel=1e-4)
+    assert [int(rank["exchanged"].unique()) for rank in ranks] == [1, 0]
+    alone = World(torch.device("cpu"))
+    one, other = (one_step(with_mixing(config, flip=flip), alone)["loss"] for flip in ("local", "global"))
+    assert torch.equal(one, other)
 
 
 def test_ranks_stay_bitwise_equal(two_ranks):

@@ -86,6 +86,7 @@ def test_preset_then_file_then_flags(tmp_path: Path):
         (["--variant", "extra"], "mixing", "variant", "extra"),
         (["--rules", "cutmix", "mixup"], "mixing", "rules", ("cutmix", "mixup")),
         (["--mix-per", "sample"], "mixing", "per", "sample"),
+        (["--flip", "global"], "mixing", "flip", "global"),
         (["--shared-lam"], "mixing", "shared_lam", True),
         (["--source-weight", "static"], "mixing", "source_weight", "static"),
         (["--pair-weight", "static"], "mixing", "pair_weight", "static"),

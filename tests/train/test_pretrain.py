@@ -21,7 +21,7 @@ from sdmp_train.data import DataError
 from sdmp_train.evaluate.knn import image_features
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
-from sdmp_train.training import Training
+from sdmp_train.training import Training, rank_remarks
 
 
 def limit(config: Config, **run: object) -> Config:
@@ -261,6 +261,8 @@ def test_going_on_with_another_number_of_processes_is_said(tiny: Config, tmp_pat
     assert pretrain(limit(tiny, max_steps=3), tmp_path / "run", resume=True) == 0
     assert "ranks    1 in place of 4: " in capsys.readouterr().out
     assert "ranks    1 in place of 4: " in (tmp_path / "run" / "train.log").read_text()
+    assert "another partner" in rank_remarks(4, 1, partners_stay=False)[0]
+    assert "another partner" not in rank_remarks(4, 1, partners_stay=True)[0]
 
 
 def refused(config: Config, folder: Path, message: str, **given: bool) -> None:
