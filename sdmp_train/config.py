@@ -104,7 +104,7 @@ class ModelConfig:
     """The backbone, by timm's names."""
 
     arch: Annotated[str, arg(aliases=("-a", "--model"))] = "vit_small_patch16_224"
-    """Any timm ViT or ResNet; vit_small and vit_base are moco-v3's (12 heads)."""
+    """Any timm model that takes images of this size; vit_small and vit_base are moco-v3's (12 heads)."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar` gives a ResNet a 3x3 stride-1 first convolution and no max-pool."""
     patch_px: int | None = None
