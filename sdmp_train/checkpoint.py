@@ -13,18 +13,24 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .config import ConfigError, brief, one_line
 from .durable import draft_of, remove_leftovers, sync, write_durably
+from .reading import is_whole_number, open_file, read_json, read_tensors
 from .run_folder import SAVED
 
+if TYPE_CHECKING:
+    from .optim import LARS, AdamW
+
 MANIFEST = "manifest.json"
+# Far above what a state or a manifest takes.
+STATE_BYTES = 2**24
 
 
 class CheckpointError(ConfigError):
@@ -130,10 +136,19 @@ def set_later_aside(folder: Path, step: int) -> list[str]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The parts (on the CPU) and the state of a checkpoint, after its manifest has been verified."""
+    """The parts (on the CPU) and the state of a checkpoint, also one set aside, after its manifest has been verified."""
     verify(path)
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+    try:
+        state = read_json(path / "state.json", STATE_BYTES)
+        parts = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    step = state.get("step")
+    if not is_whole_number(step, 0, 2**62) or path.name.partition(".")[0] != f"step-{step:06d}":
+        raise CheckpointError(
+            f"{path / 'state.json'} names step {brief(step)}; expected the one its folder is named by"
+        )
+    return parts, state
 
 
 def newest_checkpoint(folder: Path, *, previous: bool = False) -> Path:
@@ -196,17 +211,19 @@ def is_whole(path: Path) -> bool:
 def verify(path: Path) -> dict[str, dict[str, Any]]:
     """Compare every file with the manifest, and return that; `CheckpointError` names the first that differs."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(path / MANIFEST, STATE_BYTES).get("files")
         present = {p.name for p in path.iterdir()} - {MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    if present != set(files):
-        raise CheckpointError(f"{path} holds {sorted(present)}; its manifest names {sorted(files)}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {one_line(error)}") from error
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST} names no files; expected an object of sizes and digests by name")
+    if present != set(files):  # so a name can only be that of a file in this folder
+        raise CheckpointError(f"{path} holds {brief(sorted(present))}; its manifest names {brief(sorted(files))}")
     for name, expected in files.items():
         try:
             found = fingerprint(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path / name} cannot be read: {one_line(error)}") from error
         if found != expected:
             raise CheckpointError(
                 f"{path / name} is damaged: its size or SHA-256 differs from the manifest. "
@@ -216,15 +233,15 @@ def verify(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
+    """Size and SHA-256 of a file; `ValueError` for a pipe or another thing that is none."""
+    with open_file(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], part: str) -> None:
-    """Copy tensors into a module; every name and shape must match, or `CheckpointError` lists what does not."""
+    """Copy tensors into a module; each must fit as `compare` says, or `CheckpointError` lists what does not."""
     own = module.state_dict()
-    compare(part, {name: tensor.shape for name, tensor in own.items()}, {n: t.shape for n, t in tensors.items()})
+    compare(part, own, tensors)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -237,30 +254,63 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+    optimizer: AdamW | LARS,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[nn.Parameter, str],
+    *,
+    last_epoch: float,
 ) -> None:
-    """The inverse of `optimizer_tensors`; unknown parameters and wrong shapes raise `CheckpointError`."""
+    """The inverse of `optimizer_tensors`, into an optimiser that has made no step.
+
+    last_epoch: epochs that had passed at the last step made, below 0 where none was. Every parameter that was trained
+        by then must have all its moments; one whose group is frozen for longer (`from_epoch`) may have none.
+
+    Raises:
+        CheckpointError: for moments that are missing, unknown, of another shape or dtype, or not finite.
+    """
     trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+    expected: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            own = {f"{moment}/{names[parameter]}": moment for moment in optimizer.moments}
+            if last_epoch >= group.get("from_epoch", 0) or not own.keys().isdisjoint(tensors):
+                step = torch.empty((), device="meta")
+                expected |= {name: step if moment == "step" else parameter for name, moment in own.items()}
+    for full_name in tensors:
+        name = full_name.partition("/")[2]
+        if name not in trained:
+            raise CheckpointError(f"the checkpoint's optimiser trains {brief(name)}, which this run does not")
+    compare("the optimiser's state", expected, tensors)
     for full_name, tensor in tensors.items():
         moment, _, name = full_name.partition("/")
-        if name not in trained:
-            raise CheckpointError(f"the checkpoint's optimiser trains {name!r}, which this run does not")
-        parameter = trained[name]
-        if tensor.ndim and tensor.shape != parameter.shape:
-            raise CheckpointError(f"{full_name} has shape {tuple(tensor.shape)}; expected {tuple(parameter.shape)}")
-        layout = torch.empty_like(parameter) if tensor.ndim else torch.empty((), device=parameter.device)
-        optimizer.state[parameter][moment] = layout.copy_(tensor)
+        layout = torch.empty_like(trained[name]) if moment != "step" else torch.empty((), device=trained[name].device)
+        optimizer.state[trained[name]][moment] = layout.copy_(tensor)
 
 
-def compare(part: str, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    """Raise `CheckpointError` listing missing, unknown and misshapen tensors, if there are any."""
+def compare(part: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` listing what keeps `found` from standing in for `expected`, if anything does.
+
+    Names, shapes and dtypes must be equal, and every floating-point number of `found` finite: a run never saves
+    others. `expected` may lie on the meta device.
+    """
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unknown {name}" for name in found if name not in expected]
     problems += [
-        f"{name} has shape {tuple(found[name])}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
+        f"{name} {problem}"
+        for name, own in expected.items()
+        if name in found and (problem := misfit(own, found[name])) is not None
     ]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{part} does not fit this model: {'; '.join(problems[:10])}{more}")
+        raise CheckpointError(f"{part} does not fit this model: {'; '.join(map(one_line, problems[:10]))}{more}")
+
+
+def misfit(expected: Tensor, found: Tensor) -> str | None:
+    """Why `found` cannot be copied to where `expected` is."""
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return f"has dtype {found.dtype}, expected {expected.dtype}"
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        return "holds numbers that are not finite"
+    return None

@@ -15,7 +15,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import Index, Loader, make_loader
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
 from .distributed import World, join_world, together
 from .export import export_backbone
 from .file_list import store_file_list
@@ -59,7 +59,7 @@ def pretrain(
         world = stack.enter_context(join_world(config.run.device))
         stop.speaks = world.is_first
         log = stack.enter_context(log or Log(quiet=not world.is_first))
-        config = resolve(config, world)
+        asked, config = config, resolve(config, world)
         folder, claimed = output or run_folder.default_folder(config.run.preset), None
         with together(world):
             if output is not None:
@@ -75,7 +75,7 @@ def pretrain(
                 remarks = load_state(
                     training, folder, index, previous=previous, accept_changed_data=accept_changed_data
                 )
-            loader = stack.enter_context(open_loader(training, index))
+            loader = stack.enter_context(open_loader(training, index, asked.data.loader))
             stop.check()
         with together(world):
             claimed = claimed or claim(stack, world, folder, mode, may_rename=output is None)
@@ -141,16 +141,24 @@ def asking_to_go_on(run: Run) -> Iterator[None]:
 
 
 def resolve(config: Config, world: World) -> Config:
-    """The configuration with its automatic choices made, and checked against the number of processes."""
+    """The configuration with its automatic choices made, and checked against the number of processes.
+
+    What is stored, and compared on resume, are the choices: the loaders make other pixels, the precisions other sums.
+    """
     if config.optim.batch_size % world.size:
         raise ConfigError(f"batch_size is {config.optim.batch_size}; expected a multiple of the {world.size} processes")
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
-    return replace(config, run=replace(config.run, precision=precision))
+    try:
+        loader, _ = choose_loader(config.data.loader, world.device)
+    except DataError as error:
+        raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
+    data = replace(config.data, loader=loader)
+    return replace(config, data=data, run=replace(config.run, precision=precision))
 
 
-def open_loader(training: Training, index: Index) -> Loader:
-    """The views of the steps still to be made."""
+def open_loader(training: Training, index: Index, asked: LoaderName) -> Loader:
+    """The views of the steps still to be made. `asked`: the loader before it was resolved, so that it can say why."""
     config, world = training.config, training.world
     return make_loader(
         index,
@@ -162,7 +170,7 @@ def open_loader(training: Training, index: Index) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        loader=config.data.loader,
+        loader=asked,
         workers=config.data.workers,
     )
 
@@ -206,12 +214,12 @@ def millions(module: nn.Module) -> str:
 def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
     """Check everything that `pretrain` would check, and print what it would do; nothing is written."""
     with join_world(config.run.device) as world:
-        config = resolve(config, world)
+        asked, config = config, resolve(config, world)
         if output is not None:
             run_folder.check_folder(output, "overwrite" if overwrite else "new")
         index, test_index = open_images(config, say=print)
         training = build(config, world, index)
-        with open_loader(training, index) as loader:
+        with open_loader(training, index, asked.data.loader) as loader:
             for line in describe(training, index, loader):
                 print(line)
         if config.run.knn_max_images > 0:

@@ -77,6 +77,23 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     return torch.cat(gathered)
 
 
+def mirror_rank(world: World) -> int:
+    """The rank at the other end, W - 1 - r: its row N - 1 - i is the partner of row i under the global flip."""
+    return world.size - 1 - world.rank
+
+
+def mirror_images(images: Tensor, world: World) -> Tensor:
+    """(N, 3, H, W) of the rank at the other end, point to point: no rank ever holds the images of all."""
+    peer = mirror_rank(world)
+    if peer == world.rank:
+        return images
+    sent = images.permute(0, 2, 3, 1).contiguous()
+    received = torch.empty_like(sent)
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
+        work.wait()
+    return received.permute(0, 3, 1, 2)
+
+
 def reduce_max(flags: Tensor, world: World) -> Tensor:
     """The largest value over the ranks, in place."""
     if world.size > 1:

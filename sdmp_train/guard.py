@@ -48,7 +48,9 @@ def merge(places: list[tuple[nn.Module, str]]) -> Tensor:
     start = 0
     for (part, name), buffer in zip(places, buffers, strict=True):
         if buffer is not None:
-            part._buffers[name] = storage[start : start + buffer.numel()].view(buffer.shape)
+            # .data: a view would share the storage's count of changes, and autograd would take every other buffer that
+            # it saved (a table of relative positions) for changed as soon as a batch norm counts its batch.
+            part._buffers[name] = storage[start : start + buffer.numel()].view(buffer.shape).data
             start += buffer.numel()
     return storage
 

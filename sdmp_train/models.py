@@ -99,15 +99,15 @@ def build_backbone(
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
     with torch.random.fork_rng(devices=[]):
-        check_forward(make(config, name, arguments, "meta"), name, image_px)
+        check_forward(make_model(config, name, arguments, "meta"), name, image_px)
         torch.manual_seed(seed)
-        backbone = make(config, name, arguments, "cpu")
+        backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:
             start(backbone)
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
 
 
-def make(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
+def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
     """The model that `timm_arguments` describes, with its stem."""
     from timm.models.resnet import ResNet
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, ConfigError, drift, from_dict
+from .config import Config, ConfigError, brief, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
 from .file_list import changed_files
@@ -140,14 +141,16 @@ def load_state(
     """
     path = checkpoint.newest_checkpoint(folder / "checkpoints", previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
+    ranks = check_state(state, path, training.total_steps)
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
     remarks = []
     if state["images"] != index.fingerprint:
-        what = changed_files(str(state["images"]), index, folder)
+        what = changed_files(state["images"], index, folder)
         if accept_changed_data:
             remarks.append(f"changed  {what}")
         else:
             changes.append(f"images: {what}; --accept-changed-data goes on with those that are there now")
+    changes = [f"{line} (--loader)" if line.startswith("data.loader:") else line for line in changes]
     if changes:
         raise ConfigError(
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
@@ -161,9 +164,40 @@ def load_state(
         )
     for name, module in training.method.state.items():
         checkpoint.load_module(module, parts[name], f"{path}/{name}")
-    checkpoint.load_optimizer(training.optimizer, parts["optim"], parameter_names(training.method))
-    training.step = int(state["step"])
-    return remarks
+    last_epoch = (state["step"] - 1) / training.steps_per_epoch
+    names = parameter_names(training.method)
+    checkpoint.load_optimizer(training.optimizer, parts["optim"], names, last_epoch=last_epoch)
+    training.step = state["step"]
+    return [*remarks, *rank_remarks(ranks, training.world.size, training.method.partners_follow_ranks)]
+
+
+def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
+    """Raise `CheckpointError` unless state.json holds what a run writes; returns the processes it was written by."""
+    kinds = {"config": dict, "images": str, "world_size": int}
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            got = brief(state.get(name))
+            raise checkpoint.CheckpointError(f"{path / 'state.json'}: {name} is {got}; expected {kind.__name__}")
+    if state["world_size"] < 1:
+        raise checkpoint.CheckpointError(
+            f"{path / 'state.json'}: world_size is {state['world_size']}; expected 1 or more"
+        )
+    if state["step"] > total_steps:
+        raise checkpoint.CheckpointError(f"{path} is beyond the {total_steps} steps of this run")
+    return int(state["world_size"])
+
+
+def rank_remarks(before: int, now: int, partners_follow_ranks: bool) -> list[str]:
+    """What changes for a run that goes on with another number of processes."""
+    if before == now:
+        return []
+    partners = (
+        "an image is mixed with another partner (--flip global keeps them), and " if partners_follow_ranks else ""
+    )
+    return [
+        f"ranks    {now} in place of {before}: the same images in the same order, with the same views, rules, shares "
+        f"and boxes; but {partners}sums are rounded otherwise, so the bits are not those of the unbroken run"
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 
 from .batch import Batch, Loader
+from .folders import find_splits, holds_images
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
-from .layout import find_splits, holds_images
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
@@ -38,6 +38,7 @@ __all__ = [
     "TooManyBadFiles",
     "ViewRecipe",
     "byol_views",
+    "choose_loader",
     "crop_flip_view",
     "dino_views",
     "eval_loader",
@@ -116,7 +117,7 @@ def _carry_out(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    name, why = _choose(loader, device)
+    name, why = choose_loader(loader, device)
     if workers is None:
         workers = _cores() // max(1, min(world_size, torch.cuda.device_count()))
     if name == "dali":
@@ -128,8 +129,8 @@ def _carry_out(
     return TorchvisionLoader(schedule, device=device, workers=workers, why=why)
 
 
-def _choose(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
-    """The loader to use, and why, as a sentence."""
+def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
+    """The loader to use, and why, as a sentence. `DataError` where the one asked for is missing."""
     if loader not in ("auto", "dali", "torchvision"):
         raise ValueError(f"loader must be 'auto', 'dali' or 'torchvision', but is {loader!r}")
     if loader == "torchvision":

@@ -22,6 +22,7 @@ from PIL import Image
 from ..text import printable
 from .cache import Cache, Checked, cache_folder
 from .decoders import looks_like_image, needs_pillow
+from .folders import SPELLINGS, find_splits
 from .images import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -34,7 +35,6 @@ from .images import (
     open_regular,
     read_size,
 )
-from .layout import SPELLINGS, find_splits
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
 from .source import Source
 
@@ -156,7 +156,7 @@ def open_folder(
     and the folders of runs are passed over. When every image lies in a subfolder, the first level of subfolders are the
     classes (as torchvision's ImageFolder). Files of other kinds and folders without an image are counted in
     `Index.notes`; a folder that may be a class and holds not one usable image counts as bad. A folder that holds the
-    splits of a data set is understood (`layout.find_splits`): `split="train"` takes the training split, or `path`
+    splits of a data set is understood (`folders.find_splits`): `split="train"` takes the training split, or `path`
     itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is.
 
     Args:

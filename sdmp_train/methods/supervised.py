@@ -102,6 +102,11 @@ class Supervised:
         """Without the last layer."""
         return self.classifier.backbone
 
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """Where images are mixed at all."""
+        return self.config.prob > 0
+
     def views(self, at: At) -> list[ViewRecipe]:
         """One random crop, flipped or not; grey as often as the data settings say."""
         data = self.setup.data

@@ -15,7 +15,16 @@ from torch import nn
 
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
 from sdmp_train.data import Batch
-from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean, together
+from sdmp_train.distributed import (
+    CpuSyncBatchNorm,
+    World,
+    gather_rows,
+    join_world,
+    mirror_images,
+    reduce_max,
+    reduce_mean,
+    together,
+)
 from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
 from sdmp_train.methods.contrast import Features, Plan
@@ -45,7 +54,8 @@ def one_step(config: Config, world: World, poisoned: bool = False, failing: bool
     training.step, method = 2, training.method
     method.poisoned = poisoned and world.rank == 1
     rows = len(method.keep)
-    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    count = 4 if config.method.variant == "extra" else 2
+    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config, count))
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
     stop = StopRequest()
     if failing and world.rank == 1:
@@ -54,6 +64,14 @@ def one_step(config: Config, world: World, poisoned: bool = False, failing: bool
     state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, before[k]) for k, v in method.student.state_dict().items()))
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
+
+
+VARIANTS = ("replace", "algorithm1", "extra")
+
+
+def flipped(config: Config, variant: str) -> Config:
+    """The configuration with SDMP, whose partners are those of the whole batch."""
+    return with_mixing(config, flip="global", variant=variant)
 
 
 def work(rank: int, port_file: str, config: Config, folder: str) -> None:
@@ -67,6 +85,9 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "poisoned": one_step(config, world, poisoned=True),
             "failing": one_step(config, world, failing=True),
             "left": torch.tensor([leave(world, code) for code in (None, 2, 75, 1)]),
+            "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
+            "local": one_step(with_mixing(config), world)["loss"],
+            "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
@@ -154,6 +175,26 @@ def test_two_ranks_make_the_step_of_one(two_ranks):
         assert not rank["honest"]["unchanged"]
         for name, expected in alone.items():
             torch.testing.assert_close(rank["honest"][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_the_global_flip_two_ranks_make_the_step_of_one_also_when_images_are_mixed(two_ranks, variant: str):
+    config, ranks = two_ranks
+    alone = one_step(flipped(config, variant), World(torch.device("cpu")))
+    for rank in ranks:
+        assert not rank["mirrored"][variant]["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(rank["mirrored"][variant][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
+    config, ranks = two_ranks
+    for rank in ranks:
+        assert float(rank["local"]) != pytest.approx(float(rank["mirrored"]["replace"]["loss"]), rel=1e-4)
+    assert [int(rank["exchanged"].unique()) for rank in ranks] == [1, 0]
+    alone = World(torch.device("cpu"))
+    one, other = (one_step(with_mixing(config, flip=flip), alone)["loss"] for flip in ("local", "global"))
+    assert torch.equal(one, other)
 
 
 def test_ranks_stay_bitwise_equal(two_ranks):

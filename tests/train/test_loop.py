@@ -12,7 +12,7 @@ import torch
 from tiny_runs import Spy, all_tensors, at_step, build_training, noise_batches
 
 from sdmp_train import guard, loop, meter, optim
-from sdmp_train.config import Config
+from sdmp_train.config import Config, ModelConfig
 from sdmp_train.distributed import World
 from sdmp_train.guard import StopRequest
 from sdmp_train.log import Log
@@ -73,6 +73,16 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str, value: float, requ
     moved = [name for name, tensor in all_tensors(training).items() if not torch.equal(after[name], tensor)]
     assert len(moved) > len(after) / 2
     assert all(v.isfinite().all() for v in all_tensors(training).values())
+
+
+@pytest.mark.parametrize("arch", ["levit_128s", "swin_tiny_patch4_window7_224", "mobilenetv3_small_100"])
+def test_architectures_with_buffers_that_autograd_keeps_are_trained(arch: str, tiny: Config):
+    """Tables of relative positions are buffers too, beside the batch norms' of the heads."""
+    config = replace(tiny, model=ModelConfig(arch=arch), optim=replace(tiny.optim, batch_size=2))
+    training = build_training(config)
+    log = Spy()
+    assert run(training, 1, log) is Outcome.DONE
+    assert not any("was not finite" in line for line in log.lines)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tiny: Config, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def test_preset_then_file_then_flags(tmp_path: Path):
         (["--variant", "extra"], "method", "variant", "extra"),
         (["--rules", "cutmix", "mixup"], "method", "rules", ("cutmix", "mixup")),
         (["--mix-per", "sample"], "method", "per", "sample"),
+        (["--flip", "global"], "method", "flip", "global"),
         (["--shared-lam"], "method", "shared_lam", True),
         (["--source-weight", "static"], "method", "source_weight", "static"),
         (["--pair-weight", "static"], "method", "pair_weight", "static"),
@@ -143,6 +145,13 @@ def test_resume_needs_a_run(tmp_path: Path):
         (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
         (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
         (["pretrain", "--preset", "quickstart", "--arch", "vit_smal"], "Did you mean vit_small"),
+        (["pretrain", "--preset", "quickstart", "--arch", "hf-hub:timm/resnet18.a1_in1k"], "plain name"),
+        (
+            ["plan", "--preset", "quickstart", "--arch", "vit_tiny_patch16_224", "--image-px", "42"],
+            "leave 2 of 42 rows",
+        ),
+        (["pretrain", "--config", "/dev/zero"], "no regular file"),
+        (["export", "/dev"], "cannot read the config file"),
         (["pretrain"], "data is missing"),
         (["presets", "x"], "takes no arguments"),
         (["export", "missing"], "cannot read the config file"),
@@ -256,6 +265,16 @@ def test_too_many_bad_images_exit_with_four(image_folder: Path, tmp_path: Path, 
     assert main([*words, "--bad-images", "skip"]) == 4
     assert "more than the 1.0% " in capsys.readouterr().err
     assert main(words) == 2
+
+
+def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "bomb.pth").write_bytes(b"\x80\x04.")
+    description = {"architecture": "test_resnet", "model_args": {"checkpoint_path": str(tmp_path / "bomb.pth")}}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert main(["eval", "knn", "--weights", str(tmp_path), "--data", str(image_folder), "--device", "cpu"]) == 2
+    printed = capsys.readouterr().err
+    assert "a name in model_args is 'checkpoint_path'" in printed
+    assert printed.count("\n") == 1
 
 
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from sdmp_train import checkpoint, commands, run_folder
 from sdmp_train import run as run_module
@@ -29,7 +30,7 @@ from sdmp_train.loop import Outcome
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
 from sdmp_train.stop import Stopped, StopRequest
-from sdmp_train.training import Training
+from sdmp_train.training import Training, rank_remarks
 
 
 def limit(config: Config, **run: object) -> Config:
@@ -256,6 +257,91 @@ def test_a_damaged_checkpoint_stops_a_resume_unless_the_one_before_is_asked_for(
         pretrain(tiny, tmp_path / "run", resume=True)
     assert pretrain(limit(tiny, max_steps=2), tmp_path / "run", resume=True, previous=True) == 0
     load_checkpoint(newest_checkpoint(tmp_path / "run" / "checkpoints"))  # made again, whole
+
+
+def stopped(config: Config, folder: Path) -> Path:
+    """The checkpoint of a run that was stopped at step 2."""
+    assert pretrain(limit(config, max_steps=2), folder) == 0
+    return newest_checkpoint(folder / "checkpoints")
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Other values in a checkpoint's state.json, with a manifest that is true of them."""
+    state = {**json.loads((path / "state.json").read_text()), **changes}
+    (path / "state.json").write_text(json.dumps(state))
+    files = {f.name: checkpoint.fingerprint(f) for f in path.iterdir() if f.name != "manifest.json"}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 3}, "names step 3"),
+        ({"step": "2"}, "names step '2'"),
+        ({"config": []}, r"config is \[\]; expected dict"),
+        ({"config": {"optm": {}}}, "unknown group 'optm'"),
+        ({"config": {"optim": {"epochs": "x" * 100_000}}}, "expected int"),
+        ({"images": 5}, "images is 5; expected str"),
+        ({"world_size": 0}, "world_size is 0"),
+        ({"world_size": "two"}, "world_size is 'two'"),
+    ],
+)
+def test_a_state_that_no_run_writes_is_refused(changes: dict, message: str, tiny: Config, tmp_path: Path):
+    rewrite(stopped(tiny, tmp_path / "run"), **changes)
+    with pytest.raises(ConfigError, match=message) as error:
+        pretrain(tiny, tmp_path / "run", resume=True)
+    assert len(str(error.value)) < 1500
+
+
+def test_a_checkpoint_without_moments_or_without_a_part_is_refused(tiny: Config, tmp_path: Path):
+    path = stopped(tiny, tmp_path / "run")
+    whole = (path / "optim.safetensors").read_bytes()
+    save_file({}, path / "optim.safetensors")
+    rewrite(path)
+    with pytest.raises(ConfigError, match="the optimiser's state does not fit this model: missing step/"):
+        pretrain(tiny, tmp_path / "run", resume=True)
+    (path / "optim.safetensors").rename(path / "moments.safetensors")
+    rewrite(path)
+    with pytest.raises(ConfigError, match="holds the parts ema, model, moments"):
+        pretrain(tiny, tmp_path / "run", resume=True)
+    (path / "moments.safetensors").unlink()
+    (path / "optim.safetensors").write_bytes(whole)
+    rewrite(path)
+    assert pretrain(tiny, tmp_path / "run", resume=True) == 0
+
+
+def test_the_loader_that_ran_is_stored_and_another_one_stops_a_resume(
+    tiny: Config, tmp_path: Path, monkeypatch, capsys
+):
+    config = replace(tiny, data=replace(tiny.data, loader="auto"))
+    monkeypatch.setattr("sdmp_train.data._dali_missing", lambda device: "there is no DALI here")
+    path = stopped(config, tmp_path / "run")
+    assert stored_config(tmp_path / "run").data.loader == "torchvision"
+    assert json.loads((path / "state.json").read_text())["config"]["data"]["loader"] == "torchvision"
+    assert "loader   torchvision: there is no DALI here" in capsys.readouterr().out
+    assert pretrain(limit(config, max_steps=3), tmp_path / "run", resume=True) == 0
+    # As if it had begun where DALI is: neither auto nor the other one may take its place here.
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    state = json.loads((path / "state.json").read_text())
+    state["config"]["data"]["loader"] = "dali"
+    rewrite(path, **state)
+    for loader in ("auto", "torchvision"):
+        with pytest.raises(ConfigError, match=r"data\.loader: 'dali' -> 'torchvision' \(--loader\)"):
+            pretrain(replace(config, data=replace(config.data, loader=loader)), tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match=r"--loader dali: .*there is no DALI here"):
+        pretrain(replace(config, data=replace(config.data, loader="dali")), tmp_path / "run", resume=True)
+
+
+def test_going_on_with_another_number_of_processes_is_said(tiny: Config, tmp_path: Path, capsys):
+    path = stopped(tiny, tmp_path / "run")
+    assert pretrain(limit(tiny, max_steps=2), tmp_path / "run", resume=True) == 0
+    assert "ranks " not in capsys.readouterr().out
+    rewrite(path, world_size=4)
+    assert pretrain(limit(tiny, max_steps=3), tmp_path / "run", resume=True) == 0
+    assert "ranks    1 in place of 4: " in capsys.readouterr().out
+    assert "ranks    1 in place of 4: " in (tmp_path / "run" / "train.log").read_text()
+    assert "another partner" in rank_remarks(4, 1, partners_follow_ranks=True)[0]
+    assert "another partner" not in rank_remarks(4, 1, partners_follow_ranks=False)[0]
 
 
 def refused(config: Config, folder: Path, message: str, **given: bool) -> None:
