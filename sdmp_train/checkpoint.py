@@ -136,7 +136,7 @@ def set_later_aside(folder: Path, step: int) -> list[str]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The parts (on the CPU) and the state of a checkpoint, also one set aside, after its manifest has been verified."""
+    """The parts (on the CPU) and the state of a checkpoint, or of one set aside, once its manifest is verified."""
     verify(path)
     try:
         state = read_json(path / "state.json", STATE_BYTES)

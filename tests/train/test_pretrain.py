@@ -302,7 +302,7 @@ def test_a_checkpoint_without_moments_or_without_a_part_is_refused(tiny: Config,
         pretrain(tiny, tmp_path / "run", resume=True)
     (path / "optim.safetensors").rename(path / "moments.safetensors")
     rewrite(path)
-    with pytest.raises(ConfigError, match="holds the parts ema, model, moments"):
+    with pytest.raises(ConfigError, match="holds the parts moments, momentum_encoder, student"):
         pretrain(tiny, tmp_path / "run", resume=True)
     (path / "moments.safetensors").unlink()
     (path / "optim.safetensors").write_bytes(whole)
