@@ -9,23 +9,6 @@ namespace sdmp {
 namespace SDMP_ISA {
 namespace {
 
-// out_k = factor * e_k - share, less `first` and `second` at the columns of the target. e has kRoom elements more.
-template <class Out>
-void write_gradient(const float* e, int64_t n, float factor, float share, const Columns& t, const Pulls& pulls,
-                    bool stream, Out* out) {
-  alignas(64) float block[kBlock];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    for (int64_t k = 0; k < size; k += kLanes) write(read(e + begin + k) * factor - share, block + k);
-    // A column of weight 0 is not touched: it may be out of range.
-    if (t.w > 0 && t.first >= begin && t.first < begin + size) block[t.first - begin] -= static_cast<float>(pulls.first);
-    if (t.v > 0 && t.second >= begin && t.second < begin + size) {
-      block[t.second - begin] -= static_cast<float>(pulls.second);
-    }
-    put(block, size, stream, out + begin);
-  }
-}
-
 template <class Stored>
 void rows(const SoftCrossEntropyJob& job, int64_t begin, int64_t end, float* scratch) {
   const Matrix& logits = job.logits;

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import matrix
 from ops.losses import FORMS, Storages
 from torch import Tensor
 
-from sdmp_kernels import TwoHot, _backends, soft_cross_entropy, use_backend
+from sdmp_kernels import TwoHot, _backends, info_nce, soft_cross_entropy, use_backend
 from sdmp_kernels.ops.case import two_hot
+from sdmp_kernels.ops.info_nce import native as info_nce_native
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpp", "cpu")
@@ -26,7 +28,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def cpp() -> Iterator[None]:
-    with use_backend("cpp", "soft_cross_entropy"):
+    with use_backend("cpp", ("soft_cross_entropy", "info_nce")):
         yield
 
 
@@ -136,7 +138,7 @@ def test_large_gradients_past_the_cache_equal_small_ones(k):
 
 THREADS = """
 import hashlib, sys, torch
-from sdmp_kernels import TwoHot, soft_cross_entropy
+from sdmp_kernels import TwoHot, info_nce, soft_cross_entropy
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
@@ -146,6 +148,12 @@ for dtype in (torch.float32, torch.bfloat16):
     loss = soft_cross_entropy(logits, target, label_smoothing=0.1)
     loss.backward()
     digest.update(loss.detach().numpy().tobytes() + logits.grad.float().numpy().tobytes())
+# Of the matrix products themselves this says nothing: few rows are one thread's.
+q = torch.randn(20, 24, generator=generator).requires_grad_()
+target = TwoHot(*torch.randint(0, 100, (2, 20), generator=generator), torch.rand(20, generator=generator))
+loss = info_nce(q, torch.randn(100, 24, generator=generator), target, temperature=0.2)
+loss.backward()
+digest.update(loss.detach().numpy().tobytes() + q.grad.numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -180,3 +188,78 @@ def test_far_below_the_largest_there_is_no_probability(dtype):
         soft_cross_entropy(logits, TwoHot(torch.tensor([0]), torch.tensor([0]), torch.ones(1))), logits
     )
     assert grad.tolist() == [[0.0, 0.0, 0.0, 0.0]]
+
+
+# ---- info_nce: both ways, whatever the size ----
+
+CASES = [t for t in matrix.trials(with_grads=True) if t.op == "info_nce" and t.backend == "cpp"]
+
+
+def by(monkeypatch: pytest.MonkeyPatch, few: bool) -> None:
+    """From now on every call is one call of the kernel for few rows, or goes through matrix products."""
+    monkeypatch.setattr(info_nce_native, "_few", lambda q, k: few)
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("trial", CASES, ids=str)
+def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial, few):
+    """Losses and gradients by the rule of the op matrix."""
+
+    def upstream(t: Tensor) -> Tensor:
+        return torch.linspace(-1.0, 2.0, max(t.numel(), 1), dtype=t.dtype)[: t.numel()].view(t.shape)
+
+    with use_backend("reference", "info_nce"):
+        truth = matrix.gradients(trial.cases.call, trial, matrix.upcast(trial, trial.inputs()), upstream)
+    own = matrix.gradients(trial.cases.eager, trial, trial.inputs(), upstream)
+    by(monkeypatch, few)
+    inputs = trial.inputs()
+    got = matrix.gradients(trial.cases.call, trial, inputs, upstream)
+    with torch.no_grad():
+        terms = float(trial.cases.largest_term(**inputs)), float(trial.cases.largest_grad_term(**inputs))
+    for results, exact_results, plain_results, term in zip(got, truth, own, terms, strict=True):
+        for result, right, plain in zip(results, exact_results, plain_results, strict=True):
+            assert matrix.error(result, right) <= matrix.allowed(matrix.error(plain, right), result.dtype, term)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_info_nce_kept_graphs_and_gradients_that_are_overwritten(monkeypatch, few):
+    by(monkeypatch, few)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(9, 16, generator=generator).requires_grad_(), torch.randn(30, 16, generator=generator)
+    loss = info_nce(q, k, two_hot(generator, 9, 30), temperature=0.5)
+    (first,) = torch.autograd.grad(loss, q, retain_graph=True)
+    expected = first.clone()
+    first.fill_(math.nan)
+    (second,) = torch.autograd.grad(2 * loss, q, retain_graph=True)
+    assert torch.equal(second, 2 * expected)
+    assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_info_nce_rows_with_nan_leave_the_others_alone(monkeypatch, few):
+    by(monkeypatch, few)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(5, 16, generator=generator), torch.randn(30, 16, generator=generator)
+    target = two_hot(generator, 5, 30)
+    q[2, 3] = math.nan
+    q.requires_grad_()
+    losses = info_nce(q, k, target, temperature=0.5, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), q)
+    assert losses.isnan().tolist() == grad.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_info_nce_in_many_chunks(monkeypatch, few):
+    """More logits than a chunk holds: rows of later chunks meet their own targets."""
+    by(monkeypatch, few)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1100, 8, generator=generator).requires_grad_(), torch.randn(4000, 8, generator=generator)
+    k.requires_grad_()
+    target, factors = two_hot(generator, 1100, 4000), torch.rand(1100, generator=generator)
+    found = []
+    for backend in ("cpp", "torch"):
+        with use_backend(backend, "info_nce"):
+            losses = info_nce(q, k, target, temperature=0.5, reduction="none", form="log_mixture")
+            found.append((losses.detach(), *torch.autograd.grad(losses, (q, k), factors)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
