@@ -6,6 +6,7 @@ import gc
 import threading
 
 import pytest
+import torch
 
 from sdmp_kernels import _backends, backends, use_backend
 
@@ -115,8 +116,12 @@ def test_what_cannot_run_raises_at_once_and_sets_nothing(name, ops, error, messa
     assert _backends._forced == {}
 
 
-def test_an_op_without_the_backend_raises_when_it_is_called():
+def test_an_op_without_the_backend_raises_when_it_is_called(monkeypatch):
     if _backends.unavailable("cpp", "cpu"):
         pytest.skip("no compiled kernels here")
+    bare = _backends.Op("bare", {"cpu": ("torch",), "cuda": ("torch",)})
+    monkeypatch.setitem(_backends.OPS, "bare", bare)
     with use_backend("cpp"):
-        assert chosen("distillation") == "none"
+        assert (chosen("bare"), chosen()) == ("none", "cpp")
+        with pytest.raises(RuntimeError, match="bare cannot run on cpu: it has no cpp backend"):
+            _backends.choose(bare, torch.device("cpu"))

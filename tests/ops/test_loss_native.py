@@ -15,7 +15,7 @@ from ops import matrix
 from ops.losses import FORMS, Storages
 from torch import Tensor
 
-from sdmp_kernels import TwoHot, _backends, info_nce, soft_cross_entropy, use_backend
+from sdmp_kernels import TwoHot, _backends, distillation, info_nce, soft_cross_entropy, use_backend
 from sdmp_kernels.ops.case import two_hot
 from sdmp_kernels.ops.info_nce import native as info_nce_native
 
@@ -28,7 +28,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def cpp() -> Iterator[None]:
-    with use_backend("cpp", ("soft_cross_entropy", "info_nce")):
+    with use_backend("cpp", ("soft_cross_entropy", "info_nce", "distillation")):
         yield
 
 
@@ -138,7 +138,7 @@ def test_large_gradients_past_the_cache_equal_small_ones(k):
 
 THREADS = """
 import hashlib, sys, torch
-from sdmp_kernels import TwoHot, info_nce, soft_cross_entropy
+from sdmp_kernels import TwoHot, distillation, info_nce, soft_cross_entropy
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
@@ -154,6 +154,12 @@ target = TwoHot(*torch.randint(0, 100, (2, 20), generator=generator), torch.rand
 loss = info_nce(q, torch.randn(100, 24, generator=generator), target, temperature=0.2)
 loss.backward()
 digest.update(loss.detach().numpy().tobytes() + q.grad.numpy().tobytes())
+student, teacher = (torch.randn(3, 40, 2003, generator=generator) for _ in range(2))
+student.requires_grad_()
+own, other = torch.rand(2, 3, 3, 40, generator=generator).unbind(0)
+loss, _ = distillation(student, teacher, own=own, other=other, teacher_mean=True)
+loss.backward()
+digest.update(loss.detach().numpy().tobytes() + student.grad.numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -263,3 +269,57 @@ def test_info_nce_in_many_chunks(monkeypatch, few):
             found.append((losses.detach(), *torch.autograd.grad(losses, (q, k), factors)))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---- distillation ----
+
+
+def crops(dtype: torch.dtype = torch.float32, n: int = 5, k: int = 70) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    own, other = torch.rand(2, 3, 2, n, generator=generator).unbind(0)
+    student = torch.randn(3, n, k, generator=generator).to(dtype).requires_grad_()
+    teacher = torch.randn(2, n, k, generator=generator).to(dtype)
+    return {"student": student, "teacher": teacher, "own": own, "other": other}
+
+
+@each_dtype
+def test_distillation_kept_graphs_and_gradients_that_are_overwritten(dtype):
+    given = crops(dtype)
+    loss = distillation(**given)
+    (first,) = torch.autograd.grad(loss, given["student"], retain_graph=True)
+    expected = first.clone()
+    first.fill_(math.nan)
+    (second,) = torch.autograd.grad(2 * loss, given["student"], retain_graph=True)
+    assert torch.allclose(second.float(), 2 * expected.float(), rtol=0, atol=1.2e-7)  # the smallest halves, twice
+    assert torch.equal(torch.autograd.grad(loss, given["student"])[0], expected)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_distillation_with_a_factor_for_every_row(kept):
+    given, factors = crops(), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
+    losses = distillation(**given, reduction="none")
+    (got,) = torch.autograd.grad(losses, given["student"], factors, retain_graph=kept)
+    with use_backend("reference"):
+        losses = distillation(**given, reduction="none")
+        (expected,) = torch.autograd.grad(losses, given["student"], factors)
+    assert torch.allclose(got, expected, atol=2e-5)
+    assert (got[:, 2] == 0).all()
+
+
+def test_distillation_rows_with_nan_spoil_their_partner_and_nothing_else():
+    given = crops()
+    clean = distillation(**given, reduction="none").detach()
+    given["teacher"][1, 0, 69] = math.nan
+    losses = distillation(**given, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), given["student"])
+    assert losses.isnan().tolist() == [True, False, False, False, True]
+    assert torch.equal(losses[1:4], clean[1:4])
+    assert grad[:, 1:4].isfinite().all()
+
+
+def test_distillation_makes_a_gradient_only_where_one_is_wanted():
+    given = crops(n=16, k=1000)
+    for wanted in (False, True):
+        with torch.set_grad_enabled(wanted), Storages() as made:
+            distillation(**given)
+        assert (max(made.sizes) >= given["student"].nbytes) == wanted

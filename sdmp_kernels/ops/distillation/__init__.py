@@ -77,8 +77,10 @@ def distillation(
     ]
     mean_of = _check_mean(teacher_mean, teacher.shape[0])
     check_choice("reduction", reduction, REDUCTIONS)
-    loss, _, _, mean = _op.distillation_op.overload(
-        student, teacher, weights["own"], weights.get("other"), partner, center, *temperatures, mean_of, reduction
+    constants = (weights["own"], weights.get("other"), partner, center)
+    wanted = student.requires_grad and torch.is_grad_enabled()
+    loss, _, _, mean, _ = _op.distillation_op.overload(
+        student, teacher, *constants, *temperatures, mean_of, reduction, wanted
     )
     return (loss, mean) if mean_of else loss
 
