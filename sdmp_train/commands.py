@@ -1,4 +1,4 @@
-"""What the command line calls: pretrain, plan (a dry run), export."""
+"""What the command line calls: pretrain, plan (a dry run), export, verify. Evaluations are in `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
 from .distributed import World, join_world, together
 from .export import export_backbone
 from .file_list import store_file_list
@@ -24,8 +24,9 @@ from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images
+from .splits import describe_split, open_images, reporting
 from .stop import Stopped, StopRequest
+from .text import printable
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -249,4 +250,20 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(f"exported {path} to {output}")
+    return 0
+
+
+def verify_folder(folder: str) -> int:
+    """Decode every image once and print what is there, and what of it no run would use.
+
+    Raises:
+        DataError: some files are no readable images, or a class folder has none; it names them.
+    """
+    index = open_folder(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
+    print(index.summary())
+    for number, name in enumerate(index.classes):
+        print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")
+    if index.faults:
+        raise DataError(index.faults)
+    print("every image decodes")
     return 0

@@ -24,6 +24,7 @@ from .reading import read_yaml
 from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
 
 __all__ = [
+    "DEFAULT_METHOD",
     "METHODS",
     "Config",
     "ConfigError",
@@ -48,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
 }
 
+DEFAULT_METHOD = next(iter(METHODS))
+
 # Built from the registry, where mypy cannot follow; tyro reads them at run time.
 if typing.TYPE_CHECKING:
     MethodName = str
@@ -58,8 +61,8 @@ else:
 
 
 def first_settings() -> MethodSettings:
-    """The settings of the first method, which is the default one."""
-    return next(iter(METHODS.values())).Config()
+    """The settings of the default method."""
+    return METHODS[DEFAULT_METHOD].Config()
 
 
 @dataclass(frozen=True)

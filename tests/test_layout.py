@@ -126,6 +126,15 @@ def test_no_evaluation_imports_the_entry_point_of_pretraining():
         assert not {"commands", "run", "loop", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
 
 
+def test_the_command_line_knows_no_protocols_settings():
+    """They are in the protocol's own file; `eval` finds it by its name."""
+    protocols = {path.stem for path in modules(TRAINER / "evaluate")} - {"__init__", "command"}
+    assert "knn" in protocols
+    for name in ("__main__.py", "commands.py"):
+        known = identifiers(ast.parse((TRAINER / name).read_text(encoding="utf-8")))
+        assert [n for n in known for protocol in protocols if protocol in n.lower() and n != "knn_max_images"] == []
+
+
 def test_the_loop_is_the_sentence():
     """`step` calls the stages in the order of design and docs, and no one else calls them."""
     tree = ast.parse((TRAINER / "loop.py").read_text(encoding="utf-8"))
