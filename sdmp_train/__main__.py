@@ -182,7 +182,9 @@ def run_export(argv: Sequence[str]) -> int:
 
     arguments = parse(ExportArguments, "export", argv)
     run = Path(arguments.run)
-    return export_checkpoint(run, arguments.step, Path(arguments.output) if arguments.output else run / "exported")
+    return export_checkpoint(
+        run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
+    )
 
 
 def run_presets(argv: Sequence[str]) -> int:

@@ -233,12 +233,12 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
 def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     """Write the backbone of a run's checkpoint (default the newest) as timm reads it."""
     config = run_folder.stored_config(run)
-    folder = run / "checkpoints"
+    folder = run / run_folder.CHECKPOINTS
     path = checkpoint.newest_checkpoint(folder) if step is None else folder / f"step-{step:06d}"
     if not path.is_dir():
         known = ", ".join(p.name for p in checkpoint.finished_checkpoints(folder))
         raise ConfigError(f"there is no checkpoint {path}; finished ones: {known or 'none'}")
-    if output.exists() and output != run / "exported":
+    if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
     if not state.get("backbone"):

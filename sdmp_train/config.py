@@ -21,7 +21,8 @@ from .methods.method import Method
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
 from .reading import read_yaml
-from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
+from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near
+from .text import brief, one_line
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -33,12 +34,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
-    "brief",
     "drift",
     "from_dict",
     "load_config",
     "near",
-    "one_line",
     "save_config",
     "to_dict",
     "with_method",

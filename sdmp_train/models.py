@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .settings import ConfigError, ModelConfig, brief, near, one_line
+from .settings import ConfigError, ModelConfig, near
+from .text import brief, one_line
 
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet
