@@ -19,6 +19,7 @@ from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
+from .presets import FOR_OWN_IMAGES
 from .run_folder import CHECKPOINTS, EXPORTED
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
@@ -228,7 +229,7 @@ class Run:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""
         known = ", ".join(f"{accuracy:.1%} {what}" for what, accuracy in self.accuracies.items())
         gpu = self.training.world.device.type == "cuda"
-        own = "table1/mocov3-vit_s-sdmp --batch-size 256" if gpu else "quickstart --image-px 64 --gray-prob 0.2"
+        own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
         return [
             *([f"kNN      {known}"] if known else []),

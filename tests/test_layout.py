@@ -76,6 +76,13 @@ def method_words() -> set[str]:
     return {word.lower() for name, method in METHODS.items() for word in (name, method.__name__)}
 
 
+def texts(tree: ast.AST) -> list[str]:
+    """Every text of a file that is no docstring."""
+    docs = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in found if node not in docs]
+
+
 def identifiers(tree: ast.AST) -> set[str]:
     """Every name a file gives or uses; texts are none."""
     names: set[str] = set()
@@ -91,9 +98,8 @@ def identifiers(tree: ast.AST) -> set[str]:
 def test_nothing_outside_the_methods_imports_or_names_one(path: Path):
     knows = [name for name in imports(path) if name.startswith("methods") and not name.startswith(PROTOCOL)]
     assert [name for name in knows if name != "methods"] == []
-    named = {
-        n for n in identifiers(ast.parse(path.read_text(encoding="utf-8"))) for w in method_words() if w in n.lower()
-    }
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {n for n in [*identifiers(tree), *texts(tree)] for w in method_words() if w in n.lower()}
     assert named - VIEW_RECIPES == set()
 
 
@@ -101,6 +107,7 @@ def test_the_search_for_method_names_finds_them():
     assert {"mocov3", "supervised"} <= method_words()
     tree = ast.parse("from .methods.mocov3 import MoCoV3 as M\ndef supervised_loss(x): return x.mocov3")
     assert {"MoCoV3", "supervised_loss", "mocov3"} <= identifiers(tree)
+    assert texts(ast.parse('"""mocov3"""\nchosen = "mocov3"')) == ["mocov3"]
     assert "methods.mocov3" in imports(TRAINER / "config.py")
 
 
