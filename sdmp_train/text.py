@@ -15,6 +15,11 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else _escape(character) for character in os.fsdecode(text))
 
 
+def printable_lines(text: object) -> str:
+    """The same of every line of a text; its line breaks stay."""
+    return "\n".join(printable(line) for line in str(text).split("\n"))
+
+
 def _escape(character: str) -> str:
     if 0xDC80 <= ord(character) <= 0xDCFF:
         # How Python keeps a byte that is not UTF-8 in a file name.
