@@ -16,6 +16,7 @@ from . import run_folder
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, presets
 from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
+from .text import printable_lines
 
 DONE, BAD_INPUT = 0, 2
 PROGRAM = "python -m sdmp_train"
@@ -234,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return int(code)
 
 

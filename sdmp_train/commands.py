@@ -26,7 +26,7 @@ from .run import Run
 from .run_folder import RunFolder
 from .splits import describe_split, open_images, reporting
 from .stop import Stopped, StopRequest
-from .text import printable
+from .text import printable, printable_lines
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -124,7 +124,7 @@ def begin(claimed: RunFolder, config: Config, log: Log, training: Training, inde
         store_file_list(index, claimed.path)
         log.open(claimed.path, from_step=training.step)
         lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"the run folder {claimed.path} cannot be written: {error}") from error
     for line in [*lines, *([claimed.unlocked] if claimed.unlocked else [])]:
         log.say(line)
@@ -222,7 +222,7 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         training = build(config, world, index)
         with open_loader(training, index, asked.data.loader) as loader:
             for line in describe(training, index, loader):
-                print(line)
+                print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
@@ -241,15 +241,16 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    if not state.get("backbone"):
+    found = state.get("backbone")
+    part, _, place = found.partition(".") if isinstance(found, str) else ("", "", "")
+    if part not in parts:
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
-    part, _, place = state["backbone"].partition(".")
     prefix = f"{place}." if place else ""
     tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
     backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
-    print(f"exported {path} to {output}")
+    print(printable_lines(f"exported {path} to {output}"))
     return 0
 
 

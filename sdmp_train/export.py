@@ -65,6 +65,16 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     (draft / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
     (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)  # safetensors writes for the owner alone
     check_equal(frozen, load_exported(draft)[0], config.data.image_px)
+    put_in_place(draft, folder)
+
+
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Let the export in `draft` be the one in `folder`. A former export goes, what else lies there stays."""
+    if folder.is_dir() and (folder.is_symlink() or {path.name for path in folder.iterdir()} - {WEIGHTS, DESCRIPTION}):
+        for name in (WEIGHTS, DESCRIPTION):
+            (draft / name).replace(folder / name)
+        draft.rmdir()
+        return
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 

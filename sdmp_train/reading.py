@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 # Our own configurations take 3 KB and descriptions 2 KB; a checkpoint's state grows by its settings alone.
@@ -57,6 +57,19 @@ def no_regular_file(mode: int) -> str:
     return "is not a regular file"
 
 
+def open_for_append(path: Path, *, follow: bool) -> FileIO:
+    """A file to read and append to without a buffer, made where there is none. A pipe raises `OSError` at once.
+
+    follow: whether it may be a link, such as to another disk; it may lead to a file that is not ours.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return FileIO(descriptor, "ab+")
+
+
 def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
     """UTF-8 text of at most `limit` bytes."""
     with open_regular(path) as file:
@@ -68,8 +81,13 @@ def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
 
 def read_json(path: Path, limit: int = TEXT_BYTES) -> dict[str, Any]:
     """A JSON object. NaN and infinities, which are no JSON, and nesting beyond Python's stack raise `ValueError`."""
+    return parse_json(read_text(path, limit))
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The same of a text."""
     try:
-        found = json.loads(read_text(path, limit), parse_constant=refuse_constant)
+        found = json.loads(text, parse_constant=refuse_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
@@ -114,11 +132,22 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Its library checks that header and size of the file agree."""
-    open_regular(path).close()
+    with open_regular(path) as file:
+        named = is_utf8(path)  # safetensors opens no other names
+        data = b"" if named else file.read()
     try:
-        return load_file(path)
+        return load_file(path) if named else load(data)
     except (SafetensorError, KeyError, RuntimeError, TypeError, MemoryError) as error:
         raise ValueError(f"it is no safetensors file: {error}") from error
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path's bytes are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_whole_number(value: Any, low: int, high: int) -> bool:

@@ -33,6 +33,11 @@ def one_line(text: object) -> str:
     return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
 
 
+def printable_lines(text: object) -> str:
+    """The same of every line of a text; its line breaks stay."""
+    return "\n".join(printable(line) for line in str(text).split("\n"))
+
+
 def _escape(character: str) -> str:
     if 0xDC80 <= ord(character) <= 0xDCFF:
         # How Python keeps a byte that is not UTF-8 in a file name.
