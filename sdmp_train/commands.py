@@ -1,4 +1,4 @@
-"""What the command line calls: pretrain, plan (a dry run), export."""
+"""What the command line calls: pretrain, plan (a dry run), export, verify. Evaluations are in `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
 from .distributed import World, join_world, together
 from .export import export_backbone
 from .file_list import store_file_list
@@ -24,9 +24,9 @@ from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images
+from .splits import describe_split, open_images, reporting
 from .stop import Stopped, StopRequest
-from .text import printable_lines
+from .text import printable, printable_lines
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -233,12 +233,12 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
 def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     """Write the backbone of a run's checkpoint (default the newest) as timm reads it."""
     config = run_folder.stored_config(run)
-    folder = run / "checkpoints"
+    folder = run / run_folder.CHECKPOINTS
     path = checkpoint.newest_checkpoint(folder) if step is None else folder / f"step-{step:06d}"
     if not path.is_dir():
         known = ", ".join(p.name for p in checkpoint.finished_checkpoints(folder))
         raise ConfigError(f"there is no checkpoint {path}; finished ones: {known or 'none'}")
-    if output.exists() and output != run / "exported":
+    if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
     found = state.get("backbone")
@@ -251,4 +251,20 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(printable_lines(f"exported {path} to {output}"))
+    return 0
+
+
+def verify_folder(folder: str) -> int:
+    """Decode every image once and print what is there, and what of it no run would use.
+
+    Raises:
+        DataError: some files are no readable images, or a class folder has none; it names them.
+    """
+    index = open_folder(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
+    print(index.summary())
+    for number, name in enumerate(index.classes):
+        print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")
+    if index.faults:
+        raise DataError(index.faults)
+    print("every image decodes")
     return 0

@@ -24,13 +24,37 @@ YAML_BYTES = 2**16
 YAML_DEPTH = 8
 
 
-def open_file(path: Path) -> BufferedReader:
-    """The file, open for reading in binary. A pipe, a device or a folder raises `ValueError` and is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("it is no regular file")
-    return os.fdopen(descriptor, "rb")
+def open_regular(path: str | Path) -> BufferedReader:
+    """A regular file, for reading in binary. Anything else is refused at once: opening a FIFO would wait for a writer.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        kind = no_regular_file(os.fstat(number).st_mode)
+        if kind:
+            raise ValueError(kind)
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def no_regular_file(mode: int) -> str:
+    """What a file's mode says it is, as a reason, where that is no regular file; else an empty text."""
+    if stat.S_ISREG(mode):
+        return ""
+    for holds, kind in (
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISDIR, "a folder"),
+    ):
+        if holds(mode):
+            return f"is {kind}, not a regular file"
+    return "is not a regular file"
 
 
 def open_for_append(path: Path, *, follow: bool) -> FileIO:
@@ -48,7 +72,7 @@ def open_for_append(path: Path, *, follow: bool) -> FileIO:
 
 def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
     """UTF-8 text of at most `limit` bytes."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit} bytes, more than such a file ever holds")
@@ -108,7 +132,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Its library checks that header and size of the file agree."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         named = is_utf8(path)  # safetensors opens no other names
         data = b"" if named else file.read()
     try:

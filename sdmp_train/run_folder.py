@@ -25,10 +25,11 @@ from types import TracebackType
 from typing import Literal, Self
 
 from .config import Config, ConfigError, load_config
+from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
 from .reading import open_for_append, parse_json, read_text
 
-MARKER, LOCK, SETTINGS = ".sdmp-run.json", ".sdmp-run.lock", "config.yaml"
+MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
 CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 SAVED = r"latest|step-\d+"

@@ -18,7 +18,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .images import DataError, open_regular
+from ..reading import open_regular
+from .images import DataError
 
 _MOST_BYTES = 64 * 2**20
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -69,7 +70,7 @@ def _may_list(path: Path, folder: Path) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    with open_regular(str(path)) as file:
+    with open_regular(path) as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise ValueError(f"it is longer than {_MOST_BYTES:,} bytes")

@@ -152,7 +152,7 @@ def test_resume_needs_a_run(tmp_path: Path):
             ["plan", "--preset", "quickstart", "--arch", "vit_tiny_patch16_224", "--image-px", "42"],
             "leave 2 of 42 rows",
         ),
-        (["pretrain", "--config", "/dev/zero"], "no regular file"),
+        (["pretrain", "--config", "/dev/zero"], "is a device, not a regular file"),
         (["export", "/dev"], "cannot read the config file"),
         (["pretrain"], "data is missing"),
         (["presets", "x"], "takes no arguments"),

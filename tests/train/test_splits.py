@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdmp_train.commands import verify_folder
 from sdmp_train.config import Config, ConfigError, DataConfig, OptimConfig
 from sdmp_train.data import DataError
-from sdmp_train.evaluate.command import evaluate_knn, labelled_images, measured_images, verify_folder
-from sdmp_train.splits import describe_split, open_images, reporting
+from sdmp_train.evaluate.command import labelled_images
+from sdmp_train.splits import describe_split, measured_images, open_images, reporting
 
 CLASSES = ("bébé", "cat", "dog")
 COUNT = 5
@@ -266,9 +267,3 @@ def test_verify_names_a_class_that_would_vanish(root: Path, capsys: pytest.Captu
     with pytest.raises(DataError, match=r"'fig' holds no usable image, only 1 \.heic"):
         verify_folder(str(root / "train"))
     assert "1 files passed over: 1 .heic (in fig)" in capsys.readouterr().out
-
-
-def test_eval_names_what_is_missing(tmp_path: Path) -> None:
-    arguments = {"data": None, "test_data": None, "k": (1,), "temperature": 0.07, "batch_size": 4}
-    with pytest.raises(ConfigError, match="give --run RUN"):
-        evaluate_knn(run=None, weights=None, **arguments, device="cpu", workers=0, raw_pixels=True)
