@@ -144,6 +144,10 @@ def load_state(
     path = checkpoint.newest_checkpoint(folder / CHECKPOINTS, previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
     ranks = check_state(state, path, training.total_steps)
+    if state["step"] > training.last_step:
+        raise ConfigError(
+            f"--max-steps is {training.last_step}, and {path} is of step {state['step']}; expected at least that"
+        )
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
     remarks = []
     if state["images"] != index.fingerprint:

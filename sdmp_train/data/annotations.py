@@ -23,6 +23,7 @@ from .images import DataError
 
 _MOST_BYTES = 64 * 2**20
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
 KNOWN = f"val_annotations.txt, LOC_val_solution.csv, val.txt, *synset_labels.txt, {_GROUND_TRUTH} with map_clsloc.txt"
 
 Lookup = Callable[[str], str | None]
@@ -58,7 +59,14 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, Callable[[Path, list[str],
     for places, pattern, read in patterns:
         for place in places:
             for path in sorted(place.glob(pattern)):
-                yield path, read
+                if place == folder or _may_list(path, folder):
+                    yield path, read
+
+
+def _may_list(path: Path, folder: Path) -> bool:
+    """Whether a list outside a folder may be that folder's: `train_annotations.txt` is none of val/."""
+    word, name = path.name.partition("_")[0].casefold(), folder.name.casefold()
+    return word not in _SPLITS or name.startswith(word) or word.startswith(name)
 
 
 def _lines(path: Path) -> list[str]:

@@ -254,6 +254,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(image_folder: Path, tmp_pa
         (["--output", "run", "--resume", "--overwrite"], "give one of them"),
         (["--resume", "elsewhere"], "not a run folder"),
         (["--resume", "auto"], "needs --output"),
+        (["--output", "run", "--resume", "--max-steps", "1"], "--max-steps is 1, and run/checkpoints/step-000003"),
     ):
         assert main(["pretrain", str(image_folder), *TINY, *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -213,6 +213,17 @@ def test_lists_may_have_no_head_and_name_files_by_their_paths(root: Path) -> Non
     assert measured(root)[1] == 15
 
 
+def test_the_list_of_another_split_is_not_taken(root: Path) -> None:
+    order = flat(root)
+    lines = [f"{i + 1:08}.png\t{name}\n" for i, name in enumerate(order)]
+    (root / "train_annotations.txt").write_text("".join(reversed(lines)).replace("cat", "dog"))
+    with pytest.raises(ConfigError, match="no list names"):
+        labelled_images(DataConfig(data=str(root)), None)
+    (root / "val_annotations.txt").write_text("".join(lines))
+    _, queries = labelled_images(DataConfig(data=str(root)), None)
+    assert [queries.classes[label] for label in queries.labels] == order
+
+
 def test_images_that_a_list_leaves_out_are_left_out(root: Path) -> None:
     tiny_imagenet(root)
     path = root / "val" / "val_annotations.txt"
