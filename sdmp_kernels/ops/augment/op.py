@@ -1,0 +1,36 @@
+"""The registered operator of `augment`: schema, fake, and which backend serves which device. It has no derivative."""
+
+import torch
+from torch import Tensor
+
+from sdmp_kernels import _backends
+
+OP = _backends.register("augment", cpu=("cpp", "torch", "reference"), cuda=("torch", "reference"))
+
+
+@torch.library.custom_op("sdmp::augment", mutates_args=("out",))
+def augment_op(
+    images: list[Tensor],
+    box: Tensor,
+    flip: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    hue: Tensor,
+    gray: Tensor,
+    sigma: Tensor,
+    solarize: Tensor,
+    cubic: bool,
+    radius: int,
+    out: Tensor,
+) -> None:
+    """`images`: one (N, C, H, W) batch, or N images (H, W, C). `radius`: of the widest blur; -1 where unknown."""
+    if out.numel():
+        module = OP.module(_backends.choose(OP, out.device))
+        draws = (box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
+        module.augment(images, *draws, cubic, radius, out)
+
+
+@augment_op.register_fake
+def _(images, box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize, cubic, radius, out):
+    return None
