@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 
 from bench import losses, mix, step
-from bench.harness import Absent, Arm, Call, Runner, Setting, backends_of, largest_error, once, percentiles, words
+from bench.clock import clock_of
+from bench.harness import (
+    Absent,
+    Arm,
+    Call,
+    Runner,
+    Setting,
+    backends_of,
+    largest_error,
+    once,
+    percentiles,
+    short,
+    words,
+)
 from bench.results import Results
 from sdmp_kernels import MixPlan, TwoHot, _backends, draw_plan, info_nce, soft_cross_entropy, use_backend
 from sdmp_kernels import mix as mix_op
@@ -45,7 +58,7 @@ def ceilings(device: torch.device, tiny: bool, results: Results) -> int:
         # Random values: on zeros a matrix product draws less power and runs faster.
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = _median(functools.partial(_product, a, b, torch.empty_like(a)), device)
-        results.document["ceilings"][f"matmul_{losses.short(dtype)}_tflops"] = 2 * side**3 / seconds / 1e12
+        results.document["ceilings"][f"matmul_{short(dtype)}_tflops"] = 2 * side**3 / seconds / 1e12
     results.write()
     print("  " + ", ".join(f"{name} {value:.4g}" for name, value in results.document["ceilings"].items()))
     return 0
@@ -59,7 +72,7 @@ def _median(call: Callable[[], list[Tensor]], device: torch.device) -> float:
     runner = Runner(Arm("", "", "ceiling", lambda _: Call(call)), [Call(call)], [])
     for _ in range(3):
         call()
-    return percentiles([once(runner, device) for _ in range(10)])["p50"]
+    return percentiles([once(runner, clock_of(device.type)).seconds for _ in range(10)])["p50"]
 
 
 # More than 2^31 elements.
@@ -128,7 +141,7 @@ def _large_mix(device: torch.device, tiny: bool, backend: str) -> float:
     n = 6 if tiny else BEYOND // (3 * px * px) + 1
     _fits(device, 3 * n * 3 * px * px)
     images = torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, device=device)
-    plan = draw_plan(n, (px, px), per="sample", seed=0, device=device)
+    plan = draw_plan(n, (px, px), per="sample", seed=0, step=0, device=device)
     with use_backend(backend, "mix"):
         mixed = mix_op(images, plan)
     assert isinstance(mixed, Tensor)

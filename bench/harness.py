@@ -8,17 +8,20 @@ working sets are rotated through copies larger than the L2 cache, and a graph re
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.clock import Clock, DeviceClock, Timing, clock_of, lead
 from bench.memory import extra_peak
 from sdmp_kernels import _backends, use_backend
 
@@ -68,6 +71,35 @@ class Arm:
     graph: bool = False
 
 
+class Model(NamedTuple):
+    """What one call of an op moves and computes, as its `cases.py` counts it: nothing here counts by itself.
+
+    Attributes:
+        floor_bytes: every source read once and every result written once. Rates, and shares of a copy's bandwidth,
+            refer to these bytes.
+        kernel_bytes: what our GPU kernels move today; floor_bytes / kernel_bytes is the largest share they can reach.
+        flops: multiplications, additions and the like.
+    """
+
+    floor_bytes: int
+    kernel_bytes: int
+    flops: int
+
+
+def model_of(op: str, **arguments: Any) -> Model:
+    """The model of a call with these arguments of the op's public function; tensors may be on the meta device.
+
+    A gradient counts where a tensor requires it.
+    """
+    cases = importlib.import_module(f"sdmp_kernels.ops.{op}.cases")
+    return Model(cases.floor_bytes(**arguments), cases.kernel_bytes(**arguments), cases.flops(**arguments))
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is asked: one op at one size, dtype, layout and rule, and the arms that answer.
@@ -82,8 +114,9 @@ class Setting:
         outputs: names of the results.
         dtype: of the arithmetic's result, whose rounding is allowed for.
         arms: the first one of kind "ours" that runs is what ratios refer to.
-        bytes_moved: the fewest bytes that must pass through memory, or None where arithmetic bounds.
-        flops: multiplications and additions of the matrix products, or None.
+        model: what a call must move and compute, or None where nobody counted.
+        paced: whether what the host does belongs to the time, as in a whole training step. Otherwise a GPU is timed
+            with the calls waiting in its queue (bench/clock.py), and what the host takes is a number of its own.
     """
 
     op: str
@@ -95,8 +128,8 @@ class Setting:
     outputs: tuple[str, ...]
     dtype: torch.dtype
     arms: Sequence[Arm]
-    bytes_moved: int | None = None
-    flops: int | None = None
+    model: Model | None = None
+    paced: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,13 +146,23 @@ class Budget:
 class Runner:
     """An arm that was bound, checked and warmed up, and its times so far (seconds per call of the op, by round).
 
-    `failure`: what broke while it was timed or weighed; it then has no times.
+    Attributes:
+        inner: how many runs one timing spans.
+        paced: see `Setting`.
+        host_seconds: what the host takes to ask a GPU for one call of the op.
+        queued: whether every timing so far held no host time.
+        spent: seconds that its timings took on the host's clock.
+        failure: what broke while it was timed or weighed; it then has no times.
     """
 
     arm: Arm
     calls: list[Call]
     errors: list[dict[str, Any]]
     inner: int = 1
+    paced: bool = False
+    host_seconds: float = 0.0
+    queued: bool = True
+    spent: float = 0.0
     times: list[float] = field(default_factory=list)
     failure: str | None = None
 
@@ -138,7 +181,7 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         else:
             say(f"    {arm.name}: {entry['status']} ({entry['reason']})")
     del truth, plain
-    time_rounds(runners, device, budget)
+    time_rounds(runners, clock_of(device.type), budget)
     runners = [runner for runner in runners if not _broke(runner, told, say)]
     weighed = {runner.arm.name: weigh(runner, runners, setting, device) for runner in runners}
     for runner in runners:
@@ -152,8 +195,9 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         "device": device.type,
         "threads": torch.get_num_threads(),
         "input_copies": len(inputs),
-        "bytes_moved": setting.bytes_moved,
-        "flops": setting.flops,
+        "floor_bytes": setting.model.floor_bytes if setting.model else None,
+        "kernel_bytes": setting.model.kernel_bytes if setting.model else None,
+        "flops": setting.model.flops if setting.model else None,
         "ours": next((r.arm.name for r in runners if r.arm.kind == "ours"), None),
         "arms": list(told.values()),
     }
@@ -170,10 +214,10 @@ def _broke(runner: Runner, told: dict[str, dict[str, Any]], say: Callable[[str],
 
 def copies_needed(setting: Setting, device: torch.device) -> int:
     """How many input sets to rotate through, so that none is found in the GPU's L2 cache from the call before."""
-    if device.type != "cuda" or not setting.bytes_moved:
+    if device.type != "cuda" or setting.model is None:
         return 1
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(64, math.ceil(3 * l2_bytes / setting.bytes_moved)))
+    return max(1, min(64, math.ceil(3 * l2_bytes / max(1, setting.model.floor_bytes))))
 
 
 def _plain(setting: Setting, inputs: Inputs) -> list[Tensor] | None:
@@ -210,8 +254,8 @@ def prepare(
             return None, entry | {"status": "wrong", "reason": reason}
         if arm.graph:
             calls = [capture(calls)]
-        runner = Runner(arm, calls, errors)
-        warm_up(runner, device, budget)
+        runner = Runner(arm, calls, errors, paced=setting.paced)
+        warm_up(runner, clock_of(device.type), budget)
     except Absent as absent:
         return None, entry | {"status": "absent", "reason": str(absent)}
     except Exception as error:
@@ -302,7 +346,7 @@ def capture(calls: list[Call]) -> Call:
     return Call(replay, count=len(calls))
 
 
-def warm_up(runner: Runner, device: torch.device, budget: Budget) -> None:
+def warm_up(runner: Runner, clock: Clock, budget: Budget) -> None:
     """Run until the clock says so; on a GPU, also choose how many calls one timing spans, to hide the timer's own cost.
 
     One timing takes at least a millisecond there, and visits every copy of the inputs equally often.
@@ -313,37 +357,35 @@ def warm_up(runner: Runner, device: torch.device, budget: Budget) -> None:
             if call.reset:
                 call.reset()
             call.run()
-        _wait(device)
-    if device.type == "cuda":
+        clock.wait()
+    if isinstance(clock, DeviceClock):
         runner.inner = len(runner.calls)
-        seconds = once(runner, device) * runner.inner * runner.calls[0].count
+        runner.host_seconds = statistics.median(_host_seconds(runner, clock) for _ in range(3))
+        seconds = once(runner, clock).seconds * runner.inner * runner.calls[0].count
         runner.inner *= max(1, min(1000, math.ceil(1e-3 / max(seconds, 1e-7))))
 
 
-def once(runner: Runner, device: torch.device) -> float:
+def _host_seconds(runner: Runner, clock: DeviceClock) -> float:
+    """What the host takes to ask for one call of the op."""
+    for call in runner.calls:
+        if call.reset:
+            call.reset()
+    runs = [call.run for call in runner.calls]
+    return clock.host_seconds(runs) / (len(runs) * runner.calls[0].count)
+
+
+def once(runner: Runner, clock: Clock) -> Timing:
     """Seconds per call of the op, over one timing of `inner` runs."""
     for call in runner.calls:
         if call.reset:
             call.reset()
     runs = [runner.calls[i % len(runner.calls)].run for i in range(runner.inner)]
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        for run in runs:
-            run()
-        end.record()
-        end.synchronize()
-        seconds = begin.elapsed_time(end) / 1e3
-    else:
-        start = time.perf_counter()
-        for run in runs:
-            run()
-        seconds = time.perf_counter() - start
-    return seconds / (runner.inner * runner.calls[0].count)
+    calls = runner.inner * runner.calls[0].count
+    timing = clock.time(runs, 0.0 if runner.paced else lead(runner.host_seconds * calls))
+    return Timing(timing.seconds / calls, timing.queued)
 
 
-def time_rounds(runners: list[Runner], device: torch.device, budget: Budget) -> None:
+def time_rounds(runners: list[Runner], clock: Clock, budget: Budget) -> None:
     """Every round runs each arm once, in shuffled order. Arms that would eat the time stop after three rounds."""
     order, shuffle = list(runners), random.Random(0)
     share = 2 * budget.seconds / max(1, len(runners))
@@ -354,11 +396,14 @@ def time_rounds(runners: list[Runner], device: torch.device, budget: Budget) -> 
             return
         shuffle.shuffle(order)
         for runner in order:
-            spent = sum(runner.times) * runner.inner * runner.calls[0].count
-            if runner.failure is not None or (round_ >= 3 and spent > share):
+            if runner.failure is not None or (round_ >= 3 and runner.spent > share):
                 continue
+            begun = time.perf_counter()
             try:
-                runner.times.append(once(runner, device))
+                timing = once(runner, clock)
+                runner.times.append(timing.seconds)
+                runner.queued = runner.queued and timing.queued
+                runner.spent += time.perf_counter() - begun
             except Exception as error:
                 # As in `prepare`: one that breaks is named, and the rest go on.
                 runner.failure = words(error)
@@ -387,12 +432,13 @@ def weigh(runner: Runner, runners: list[Runner], setting: Setting, device: torch
     """What a runner's times mean: rates, shares of the ceilings, ratio to ours, memory, launches, host syncs."""
     seconds = percentiles(runner.times)
     entry: dict[str, Any] = {"seconds": seconds | {"rounds": len(runner.times), "calls_per_round": runner.inner}}
+    if device.type == "cuda":
+        entry |= {"host_us": 1e6 * runner.host_seconds, "queued": runner.queued}
     if "images" in setting.config:
         entry["images_per_s"] = setting.config["images"] / seconds["p50"]
-    if setting.bytes_moved:
-        entry["gb_per_s"] = setting.bytes_moved / seconds["p50"] / 1e9
-    if setting.flops:
-        entry["tflops"] = setting.flops / seconds["p50"] / 1e12
+    if setting.model is not None:
+        entry["gb_per_s"] = setting.model.floor_bytes / seconds["p50"] / 1e9
+        entry["tflops"] = setting.model.flops / seconds["p50"] / 1e12
     for ceiling, field_name in (("copy", "share_of_copy"), ("matmul", "share_of_matmul")):
         alike = [r for r in runners if r.arm.kind == "ceiling" and r.arm.name.startswith(ceiling)]
         # A replay is held to a replayed ceiling, as both are without the host's time.
@@ -442,11 +488,6 @@ def host_syncs(call: Call, device: torch.device) -> int | None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def backends_of(op: str, device: torch.device) -> list[str]:
@@ -516,5 +557,5 @@ def ceiling_matmul(flops: int, dtype: torch.dtype, device: torch.device) -> Arm:
         out = torch.empty_like(a)
         return Call(lambda: [torch.mm(a, b, out=out)], count=1 / scale)
 
-    what = f"torch {torch.__version__} mm of {side} x {side} {str(dtype)[6:]}, time scaled by {scale:.3g} to equal FLOP"
+    what = f"torch {torch.__version__} mm of {side} x {side} {short(dtype)}, time scaled by {scale:.3g} to equal FLOP"
     return Arm("matmul", what, "ceiling", bind)

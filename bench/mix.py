@@ -16,7 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers
-from bench.harness import Arm, Call, Inputs, Setting, backends_of, ceiling_copy, default_backend, on_backend, with_graph
+from bench.harness import (
+    Arm,
+    Call,
+    Inputs,
+    Model,
+    Setting,
+    backends_of,
+    ceiling_copy,
+    default_backend,
+    model_of,
+    on_backend,
+    short,
+    with_graph,
+)
 from sdmp_kernels import MixPlan, Rule, draw_plan, mix, use_backend
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,11 +39,6 @@ RULES = {
     "resizemix": (Rule.RESIZEMIX,),
     "mixture": (Rule.MIXUP, Rule.CUTMIX, Rule.RESIZEMIX),
 }
-
-
-def short(dtype: torch.dtype) -> str:
-    """ "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,16 @@ class Ask:
         }
 
     @property
-    def bytes_moved(self) -> int:
-        """Every source pixel read once, every result written once."""
-        pixels = self.n * 3 * self.px * self.px
-        return pixels * (self.source.itemsize + self.result.itemsize * (2 if self.clean else 1))
+    def model(self) -> Model:
+        """Bytes and operations of a call."""
+        images = torch.empty(self.n, 3, self.px, self.px, dtype=self.source, device="meta")
+        std = STD if self.normalised else None
+        return model_of("mix", images=images, plan=self.plan(0), std=std, dtype=self.result, clean=self.clean)
+
+    def plan(self, step: int) -> MixPlan:
+        """The plan of a step, on the host."""
+        rules = [rule.name.lower() for rule in RULES[self.rule]]
+        return draw_plan(self.n, (self.px, self.px), rules=rules, per="sample", seed=0, step=step)
 
 
 def asks(device: str, size: str) -> list[Ask]:
@@ -147,7 +161,7 @@ def setting(ask: Ask, device: torch.device, size: str) -> Setting:
         outputs=("clean", "mixed") if ask.clean else ("mixed",),
         dtype=ask.result,
         arms=list(arms(ask, device, size)),
-        bytes_moved=ask.bytes_moved,
+        model=ask.model,
     )
 
 
@@ -161,8 +175,7 @@ def make_inputs(ask: Ask, device: torch.device, copy: int) -> Inputs:
         images = torch.randn(shape, device=device, generator=generator).to(ask.source)
     if ask.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    rules = [rule.name.lower() for rule in RULES[ask.rule]]
-    plan = draw_plan(ask.n, (ask.px, ask.px), rules=rules, per="sample", seed=0, step=copy)
+    plan = ask.plan(copy)
     outs = [torch.empty_like(images, dtype=ask.result) for _ in range(2 if ask.clean else 1)]
     return {"images": images, "plan": plan.to(device), "host_plan": plan, "out": outs}
 
@@ -187,8 +200,8 @@ def plain(ask: Ask, inputs: Inputs) -> list[Tensor]:
 
 def arms(ask: Ask, device: torch.device, size: str) -> Iterator[Arm]:
     """All arms of a setting: the copy that bounds them, ours, plain PyTorch, compiled, and other libraries."""
-    graphs = device.type == "cuda" and ask.bytes_moved < 2**28
-    yield from with_graph(ceiling_copy(ask.bytes_moved, device), graphs)
+    graphs = device.type == "cuda"
+    yield from with_graph(ceiling_copy(ask.model.floor_bytes, device), graphs)
     for backend in backends_of("mix", device):
         if backend != "reference" or size in ("tiny", "full"):
             yield from with_graph(ours(ask, backend, device), graphs and backend != "reference")

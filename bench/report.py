@@ -32,6 +32,7 @@ def row(entry: dict[str, Any]) -> str:
     """One setting as a small table: every arm with its time, rates, ratio to ours, memory and error."""
     bound = "copy" if any("share_of_copy" in arm for arm in entry["arms"]) else "matmul"
     images = any("images_per_s" in arm for arm in entry["arms"])
+    hosts = any("host_us" in arm for arm in entry["arms"])
     heads = [
         "arm",
         "p20",
@@ -40,6 +41,7 @@ def row(entry: dict[str, Any]) -> str:
         "images/s" if images else f"of {bound}",
         "x ours",
         "extra memory",
+        *(["host"] if hosts else []),
         "launches",
         "error",
     ]
@@ -56,6 +58,7 @@ def row(entry: dict[str, Any]) -> str:
                 _rate(arm, share),
                 ratio(times_ours["p50"]) if times_ours else "",
                 size(arm["extra_peak_bytes"]) if "extra_peak_bytes" in arm else "",
+                *([_host(arm)] if hosts else []),
                 str(arm["launches"]) if arm.get("launches") is not None else "",
                 f"{max((e['vs_float64'] for e in arm['errors']), default=0.0):.1e}" if arm.get("errors") else "",
             ]
@@ -72,3 +75,10 @@ def _rate(arm: dict[str, Any], share: dict[str, float] | None) -> str:
     if "images_per_s" in arm:
         return f"{arm['images_per_s']:.0f}"
     return f"{100 * share['p50']:.0f} %" if share and arm["kind"] != "ceiling" else ""
+
+
+def _host(arm: dict[str, Any]) -> str:
+    """What the host takes for a call; "+" where some of it is in the arm's time too, as it was not queued in time."""
+    if "host_us" not in arm:
+        return ""
+    return seconds(arm["host_us"] / 1e6) + ("" if arm["queued"] else " +")

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import environment
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = Path(__file__).parent / "results"
 NUMBER, TEXT, MAYBE = (int, float), (str,), type(None)
 
@@ -47,7 +47,8 @@ ROW: dict[str, tuple[type, ...]] = {
     "device": TEXT,
     "threads": (int,),
     "input_copies": (int,),
-    "bytes_moved": (int, MAYBE),
+    "floor_bytes": (int, MAYBE),
+    "kernel_bytes?": (int, MAYBE),
     "flops": (int, MAYBE),
     "ours": (str, MAYBE),
     "arms": (list,),
@@ -71,6 +72,8 @@ ARM: dict[str, tuple[type, ...]] = {
     "memory_method?": TEXT,
     "launches?": (int, MAYBE),
     "host_syncs?": (int, MAYBE),
+    "host_us?": NUMBER,
+    "queued?": (bool,),
     "images_per_s?": NUMBER,
 }
 CHECK: dict[str, tuple[type, ...]] = {"status": TEXT, "detail": TEXT, "seconds": NUMBER, "facts?": (dict,)}
@@ -165,12 +168,23 @@ def rounded(value: Any) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file; raises ValueError where it departs from the schema."""
-    document = json.loads(path.read_text())
+    """A results file, also one of an older schema; raises ValueError where it departs from the schema."""
+    document = upgraded(json.loads(path.read_text()))
     problems = validate(document)
     if problems:
         raise ValueError(f"{path.name} is not a results file of schema {SCHEMA}: {problems[0]}")
     return document
+
+
+def upgraded(document: Any) -> Any:
+    """A document of schema 1 as one of schema 2: the fewest bytes of a row were called `bytes_moved` there."""
+    if not isinstance(document, dict) or document.get("schema") != 1 or not isinstance(document.get("rows"), list):
+        return document
+    rows = [
+        {"floor_bytes" if name == "bytes_moved" else name: value for name, value in row.items()}
+        for row in document["rows"]
+    ]
+    return {**document, "schema": SCHEMA, "rows": rows}
 
 
 def newest(folder: Path = FOLDER) -> list[dict[str, Any]]:

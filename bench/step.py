@@ -160,6 +160,7 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=arms,
+        paced=True,
     )
 
 
@@ -318,6 +319,7 @@ def loader_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=[_loader_arm(loader, feed) for loader in ("dali", "torchvision")],
+        paced=True,
     )
 
 
@@ -370,4 +372,5 @@ def fed_setting(device: torch.device, size: str, batch: int) -> Setting:
         outputs=(),
         dtype=torch.float32,
         arms=arms,
+        paced=True,
     )

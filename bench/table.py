@@ -139,6 +139,7 @@ def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
             measured = f"not measured: {outcome.why}"
         else:
             measured = f"{report.ratio(outcome.value)}{claim.unit}" + ("" if outcome.held else " (**missed**)")
+        asked += f" ({claim.limit})" if claim.limit else ""
         lines.append(f"| {claim.goal} | {claim.words} | {asked} | {measured} |")
     if device == "cuda":
         lines += [f"| {goal} | {words} | | not built yet |" for goal, words in goals.NOT_BUILT.items()]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bench import losses, mix
+from bench import info_nce, mix, soft_cross_entropy
 from bench.harness import Absent
 
 SLICE = (
     mix.setting(mix.Ask("mixup", torch.float32, torch.float32, n=16, px=96), torch.device("cpu"), "tiny"),
     mix.setting(mix.Ask("resizemix", torch.float32, torch.float32, n=16, px=96), torch.device("cpu"), "tiny"),
-    losses.contrastive(n=256, width=64, dtype=torch.float32, device=torch.device("cpu"), size="tiny"),
-    losses.given_logits(n=256, columns=1000, dtype=torch.float32, device=torch.device("cpu"), size="tiny"),
+    info_nce.setting(n=256, width=64, dtype=torch.float32, device=torch.device("cpu"), size="tiny"),
+    soft_cross_entropy.setting(n=256, columns=1000, dtype=torch.float32, device=torch.device("cpu"), size="tiny"),
 )
 WANTED = ("copy", "sdmp", "eager")
 

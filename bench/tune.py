@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import environment, losses, mix
+from bench.clock import clock_of
 from bench.harness import (
     Absent,
     Arm,
@@ -32,6 +33,7 @@ from bench.harness import (
     on_backend,
     paired,
     prepare,
+    short,
     time_rounds,
 )
 from sdmp_kernels import _launch, draw_plan
@@ -142,11 +144,11 @@ def elsewhere(device: torch.device, dry: bool) -> Iterator[Setting]:
     dtypes = (torch.float32,) if dry else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
         for flip in (True, False):
-            name = f"mix {losses.short(dtype)} forward and backward, {'flip' if flip else 'any partner'}, n = {n}"
+            name = f"mix {short(dtype)} forward and backward, {'flip' if flip else 'any partner'}, n = {n}"
             yield Setting(
                 op="mix",
                 name=name,
-                config={"n": n, "px": px, "dtype": losses.short(dtype), "flip": flip},
+                config={"n": n, "px": px, "dtype": short(dtype), "flip": flip},
                 inputs=functools.partial(_images, n, px, dtype, device, flip),
                 truth=lambda _: [],
                 plain=lambda _: [],
@@ -243,7 +245,7 @@ def faster(
                 return None
             continue
         runners[name] = runner
-    time_rounds(list(runners.values()), device, budget)
+    time_rounds(list(runners.values()), clock_of(device.type), budget)
     first = runners.pop("entry 0")
     gains = {name: paired(first, runner) for name, runner in runners.items()}
     if not gains:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,19 +15,32 @@ from sdmp_kernels.plan import MixPlan, Rule, TwoHot, count_lam
 
 LABELS = ("dense", "two_hot")
 
+# How many objects without a seed of their own this process has made, all classes together. A counter of itertools is
+# advanced in one step, so that threads get different numbers, and has no lock that a fork could leave closed.
+_MADE = itertools.count()
+
 
 class Draws:
     """One random stream per call, a function of (seed, step, DataLoader worker) alone; no global state is touched.
 
     Attributes:
-        seed: of the streams; by default torch's seed at construction.
+        seed: of the streams; by default one that no other object has: `fresh_seed`.
+        given: whether the seed was given.
         step: number of streams handed out so far; set it to resume or to replay.
     """
 
     def __init__(self, seed: int | None) -> None:
-        given = torch.initial_seed() % 2**64 if seed is None else seed
-        self.seed = check_integer("seed", given, low=0, high=2**64 - 1, what="an integer in [0, 2**64), or None")
+        self.given = seed is not None
+        seed = fresh_seed() if seed is None else seed
+        self.seed = check_integer("seed", seed, low=0, high=2**64 - 1, what="an integer in [0, 2**64), or None")
         self.step = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Draws:
+        """The same streams where a seed was given, others where not: a copy made for every epoch is made anew."""
+        copied = Draws(self.seed if self.given else None)
+        if self.given:
+            copied.step = self.step
+        return copied
 
     def next(self) -> np.random.Generator:
         """The stream of the next call."""
@@ -37,6 +51,16 @@ class Draws:
         key = np.array([self.seed, self.step], dtype=np.uint64)
         self.step += 1
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 1, salt], dtype=np.uint64)))
+
+
+def fresh_seed() -> int:
+    """A seed made of torch's seed and the number of seeds this process has asked for: another one at every call.
+
+    In a DataLoader worker torch's seed is that worker's and that epoch's, so workers forked from one process, which
+    all go on counting from the same number, get different seeds.
+    """
+    made = np.random.SeedSequence(torch.initial_seed() % 2**64, spawn_key=(next(_MADE),))
+    return int(made.generate_state(1, np.uint64)[0])
 
 
 def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) -> np.ndarray:

@@ -251,8 +251,8 @@ def draw_plan(
     shared_lam: bool = False,
     partner: Tensor | None = None,
     flip: str = "local",
+    step: int,
     seed: int = 0,
-    step: int = 0,
     view: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -278,7 +278,9 @@ def draw_plan(
         shared_lam: one lam for the whole batch (the ablation of Table 7) instead of one per sample.
         partner: (n,) int64, any row numbers in [0, n), instead of the flip N-1-i.
         flip: "local" pairs within this rank; "global" pairs row i of rank r with row n-1-i of rank W-1-r.
-        seed, step: the draws are those of Philox(key=(seed, step)); both 0 or more.
+        step: number of the training step, 0 or more. It has no default: a loop that forgot it would train on one
+            frozen plan. The draws are those of Philox(key=(seed, step)).
+        seed: of the run, an integer in [0, 2**64).
         view: moves only the boxes: the views of one step share rules and drawn lam.
         rank, world_size: which rows of the global plan to return.
         device: where the plan's tensors go, by one asynchronous copy.
@@ -287,7 +289,8 @@ def draw_plan(
         A `MixPlan` of n rows. lam is always recounted from the integer box.
 
     Raises:
-        TypeError, ValueError: for an argument outside what is said above, naming it.
+        TypeError: for an argument of a wrong type, naming it, or without `step`.
+        ValueError: for a value outside what is said above, naming the argument.
     """
     n = check_integer("n", n, low=0, what="a number of rows, 0 or more")
     height, width = _check_size(size)

@@ -44,12 +44,19 @@ class Mixup:
         resizemix_alpha: ResizeMix's drawn lam ~ Beta(alpha, alpha), mapped onto [0.1, 0.9]; its box lies inside the
             image and labels weigh by its area. 0 (the default) switches it off: timm has none.
         labels: "dense" returns timm's (N, K) float32 target; "two_hot" a `TwoHot`, for this package's losses.
-        seed: of this object's draws; by default torch's seed (`torch.initial_seed()`), which is only read. In
-            DataLoader workers torch's seed of the worker is folded in. No global random state is read or written.
+        seed: of this object's draws, an integer in [0, 2**64). By default one made of torch's seed
+            (`torch.initial_seed()` when the object is made) and of how many such objects this process has made
+            before: an object made anew for every batch or epoch draws afresh, and after `torch.manual_seed` a program
+            that makes its objects in the same order draws the same. In DataLoader workers torch's seed of the worker,
+            another one every epoch, is folded in. No global random state is read or written. Ranks that call
+            `torch.manual_seed` with one number draw alike, as with torchvision: add the rank to it, or to `seed`.
+            Processes forked by other means than a DataLoader draw alike too. `copy.deepcopy` of an object without
+            `seed` draws afresh; a pickled object goes on where it was.
 
     Attributes:
         mixup_enabled: set to False to switch mixing off; targets are made all the same, and nothing is drawn.
-        step: number of draws so far. Draws depend on (seed, step) alone: set it to resume.
+        seed: the seed, given or made: a new object with this `seed` repeats the draws of this one.
+        step: number of draws so far. Draws depend on (seed, step, worker) alone: set it to resume.
         last_plan: the `MixPlan` of the last call, to mix another view alike with `plan=`.
 
     Example::

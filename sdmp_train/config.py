@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from tyro.conf import OmitArgPrefixes, arg
 
+from .reading import read_yaml
+
 
 class ConfigError(ValueError):
     """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
@@ -27,16 +30,33 @@ class ConfigError(ValueError):
 RULES = ("mixup", "cutmix", "resizemix")
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def near(word: object, known: Iterable[str]) -> str:
     """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
     return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    try:
+        return one_line(short.repr(value))
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def one_line(text: object) -> str:
+    """What an exception (or a text) says, without line breaks and shortened; its kind where it says nothing."""
+    words = " ".join(str(text).split())
+    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
 
 
 def require(ok: bool, name: str, got: object, expected: str) -> None:
     """Raise `ConfigError` in the one form all settings use."""
     if not ok:
-        raise ConfigError(f"{name} is {got!r}; expected {expected}")
+        raise ConfigError(f"{name} is {brief(got)}; expected {expected}")
 
 
 def between(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
@@ -299,14 +319,15 @@ def from_dict(settings: Mapping[str, Any], base: Config, source: str = "config")
         raise ConfigError(f"{source}: expected groups ({', '.join(known_groups)}), found {type(settings).__name__}")
     for group, values in settings.items():
         if group not in known_groups:
-            raise ConfigError(f"{source}: unknown group {group!r}.{near(str(group), known_groups)}")
+            raise ConfigError(f"{source}: unknown group {brief(group)}.{near(group, known_groups)}")
         current = getattr(base, group)
         hints = typing.get_type_hints(type(current))
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{source}: {group} must hold names and values, found {values!r}")
+            raise ConfigError(f"{source}: {group} must hold names and values, found {brief(values)}")
         for key in values:
             if key not in hints:
-                raise ConfigError(f"{source}: unknown setting {group}.{key}.{near(str(key), hints)}")
+                name = one_line(key) if isinstance(key, str) else brief(key)
+                raise ConfigError(f"{source}: unknown setting {group}.{name}.{near(key, hints)}")
         coerced = {key: coerce(value, hints[key], f"{source}: {group}.{key}") for key, value in values.items()}
         groups[group] = dataclasses.replace(current, **coerced)
     return dataclasses.replace(base, **groups)
@@ -326,12 +347,16 @@ def coerce(value: Any, wanted: Any, name: str) -> Any:
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 (no point) as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if wanted in (int, str, bool) and type(value) is wanted:
+    if wanted is int and type(value) is int and abs(value) < 2**63:
+        return value
+    if wanted is str and type(value) is str and "\0" not in value:
+        return value
+    if wanted is bool and type(value) is bool:
         return value
     expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else str(getattr(wanted, "__name__", wanted))
-    raise ConfigError(f"{name} is {value!r}; expected {expected}.{near(str(value), map(str, inner))}")
+    raise ConfigError(f"{name} is {brief(value)}; expected {expected}.{near(value, map(str, inner))}")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -342,7 +367,7 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path, base: Config) -> Config:
     """`base` overridden by a YAML file."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    return from_dict(settings or {}, base, str(path))
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from error
+    return from_dict({} if settings is None else settings, base, str(path))

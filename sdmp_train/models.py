@@ -6,13 +6,14 @@ N batch, D features. timm is imported when a model is built, not before.
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, MethodConfig, ModelConfig, near
+from .config import ConfigError, MethodConfig, ModelConfig, brief, near, one_line
 
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet
@@ -20,48 +21,135 @@ if TYPE_CHECKING:
 
 # moco-v3's names for its own ViTs: 12 heads also for the small one (timm's has 6).
 MOCO_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
+# The families of one model, the ViT of Dosovitskiy et al. 2021, whose sizes are settings here.
+PLAIN_VITS = ("vit_", "deit_")
 
 
 def timm_arguments(config: ModelConfig, image_px: int) -> tuple[str, dict[str, Any]]:
     """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem)."""
-    import timm
-
     name = MOCO_NAMES.get(config.arch, config.arch)
-    if not timm.is_model(name):
-        raise ConfigError(f"unknown arch {config.arch!r}.{near(config.arch, [*MOCO_NAMES, *timm.list_models()])}")
+    check_name(name)
     sizes = {"patch_size": config.patch_px, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     given = {key: value for key, value in sizes.items() if value is not None}
-    if name.startswith("vit_"):
-        heads = {"num_heads": 12} if config.arch in MOCO_NAMES else {}
-        return name, {"img_size": image_px, **heads, **given}
-    if given:
+    if given and not name.startswith(PLAIN_VITS):
         raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
-    return name, {}
+    heads = {"num_heads": 12} if config.arch in MOCO_NAMES else {}
+    size = {"img_size": image_px} if takes_image_size(name, image_px) else {}
+    return name, {**size, **heads, **given}
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigError` unless `name` is a model that timm itself builds, with or without a tag of weights.
+
+    A prefix such as `hf-hub:` or `local-dir:` would make timm download or open a file, and is refused.
+    """
+    import timm
+
+    if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", name):
+        raise ConfigError(f"arch is {brief(name)}; expected the plain name of a timm model, without prefix or path")
+    if not timm.is_model(name):
+        raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*MOCO_NAMES, *timm.list_models()])}")
+
+
+def takes_image_size(name: str, image_px: int) -> bool:
+    """Whether the model has to be told the size of its images (it has positions or windows for them)."""
+    try:
+        create(name, {"img_size": image_px}, "meta")
+    except TypeError as error:
+        return "img_size" not in str(error)
+    except Exception:  # the size itself does not please it: `build_backbone` says so
+        pass
+    return True
+
+
+def create(name: str, arguments: dict[str, Any], device: str) -> nn.Module:
+    """`timm.create_model` without weights and classifier. On the device "meta" it takes no memory and no time."""
+    import timm
+
+    with torch.device(device):
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
 
 
 def build_backbone(config: ModelConfig, image_px: int, seed: int) -> nn.Module:
-    """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone."""
-    import timm
-    from timm.models.resnet import ResNet
+    """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
+
+    Raises:
+        ConfigError: for a model that timm cannot build, that does not take images of this size or leaves some of
+            their pixels unread, and whose features are not (N, D).
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     name, arguments = timm_arguments(config, image_px)
-    patch_px = config.patch_px or 16
-    if name.startswith("vit_") and config.patch_px and image_px % patch_px:
-        raise ConfigError(f"image_px is {image_px}; expected a multiple of patch_px, which is {patch_px}")
     with torch.random.fork_rng(devices=[]):
+        check_forward(make(config, name, arguments, "meta"), name, image_px)
         torch.manual_seed(seed)
-        try:
-            backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"timm cannot build {name} with {arguments}: {error}") from error
+        backbone = make(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer):
             start_vit(backbone, config.stop_grad_conv1)
-        if config.stem == "cifar":
-            if not isinstance(backbone, ResNet):
-                raise ConfigError(f"stem is 'cifar'; expected a ResNet, and arch is {config.arch!r}")
-            use_cifar_stem(backbone)
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
+
+
+def make(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
+    """The model that `timm_arguments` describes, with its stem."""
+    from timm.models.resnet import ResNet
+
+    try:
+        backbone = create(name, arguments, device)
+    except Exception as error:  # timm and its models raise whatever an assertion or a shape makes of it
+        raise ConfigError(f"timm cannot build {name} with {arguments}: {one_line(error)}") from error
+    if config.stem == "cifar":
+        if not isinstance(backbone, ResNet):
+            raise ConfigError(f"stem is 'cifar'; expected a ResNet, and arch is {config.arch!r}")
+        with torch.device(device):
+            use_cifar_stem(backbone)
+    return backbone
+
+
+def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
+    """Raise `ConfigError` unless a model on the meta device makes (2, D) of two images and reads all their pixels."""
+    unread: list[str] = []
+
+    def look(path: str, layer: nn.Conv2d, images: Tensor, output: Tensor) -> None:
+        lost = rows_unread(layer, images.shape[-2], output.shape[-2])
+        if lost and (images.shape[1] == 3 or "patch_embed" in path):
+            unread.append(f"{lost} of {images.shape[-2]} rows (its patches are {layer.stride[0]} a side)")
+
+    hooks = [
+        module.register_forward_hook(lambda layer, given, output, path=path: look(path, layer, given[0], output))
+        for path, module in backbone.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        features = backbone.train()(torch.empty(2, 3, image_px, image_px, device="meta"))
+    except Exception as error:  # as above
+        raise ConfigError(f"{name} cannot take images of {image_px} px: {one_line(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unread:
+        raise ConfigError(
+            f"image_px is {image_px}, of which {name} would leave {unread[0]} and as many columns unread; "
+            "expected a multiple of patch_px, the side of a patch"
+        )
+    if not isinstance(features, Tensor) or features.shape != (2, feature_width(backbone)):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ConfigError(
+            f"{name} makes features of shape {got} of two images; expected (2, {feature_width(backbone)}), "
+            "one vector an image"
+        )
+
+
+def rows_unread(layer: nn.Conv2d, rows: int, output_rows: int) -> int:
+    """Rows at the bottom that a convolution in patches never reads; 0 for one whose windows overlap or are padded."""
+    kernel, stride = layer.kernel_size[0], layer.stride[0]
+    if stride < 2 or kernel > stride or layer.padding not in ((0, 0), "valid"):
+        return 0
+    return max(0, rows - ((output_rows - 1) * stride + kernel))
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """D of the features (N, D) that a timm model without classifier gives."""
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
 
 
 def use_cifar_stem(resnet: ResNet) -> None:
@@ -75,6 +163,11 @@ def start_vit(vit: VisionTransformer, freeze_patches: bool) -> None:
     """MoCo v3's start: fixed 2-D sin-cos positions, Xavier-uniform weights, zero biases."""
     if vit.cls_token is None or vit.num_prefix_tokens != 1 or vit.pos_embed is None:
         raise ConfigError("MoCo v3 takes its feature from a class token: choose a plain ViT such as vit_small")
+    projection = vit.patch_embed.proj
+    if not isinstance(projection, nn.Conv2d):
+        raise ConfigError(
+            "MoCo v3 starts a ViT's patch projection, and this one has none: choose one such as vit_small"
+        )
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
             parts = 3 if name.endswith("qkv") else 1  # q, k and v are three matrices
@@ -82,13 +175,14 @@ def start_vit(vit: VisionTransformer, freeze_patches: bool) -> None:
             nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    projection = vit.patch_embed.proj
     inputs = projection.in_channels * math.prod(projection.kernel_size)
     bound = math.sqrt(6 / (inputs + vit.embed_dim))
     nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.zeros_(projection.bias)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
-    vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, vit.embed_dim))
+    positions = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim)
+    vit.pos_embed.data.copy_(positions[:, -vit.pos_embed.shape[1] :])  # some have none for the class token
     vit.pos_embed.requires_grad_(False)
     projection.requires_grad_(not freeze_patches)
 
@@ -143,7 +237,7 @@ class Student(nn.Module):
 def build_student(backbone: nn.Module, config: MethodConfig, seed: int) -> Student:
     """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
     is_vit = hasattr(backbone, "patch_embed")
-    width = int(backbone.num_features)  # type: ignore[arg-type]
+    width = feature_width(backbone)
     hidden = [config.mlp_dim] * (2 if is_vit else 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)

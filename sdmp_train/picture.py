@@ -30,7 +30,7 @@ def save_mix_picture(path: Path, views: Tensor, rules: Sequence[str], *, alpha: 
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
     for row, rule in enumerate(rules):
-        plan = draw_plan(len(views), (views.shape[2], views.shape[3]), rules=(rule,), alpha=alpha, seed=seed)
+        plan = draw_plan(len(views), (views.shape[2], views.shape[3]), rules=(rule,), alpha=alpha, seed=seed, step=0)
         mixed = mix(views, plan)
         if not isinstance(mixed, Tensor):
             raise TypeError("mix without clean=True gives one tensor")

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from . import checkpoint
-from .config import to_dict
+from .config import ConfigError, to_dict
 from .data import Index, eval_loader
-from .evaluate.knn import image_features, knn_images, spread, weighted_knn
+from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
@@ -125,7 +125,13 @@ class Run:
             )
             for images in knn_images(self.index, self.test_index, config.run.knn_max_images)
         )
-        accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        try:
+            accuracy = weighted_knn(bank, queries, (KNN_K,))[KNN_K]
+        except ConfigError as error:  # features that are not finite: no reason to end the run
+            self.log.say(f"kNN      not measured, {what}: {error}")
+            return
+        if (remark := collapse(bank)) is not None:
+            self.log.say(f"kNN      {what}: {remark}")
         self.log.say(
             f"kNN      {accuracy:6.1%} {what} (k = {KNN_K}, {len(bank.rows)} bank, {len(queries.rows)} queries)"
         )

@@ -7,6 +7,7 @@ writes it anew, and the diff shows what moved.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections import Counter
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_views_share_rule_and_drawn_lam(arguments: dict[str, Any], view: int) ->
 
 
 def test_views_have_boxes_of_their_own() -> None:
-    views = [draw_plan(64, (32, 32), rules=["cutmix"], view=view) for view in range(4)]
+    views = [draw_plan(64, (32, 32), rules=["cutmix"], view=view, step=0) for view in range(4)]
     for i, one in enumerate(views):
         for other in views[:i]:
             assert (one.box[:, :2] != other.box[:, :2]).any(1).float().mean() > 0.7
@@ -140,7 +141,7 @@ def test_views_have_boxes_of_their_own() -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"seed": 2**63}])
 def test_seed_and_step_move_every_draw(change: dict[str, int]) -> None:
-    arguments = {"n": 64, "size": (32, 32), "per": "sample"}
+    arguments = {"n": 64, "size": (32, 32), "per": "sample", "step": 0}
     one, other = draw_plan(**arguments), draw_plan(**arguments | change)
     assert (one.rule != other.rule).float().mean() > 0.4
     assert (one.lam != other.lam).float().mean() > 0.9
@@ -165,7 +166,7 @@ def test_world_size_moves_only_local_partners(arguments: dict[str, Any], flip: s
 
 
 def test_global_flip_pairs_across_ranks() -> None:
-    parts = [draw_plan(3, (8, 8), rank=r, world_size=4, flip="global", seed=5) for r in range(4)]
+    parts = [draw_plan(3, (8, 8), rank=r, world_size=4, flip="global", seed=5, step=0) for r in range(4)]
     everything = torch.cat([p.lam for p in parts])
     for rank, part in enumerate(parts):
         for i in range(3):
@@ -191,7 +192,7 @@ def test_given_partners_replace_the_flip(arguments: dict[str, Any], data: st.Dat
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7])
 def test_any_number_of_rows(n: int) -> None:
-    plan = draw_plan(n, (5, 3), per="sample", world_size=3, rank=2)
+    plan = draw_plan(n, (5, 3), per="sample", world_size=3, rank=2, step=0)
     assert [getattr(plan, name).shape for name in TENSORS] == [(n,), (n,), (n,), (n,), (n, 4)]
     assert [getattr(plan, name).dtype for name in TENSORS] == [
         torch.uint8,
@@ -208,20 +209,20 @@ def test_per_batch_draws_one_rule_and_per_sample_many() -> None:
     drawn = [draw_plan(16, (8, 8), step=step).rule.unique() for step in range(60)]
     assert all(len(rules) == 1 for rules in drawn)
     assert {int(rules[0]) for rules in drawn} == {1, 2, 3}
-    assert len(draw_plan(64, (8, 8), per="sample").rule.unique()) == 3
+    assert len(draw_plan(64, (8, 8), per="sample", step=0).rule.unique()) == 3
 
 
 def test_shared_lam_is_one_number_for_the_batch() -> None:
     for rule in ("mixup", "cutmix", "resizemix"):
-        plan = draw_plan(32, (64, 64), rules=[rule], shared_lam=True)
+        plan = draw_plan(32, (64, 64), rules=[rule], shared_lam=True, step=0)
         assert len(plan.lam.unique()) == 1
-    boxes = draw_plan(32, (64, 64), rules=["cutmix"], shared_lam=True).box
+    boxes = draw_plan(32, (64, 64), rules=["cutmix"], shared_lam=True, step=0).box
     assert len(boxes[:, 0].unique()) > 5, "shared lam, but every sample has its own place"
-    assert len(draw_plan(32, (64, 64), rules=["mixup"]).lam.unique()) == 32
+    assert len(draw_plan(32, (64, 64), rules=["mixup"], step=0).lam.unique()) == 32
 
 
 def test_pairs_draw_their_lam_independently() -> None:
-    lam = draw_plan(20_000, (8, 8), rules=["mixup"]).lam.double()
+    lam = draw_plan(20_000, (8, 8), rules=["mixup"], step=0).lam.double()
     correlation = np.corrcoef(lam.numpy(), lam.flip(0).numpy())[0, 1]
     assert abs(correlation) < 0.03
 
@@ -232,29 +233,29 @@ def test_pairs_draw_their_lam_independently() -> None:
 def test_probabilities_of_rules() -> None:
     weights = {"mixup": 0.5, "cutmix": 0.3, "resizemix": 0.2, "keep": 0.0}
     n = 40_000
-    rule = draw_plan(n, (8, 8), rules=weights, per="sample").rule
+    rule = draw_plan(n, (8, 8), rules=weights, per="sample", step=0).rule
     for name, p in weights.items():
         share = float((rule == Rule[name.upper()]).float().mean())
         assert abs(share - p) <= 4 * (p * (1 - p) / n) ** 0.5
     batches = [int(draw_plan(1, (8, 8), rules=weights, step=s).rule) for s in range(2000)]
     assert abs(batches.count(Rule.MIXUP) / 2000 - 0.5) < 0.05
-    uniform = draw_plan(n, (8, 8), per="sample").rule
+    uniform = draw_plan(n, (8, 8), per="sample", step=0).rule
     for rule_value in (1, 2, 3):
         assert abs(float((uniform == rule_value).float().mean()) - 1 / 3) < 0.01
 
 
 def test_prob_is_the_chance_of_being_mixed() -> None:
     n = 40_000
-    kept = draw_plan(n, (8, 8), prob=0.3).rule == Rule.KEEP
+    kept = draw_plan(n, (8, 8), prob=0.3, step=0).rule == Rule.KEEP
     assert abs(float(kept.float().mean()) - 0.7) <= 4 * (0.21 / n) ** 0.5
-    assert bool((draw_plan(50, (8, 8), prob=0.0).rule == Rule.KEEP).all())
-    assert not bool((draw_plan(50, (8, 8), prob=1.0).rule == Rule.KEEP).any())
+    assert bool((draw_plan(50, (8, 8), prob=0.0, step=0).rule == Rule.KEEP).all())
+    assert not bool((draw_plan(50, (8, 8), prob=1.0, step=0).rule == Rule.KEEP).any())
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_lam_follows_beta(alpha: float) -> None:
     n = 40_000
-    lam = draw_plan(n, (8, 8), rules=["mixup"], alpha=alpha, seed=2).lam.double()
+    lam = draw_plan(n, (8, 8), rules=["mixup"], alpha=alpha, seed=2, step=0).lam.double()
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(float(lam.mean()) - 0.5) <= 4 * (variance / n) ** 0.5
     assert abs(float(lam.var()) - variance) < 0.02 * variance + 4 * variance * (2 / n) ** 0.5
@@ -262,7 +263,7 @@ def test_lam_follows_beta(alpha: float) -> None:
 
 def test_alpha_of_each_rule() -> None:
     alpha = {"mixup": 50.0, "cutmix": 0.01}
-    plan = draw_plan(20_000, (500, 500), rules=["mixup", "cutmix"], per="sample", alpha=alpha)
+    plan = draw_plan(20_000, (500, 500), rules=["mixup", "cutmix"], per="sample", alpha=alpha, step=0)
     assert float(plan.lam[plan.rule == Rule.MIXUP].std()) < 0.06
     lam = plan.lam[plan.rule == Rule.CUTMIX]
     assert float(((lam < 0.05) | (lam > 0.95)).float().mean()) > 0.9
@@ -270,12 +271,12 @@ def test_alpha_of_each_rule() -> None:
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e6])
 def test_extreme_alpha_stays_in_range(alpha: float) -> None:
-    plan = draw_plan(500, (17, 5), per="sample", alpha=alpha)
+    plan = draw_plan(500, (17, 5), per="sample", alpha=alpha, step=0)
     assert bool(((plan.lam >= 0) & (plan.lam <= 1)).all())
 
 
 def test_resizemix_shares_stay_in_lam_range() -> None:
-    plan = draw_plan(4000, (1000, 1000), rules=["resizemix"], lam_range=(0.2, 0.6))
+    plan = draw_plan(4000, (1000, 1000), rules=["resizemix"], lam_range=(0.2, 0.6), step=0)
     assert 0.199 < float(plan.lam.min()) < 0.21
     assert 0.59 < float(plan.lam.max()) < 0.603
     assert abs(float(plan.lam.mean()) - 0.4) < 0.01
@@ -292,7 +293,7 @@ def test_sides_are_the_floor_of_the_side_ratio(arguments: dict[str, Any], lam: f
 def test_corner_is_uniform_over_all_places_ends_included() -> None:
     # Half of the area of 12 x 20: sides 8 and 14, so tops 0 to 4 and lefts 0 to 6.
     n = 35_000
-    box = draw_plan(n, (12, 20), rules=["resizemix"], lam_range=(0.5, 0.5)).box.numpy()
+    box = draw_plan(n, (12, 20), rules=["resizemix"], lam_range=(0.5, 0.5), step=0).box.numpy()
     for axis, places in ((0, 5), (1, 7)):
         counts = np.bincount(box[:, axis], minlength=places)
         assert len(counts) == places, "no place beyond the last"
@@ -316,7 +317,7 @@ def timm_extents(side: int, lam: float) -> Counter[tuple[int, int]]:
 @pytest.mark.parametrize("lam", [0.0, 0.21, 0.5, 0.77, 0.999, 1.0])
 def test_clip_is_timms_law(lam: float) -> None:
     n = 6000
-    box = draw_plan(n, (13, 24), rules=["resizemix"], lam_range=(lam, lam), box="clip").box
+    box = draw_plan(n, (13, 24), rules=["resizemix"], lam_range=(lam, lam), box="clip", step=0).box
     for axis, side in enumerate((13, 24)):
         drawn = Counter(map(tuple, box[:, [axis, 2 + axis]].tolist()))
         wanted = timm_extents(side, lam)
@@ -439,7 +440,7 @@ def test_label_target_with_labels_of_other_rows() -> None:
 
 
 def test_middle_row_of_an_odd_batch_has_one_column() -> None:
-    plan = draw_plan(5, (8, 8), rules=["mixup"])
+    plan = draw_plan(5, (8, 8), rules=["mixup"], step=0)
     for target in (plan.source_target(10), plan.pair_target(10), plan.label_target(torch.arange(5))):
         assert target.first[2] == target.second[2]
     assert plan.overlap()[2] == pytest.approx(1 - abs(2 * float(plan.lam[2]) - 1))
@@ -585,7 +586,13 @@ DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("changes", "error", "message"), DRAW_ERRORS)
 def test_refuses_a_wrong_draw(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with untouched(), pytest.raises(error, match=message):
-        draw_plan(**{"n": 3, "size": (8, 8)} | changes)
+        draw_plan(**{"n": 3, "size": (8, 8), "step": 0} | changes)
+
+
+def test_refuses_to_draw_without_a_step() -> None:
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'step'"):
+        draw_plan(3, (8, 8))  # type: ignore[call-arg]
+    assert inspect.signature(draw_plan).parameters["step"].default is inspect.Parameter.empty
 
 
 def test_refuses_wrong_targets() -> None:
@@ -603,7 +610,7 @@ def test_refuses_wrong_targets() -> None:
     with pytest.raises(TypeError, match="other must be the MixPlan that mixed the keys, got int"):
         plan.overlap(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"other must mix the same rows .* it has 5 rows, mirrored=True"):
-        plan.overlap(draw_plan(5, (4, 4)))
+        plan.overlap(draw_plan(5, (4, 4), step=0))
     loose = by_hand(partner=torch.tensor([1, 2, 3, 0]), mirrored=False)
     with pytest.raises(ValueError, match="other must have the same partner vector as this plan"):
         loose.overlap(by_hand(partner=torch.tensor([1, 2, 3, 1]), mirrored=False))
@@ -618,7 +625,7 @@ def test_refuses_wrong_targets() -> None:
 
 
 def test_to_moves_every_tensor_by_one_buffer() -> None:
-    plan = draw_plan(7, (9, 5), per="sample", partner=torch.tensor([1, 1, 1, 2, 3, 4, 6]))
+    plan = draw_plan(7, (9, 5), per="sample", partner=torch.tensor([1, 1, 1, 2, 3, 4, 6]), step=0)
     assert plan.to("cpu") is plan
     packed, layout = _pack(plan, pin=False)
     again = _unpack(packed, layout, plan)
@@ -631,7 +638,7 @@ def test_to_moves_every_tensor_by_one_buffer() -> None:
         assert getattr(elsewhere, name).dtype == getattr(plan, name).dtype
         assert getattr(elsewhere, name).shape == getattr(plan, name).shape
     assert (elsewhere.size, elsewhere.mirrored, elsewhere.rules) == (plan.size, plan.mirrored, plan.rules)
-    assert len(draw_plan(0, (4, 4)).to("meta")) == 0
+    assert len(draw_plan(0, (4, 4), step=0).to("meta")) == 0
     one = MixPlan(
         rule=torch.zeros(9, dtype=torch.uint8)[::9],
         partner=torch.zeros(9, dtype=torch.int64)[::9],
@@ -643,14 +650,14 @@ def test_to_moves_every_tensor_by_one_buffer() -> None:
         rules=(Rule.KEEP,),
     )
     assert same(one, _unpack(*_pack(one, pin=False), one)), "whatever the strides of a single row are"
-    assert draw_plan(3, (4, 4), device="meta").device.type == "meta"
+    assert draw_plan(3, (4, 4), device="meta", step=0).device.type == "meta"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_to_a_gpu_and_back() -> None:
-    plan = draw_plan(33, (9, 5), per="sample")
-    there = draw_plan(33, (9, 5), per="sample", device="cuda")
+    plan = draw_plan(33, (9, 5), per="sample", step=0)
+    there = draw_plan(33, (9, 5), per="sample", device="cuda", step=0)
     assert there.device.type == "cuda"
     assert same(plan, there.to("cpu"))
     for one, other in zip(plan.pair_target(), there.pair_target(), strict=True):
@@ -671,14 +678,22 @@ def test_copy_overwrites_in_place() -> None:
     ("other", "error", "message"),
     [
         ("plan", TypeError, "other must be a MixPlan, got str"),
-        (draw_plan(6, (8, 9)), ValueError, r"size is \(8, 8\) here and \(8, 9\) in other; draw both with the same"),
-        (draw_plan(6, (8, 8), partner=torch.arange(6)), ValueError, "mirrored is True here and False in other"),
-        (draw_plan(6, (8, 8), rules=["mixup"]), ValueError, "host fields agree, but rules is .* here and .* in other"),
-        (draw_plan(5, (8, 8)), ValueError, "plans of one length, but this one has 6 rows and other 5"),
+        (
+            draw_plan(6, (8, 9), step=0),
+            ValueError,
+            r"size is \(8, 8\) here and \(8, 9\) in other; draw both with the same",
+        ),
+        (draw_plan(6, (8, 8), partner=torch.arange(6), step=0), ValueError, "mirrored is True here and False in other"),
+        (
+            draw_plan(6, (8, 8), rules=["mixup"], step=0),
+            ValueError,
+            "host fields agree, but rules is .* here and .* in other",
+        ),
+        (draw_plan(5, (8, 8), step=0), ValueError, "plans of one length, but this one has 6 rows and other 5"),
     ],
 )
 def test_copy_refuses_what_differs_on_the_host(other: Any, error: type[Exception], message: str) -> None:
-    static, before = draw_plan(6, (8, 8)), draw_plan(6, (8, 8))
+    static, before = draw_plan(6, (8, 8), step=0), draw_plan(6, (8, 8), step=0)
     with pytest.raises(error, match=message):
         static.copy_(other)
     assert same(static, before)
@@ -698,7 +713,7 @@ GOLDEN_ARGUMENTS: list[dict[str, Any]] = [
 
 
 def golden_rows(arguments: dict[str, Any]) -> dict[str, Any]:
-    plan = draw_plan(**arguments | {"size": tuple(arguments["size"])})
+    plan = draw_plan(**{"step": 0} | arguments | {"size": tuple(arguments["size"])})
     return {name: getattr(plan, name).tolist() for name in TENSORS} | {"rules": [int(r) for r in plan.rules]}
 
 

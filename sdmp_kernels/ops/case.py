@@ -16,9 +16,12 @@ FLOATS = (torch.float32, *HALF)
 class Case:
     """One set of arguments of an op's public function.
 
-    A `cases.py` holds `CASES` and three functions of a case's arguments: `call(**inputs)` runs the op,
-    `eager(**inputs)` is what a user of plain PyTorch would write at that dtype, and `largest_term(**inputs)` the
-    magnitude of the largest term summed for any one element of the result. All return or accept what `inputs` makes.
+    A `cases.py` holds `CASES` and functions of a case's arguments: `call(**inputs)` runs the op, `eager(**inputs)` is
+    what a user of plain PyTorch would write at that dtype, and `largest_term(**inputs)` the magnitude of the largest
+    term summed for any one element of the result. `floor_bytes(**inputs)` are the bytes that must move (each source
+    read once, each result written once; a gradient where a tensor requires one; numbers per row left out),
+    `kernel_bytes(**inputs)` those that today's GPU kernels move, `flops(**inputs)` the operations. All return or
+    accept what `inputs` makes.
 
     Attributes:
         name: unique within the op.

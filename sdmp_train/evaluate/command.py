@@ -11,7 +11,7 @@ from ..distributed import join_world
 from ..export import load_exported
 from ..run_folder import stored_config
 from ..splits import open_split, test_split
-from .knn import image_features, knn_images, weighted_knn
+from .knn import collapse, image_features, knn_images, weighted_knn
 
 
 def evaluate_knn(
@@ -54,6 +54,8 @@ def evaluate_knn(
                 image_features(model, images, pixel_settings, device=world.device, batch_size=batch_size)
                 for images in (bank_images, query_images)
             )
+            if (remark := collapse(bank)) is not None:
+                print(f"{name}: {remark}")
             for count, accuracy in weighted_knn(bank, queries, k, temperature=temperature).items():
                 print(f"kNN {accuracy:6.2%}  {name}, k = {count}")
     return 0

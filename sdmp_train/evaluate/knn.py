@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from ..config import DataConfig
+from ..config import ConfigError, DataConfig, between, require
 from ..data import Index, eval_loader
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32
+# Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
+SAME_FEATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,50 @@ def weighted_knn(
 ) -> dict[int, float]:
     """Top-1 accuracy (0 to 1) for every k: the k nearest rows of the bank vote with weight exp(similarity / 0.07).
 
-    A k above the size of the bank means the whole bank. Queries go through in chunks, so memory stays at chunk * B.
+    The weights are those divided by the largest of the row, which changes no winner: at a low temperature the plain
+    ones overflow. Similarities and votes are float32 whatever the rows are. A k above the size of the bank means the
+    whole bank. Queries go through in chunks, so memory stays at chunk * B.
+
+    Raises:
+        ConfigError: for a number of neighbours or a temperature that is not above 0, an empty bank, no query, rows
+            that are not finite, and rows without a class (a negative number).
     """
+    check_features(bank, queries)
+    between("temperature", temperature, 0, 1e6, above=True)
+    require(len(neighbours) > 0 and min(neighbours) >= 1, "k", tuple(neighbours), "whole numbers from 1")
     classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
-    ks = {k: min(k, len(bank.rows)) for k in neighbours}
+    bank_rows = bank.rows.float()
+    ks = {k: min(k, len(bank_rows)) for k in neighbours}
     right = dict.fromkeys(ks, 0)
     for start in range(0, len(queries.rows), chunk):
         labels = queries.labels[start : start + chunk]
-        similarity, nearest = (queries.rows[start : start + chunk] @ bank.rows.T).topk(max(ks.values()), dim=1)
-        votes, choices = (similarity / temperature).exp(), bank.labels[nearest]
+        similarity, nearest = (queries.rows[start : start + chunk].float() @ bank_rows.T).topk(max(ks.values()), dim=1)
+        # The nearest row votes with exactly 1, so that no ballot is empty however low the temperature.
+        votes, choices = ((similarity - similarity[:, :1]) / temperature).exp(), bank.labels[nearest]
         for name, k in ks.items():
             ballot = votes.new_zeros(len(labels), classes).scatter_add_(1, choices[:, :k], votes[:, :k])
             right[name] += int((ballot.argmax(1) == labels).sum())
-    return {name: count / max(len(queries.rows), 1) for name, count in right.items()}
+    return {name: count / len(queries.rows) for name, count in right.items()}
+
+
+def check_features(bank: Features, queries: Features) -> None:
+    """Raise `ConfigError` unless both hold rows, all of them finite and with a class."""
+    for what, given in (("bank", bank), ("queries", queries)):
+        require(len(given.rows) > 0, f"the number of {what} rows of kNN", 0, "at least 1")
+        broken = int((~given.rows.isfinite().all(dim=1)).sum())
+        if broken:
+            raise ConfigError(
+                f"{broken} of the {len(given.rows)} features of the {what} are not finite: the backbone is broken, "
+                "and its kNN accuracy would mean nothing"
+            )
+        require(int(given.labels.min()) >= 0, f"the class number of a row of the {what}", -1, "0 or more")
+
+
+def collapse(features: Features) -> str | None:
+    """A sentence where every image has the same feature, so that kNN measures chance alone; else None."""
+    if len(features.rows) < 2 or float((features.rows - features.rows[0]).abs().max()) > SAME_FEATURE:
+        return None
+    return f"the features of all {len(features.rows)} images are the same: the backbone has collapsed"
 
 
 def image_features(

@@ -81,7 +81,7 @@ class MoCoV3:
         distribute(self.momentum_encoder, world, trained=False)
         rows = config.optim.batch_size // world.size
         self.size = (config.data.image_px, config.data.image_px)
-        self.keep = draw_plan(rows, self.size, prob=0.0, device=world.device)
+        self.keep = draw_plan(rows, self.size, prob=0.0, step=0, device=world.device)
 
     @property
     def backbone(self) -> nn.Module:

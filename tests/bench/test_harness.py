@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from bench.clock import clock_of
 from bench.harness import (
     Absent,
     Arm,
     Budget,
     Call,
+    Model,
     Runner,
     Setting,
     largest_error,
@@ -40,7 +42,7 @@ def setting(*arms):
         outputs=("y",),
         dtype=torch.float32,
         arms=arms,
-        bytes_moved=800,
+        model=Model(floor_bytes=800, kernel_bytes=800, flops=0),
     )
 
 
@@ -104,7 +106,7 @@ def test_every_round_runs_every_arm_once_in_changing_order_after_its_reset():
         return Runner(Arm(name, "", "peer", lambda _: call), [call], [])
 
     runners = [noting(name) for name in "abc"]
-    time_rounds(runners, CPU, Budget(seconds=0.0, min_rounds=12, max_rounds=12))
+    time_rounds(runners, clock_of("cpu"), Budget(seconds=0.0, min_rounds=12, max_rounds=12))
     rounds = [ran[i : i + 6] for i in range(0, len(ran), 6)]
     # An arm that has used its share of the time stops after three rounds; the share is zero here.
     assert len(rounds) == 3

@@ -99,7 +99,9 @@ def make(seed: int) -> Trial:
     own = pick.random() < (0.8 if dense else 0.5)
     mirrored = pick.random() < (0.8 if dense else 0.4)
     rows = n if own or mirrored else pick.choice([1, 2, n + 1])
-    plan = draw_plan(n, (h, w), rules=pick.choice(RULES), per=pick.choice(["batch", "sample"]), seed=seed, prob=0.9)
+    plan = draw_plan(
+        n, (h, w), rules=pick.choice(RULES), per=pick.choice(["batch", "sample"]), seed=seed, prob=0.9, step=0
+    )
     partner = plan.partner if mirrored else torch.randint(0, rows, (n,), generator=generator)
     lam, box = extremes(plan, pick)
     source, result = pick.choice(DTYPES), pick.choice(DTYPES)

@@ -32,7 +32,7 @@ def drawn(
     shape: tuple[int, ...], names: list[str], seed: int, *, flip: bool = True, rows: int | None = None
 ) -> MixPlan:
     """A plan of one rule per row; without `flip` its partners are any rows, also of `rows` other images."""
-    plan = draw_plan(shape[0], shape[2:], rules=names, per="sample", seed=seed)
+    plan = draw_plan(shape[0], shape[2:], rules=names, per="sample", seed=seed, step=0)
     if flip:
         return plan
     high = max(shape[0] if rows is None else rows, 1)
@@ -467,7 +467,7 @@ def test_gradient_of_one_output_alone() -> None:
 def test_no_global_random_state_is_touched() -> None:
     images = pictures((4, 3, 6, 8), torch.float32)
     with untouched():
-        mix(images, draw_plan(4, (6, 8)))
+        mix(images, draw_plan(4, (6, 8), step=0))
 
 
 # ---- what is refused
@@ -488,8 +488,12 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": IMAGES.int()}, TypeError, "images must be uint8, float16, bfloat16, float32, float64, got int32"),
     ({"images": IMAGES.bool()}, TypeError, "images must be uint8, float16, bfloat16, float32, float64, got bool"),
     ({"plan": None}, TypeError, "plan must be a MixPlan, got NoneType; draw one with draw_plan"),
-    ({"plan": draw_plan(3, (6, 8))}, ValueError, "plan has 3 rows but images 4; draw the plan with n=4"),
-    ({"plan": draw_plan(4, (8, 6))}, ValueError, "plan.size is (8, 6) but images are (6, 8); draw the plan with size"),
+    ({"plan": draw_plan(3, (6, 8), step=0)}, ValueError, "plan has 3 rows but images 4; draw the plan with n=4"),
+    (
+        {"plan": draw_plan(4, (8, 6), step=0)},
+        ValueError,
+        "plan.size is (8, 6) but images are (6, 8); draw the plan with size",
+    ),
     ({"plan": PLAN.to("meta")}, ValueError, "plan is on meta but images are on cpu; use plan.to(images.device)"),
     ({"images": IMAGES.to("meta")}, ValueError, "plan is on cpu but images are on meta"),
     ({"partners": [IMAGES]}, TypeError, "partners must be a torch.Tensor of shape (M, C, H, W), got list"),

@@ -114,7 +114,7 @@ def test_results_larger_than_the_cache(dtype: torch.dtype, layout: str, offset: 
     images = lay_out((torch.rand(n, c, h, w) * 255).to(dtype), layout)
     ring = torch.full((images.numel() + offset + 64,), 3, dtype=dtype)
     mixed = ring.as_strided(images.shape, images.stride(), offset)
-    plan = draw_plan(n, (h, w), per="sample", seed=1)
+    plan = draw_plan(n, (h, w), per="sample", seed=1, step=0)
     args = (plan.rule, plan.partner, plan.lam, plan.box)
     torch.ops.sdmp.mix_cpu(images, None, *args, True, None, None, mixed, None)
     assert bool((ring[:offset] == 3).all())
@@ -134,7 +134,7 @@ def test_copied_pixels_keep_the_bits_of_a_nan(dtype: torch.dtype) -> None:
     special = {torch.float16: 0x7D01, torch.bfloat16: 0x7F81}.get(dtype, 0x7F800001)  # signalling
     images = torch.rand(2, 1, 4, 16).to(dtype)
     images.view(words)[:, :, 1] = special
-    plan = draw_plan(2, (4, 16), rules=["keep"])
+    plan = draw_plan(2, (4, 16), rules=["keep"], step=0)
     with use_backend("cpp"):
         assert torch.equal(mix(images, plan).view(words), images.view(words))
 
@@ -142,7 +142,7 @@ def test_copied_pixels_keep_the_bits_of_a_nan(dtype: torch.dtype) -> None:
 @needs_cpp
 def test_every_half_and_bfloat16_reads_and_writes_as_in_torch() -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, 1, 256, 256)
-    plan = draw_plan(1, (256, 256), rules=["keep"])
+    plan = draw_plan(1, (256, 256), rules=["keep"], step=0)
     for dtype in (torch.float16, torch.bfloat16):
         values = every.view(dtype)
         with use_backend("cpp"):
@@ -162,7 +162,7 @@ def test_rounding_is_to_nearest_and_ties_to_even(dtype: torch.dtype) -> None:
     near = torch.cat([values, values.nextafter(torch.tensor(1e38)), values.nextafter(torch.tensor(-1e38))])
     near = near[: near.numel() // 16 * 16].view(1, 1, 16, -1)
     with use_backend("cpp"):
-        result = mix(near, draw_plan(1, tuple(near.shape[2:]), rules=["keep"]), dtype=dtype)
+        result = mix(near, draw_plan(1, tuple(near.shape[2:]), rules=["keep"], step=0), dtype=dtype)
     expected = reference.store(near, dtype)
     assert equal(result, expected)
 

@@ -84,7 +84,7 @@ def ring(shape, value, dtype):
 @pytest.mark.parametrize("partner", [None, (2, 2, 0)], ids=["pair", "gather"])
 def test_nothing_beside_the_tensors_is_read_or_written(size, partner):
     """NaN round the inputs, another value round the outputs: neither gets in, neither is overwritten."""
-    plan = draw_plan(3, size, rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5).to(DEVICE)
+    plan = draw_plan(3, size, rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5, step=0).to(DEVICE)
     if partner is not None:
         plan = cases.partner_vector(plan.to("cpu"), partner, 3).to(DEVICE)
     images, _ = ring((3, 2, *size), float("nan"), torch.float32)
@@ -102,7 +102,7 @@ def test_nothing_beside_the_tensors_is_read_or_written(size, partner):
 
 @pytest.mark.parametrize("partner", [None, (2, 2, 0)], ids=["pair", "gather"])
 def test_gradients_read_and_write_nothing_beside(partner):
-    plan = draw_plan(3, (7, 5), rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5)
+    plan = draw_plan(3, (7, 5), rules=("mixup", "cutmix", "resizemix"), per="sample", seed=5, step=0)
     plan = (plan if partner is None else cases.partner_vector(plan, partner, 3)).to(DEVICE)
     grads, _ = ring((3, 2, 7, 5), float("nan"), torch.float32)
     grads.copy_(torch.rand(grads.shape, generator=torch.Generator().manual_seed(1)))
@@ -119,7 +119,7 @@ def test_gradients_read_and_write_nothing_beside(partner):
 @pytest.mark.parametrize("rules", [("mixup",), ("cutmix",), ("mixup", "cutmix")], ids=str)
 @pytest.mark.parametrize("n", [1, 4, 5])
 def test_in_place(rules, n):
-    plan = draw_plan(n, (8, 8), rules=rules, per="sample", seed=2).to(DEVICE)
+    plan = draw_plan(n, (8, 8), rules=rules, per="sample", seed=2, step=0).to(DEVICE)
     images = torch.rand((n, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with use_backend("triton", "mix"):
         expected = mix(images, plan)
@@ -128,8 +128,8 @@ def test_in_place(rules, n):
 
 
 def test_every_kernel_runs():
-    flip = draw_plan(3, (8, 8), per="sample", seed=1).to(DEVICE)
-    other = cases.partner_vector(draw_plan(3, (8, 8), per="sample", seed=1), (1, 1, 0), 3).to(DEVICE)
+    flip = draw_plan(3, (8, 8), per="sample", seed=1, step=0).to(DEVICE)
+    other = cases.partner_vector(draw_plan(3, (8, 8), per="sample", seed=1, step=0), (1, 1, 0), 3).to(DEVICE)
     with use_backend("triton", "mix"), _launch.recording() as names:
         for plan in (flip, other):
             images = torch.rand((3, 2, 8, 8), device=DEVICE).requires_grad_()
@@ -183,7 +183,7 @@ def view(shape, strides):
 
 
 def run(shape, strides, partner):
-    plan = draw_plan(shape[0], shape[2:], per="sample", seed=3, partner=partner)
+    plan = draw_plan(shape[0], shape[2:], per="sample", seed=3, partner=partner, step=0)
     images, out = view(shape, strides), view(shape, strides)
     images.copy_(torch.randint(0, 255, shape, generator=torch.Generator().manual_seed(0)))
     with use_backend("triton", "mix"):
@@ -194,7 +194,7 @@ def run(shape, strides, partner):
 
 
 def stray(images, **changes):
-    plan = draw_plan(4, (8, 8), per="sample", seed=1)
+    plan = draw_plan(4, (8, 8), per="sample", seed=1, step=0)
     parts = {name: getattr(plan, name).clone() for name in ("rule", "partner", "lam", "box")} | changes
     mixed, grads = torch.empty_like(images), torch.empty_like(images)
     rules = [0, 1, 2, 3]
@@ -244,7 +244,7 @@ class TestOnAGpu:
         rows = 2**31 // (3 * 224 * 224) + 2
         images = torch.zeros((rows, 3, 224, 224), dtype=torch.uint8, device="cuda")
         images[0], images[-1] = 7, 9
-        plan = draw_plan(rows, (224, 224), rules=("cutmix",), seed=1, device="cuda")
+        plan = draw_plan(rows, (224, 224), rules=("cutmix",), seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             mixed = mix(images, plan)
         few = MixPlan(
@@ -258,19 +258,19 @@ class TestOnAGpu:
     def test_captured_in_a_graph_and_replayed_with_another_plan(self):
         images = torch.rand((8, 5, 64, 64), device="cuda", dtype=torch.bfloat16)
         options = {"mean": cases.MEAN, "std": cases.STD, "clean": True}
-        plan = draw_plan(8, (64, 64), per="sample", seed=1, device="cuda")
+        plan = draw_plan(8, (64, 64), per="sample", seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             mix(images, plan, **options)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 _, mixed = mix(images, plan, **options)
-            plan.copy_(draw_plan(8, (64, 64), per="sample", seed=2, device="cuda"))
+            plan.copy_(draw_plan(8, (64, 64), per="sample", seed=2, device="cuda", step=0))
             graph.replay()
             assert torch.equal(mixed, mix(images, plan, **options)[1])
 
     def test_the_same_bits_fifty_times(self):
         images = torch.rand((33, 3, 96, 96), device="cuda").requires_grad_()
-        plan = draw_plan(33, (96, 96), per="sample", seed=1, device="cuda")
+        plan = draw_plan(33, (96, 96), per="sample", seed=1, device="cuda", step=0)
         with use_backend("triton", "mix"):
             first = torch.autograd.grad(mix(images, plan).square().sum(), images)[0]
             for _ in range(50):

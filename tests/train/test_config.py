@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +88,70 @@ def test_a_wrong_file_is_refused_by_name(text: str, message: str, tmp_path: Path
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "c.yaml", Config())
     assert message in str(error.value)
+
+
+DEEP = "optim: " + "[" * 5000 + "]" * 5000
+BILLION = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BILLION, "anchors and aliases"),
+        ("optim: &x {epochs: 3}", "anchors and aliases"),
+        ("optim: {epochs: *x}", "anchors and aliases"),
+        (DEEP, "nested deeper than 8"),
+        ("optim: {epochs: !!int ''}", "tags"),
+        ("optim: {epochs: !!python/object/apply:os.system ['true']}", "tags"),
+        ("optim: !custom {epochs: 3}", "tags"),
+        ("run: {preset: !!binary '****'}", "tags"),
+        ("run: {preset: 2021-13-45}", "cannot read"),
+        ("run: {preset: 2021-12-01}", "expected str"),
+        ("optim: {epochs: " + "9" * 5000 + "}", "cannot read"),
+        ("optim: {epochs: 0x" + "f" * 5000 + "}", "optim.epochs is a int too large to print"),
+        ("optim: {epochs: 0b_}", "cannot read"),
+        ("optim: {base_lr: " + "9" * 4000 + "}", "optim.base_lr is "),
+        ("optim: {base_lr: .inf}", "lr is inf"),
+        ("optim: {epochs: 99999999999999999999}", "optim.epochs is 99999999999999999999"),
+        ("? [a, b]\n: 3", "cannot read"),
+        ("? 0x" + "f" * 5000 + "\n: 3", "unknown group a int too large"),
+        ("optim:\n  ? 0x" + "f" * 5000 + "\n  : 3", "unknown setting optim.a int"),
+        ('data: {data: "a\\0b"}', "data.data is"),
+        ("mixing: {rules: [" + "mixup, " * 5000 + "]}", "rules is"),
+        ("mixing: {rules: [" + "x" * 50000 + "]}", "rules is"),
+        ("x" * 60000, "expected groups"),
+        ("[]", "expected groups"),
+        ("0", "expected groups"),
+        ("\ufeff\x07", "cannot read"),
+        ("#" * 70000, "larger than 65536 bytes"),
+    ],
+)
+def test_a_hostile_file_is_refused_in_one_short_line(text: str, message: str, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.yaml", Config())
+    assert message in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"data: {data: caf\xe9}")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/stdin"), tmp_path, tmp_path / "latin"):
+        with pytest.raises(ConfigError, match="cannot read the config file"):
+            load_config(path, Config())
+
+
+def test_an_empty_file_changes_nothing_and_odd_paths_survive(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "c.yaml", Config()) == Config()
+    for name in ("caf\u00e9", "two\nlines", "caf\udce9"):
+        config = replace(Config(), data=DataConfig(data=name))
+        save_config(config, tmp_path / "c.yaml")
+        assert load_config(tmp_path / "c.yaml", Config()) == config
 
 
 def test_dictionaries_hold_only_what_yaml_knows():

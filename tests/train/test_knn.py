@@ -11,9 +11,18 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sdmp_train.config import Config
+from sdmp_train.config import Config, ConfigError
 from sdmp_train.data import open_folder
-from sdmp_train.evaluate.knn import Features, image_features, knn_images, pixels, spread, standardise, weighted_knn
+from sdmp_train.evaluate.knn import (
+    Features,
+    collapse,
+    image_features,
+    knn_images,
+    pixels,
+    spread,
+    standardise,
+    weighted_knn,
+)
 from sdmp_train.models import build_backbone
 
 CPU = torch.device("cpu")
@@ -62,6 +71,62 @@ def test_the_weight_of_a_vote_is_its_similarity():
     query = Features(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
     assert weighted_knn(bank, query, (3,))[3] == 1.0
     assert weighted_knn(bank, query, (3,), temperature=100.0)[3] == 0.0
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.02, 0.01, 1e-3, 1e-6, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_nearest_row_wins_at_any_low_temperature(temperature: float, dtype: torch.dtype):
+    """Votes of exp(1 / temperature) overflow from 0.0112 down; votes of similarities below 0 underflow."""
+    bank = Features(normalize(torch.tensor([[1.0, 0.35], [1.0, 0.05]]), dim=1).to(dtype), torch.tensor([0, 1]))
+    query = Features(torch.tensor([[1.0, 0.0]]).to(dtype), torch.tensor([1]))
+    assert weighted_knn(bank, query, (2,), temperature=temperature) == {2: 1.0}
+    opposite = Features(-query.rows, torch.tensor([0]))  # both similarities are below 0; the less near row is class 0
+    assert weighted_knn(bank, opposite, (2,), temperature=temperature) == {2: 1.0}
+
+
+def test_votes_are_counted_in_float32_whatever_the_rows_are():
+    """1 + 2047 votes of one class: float16 cannot count beyond 2048, bfloat16 not beyond 256."""
+    rows = torch.ones(5000, 1)
+    bank = Features(rows.bfloat16(), torch.cat([torch.zeros(2000), torch.ones(3000)]).long())
+    assert weighted_knn(bank, Features(rows[:1].bfloat16(), torch.tensor([1])), (5000,)) == {5000: 1.0}
+
+
+def test_rows_of_zeros_are_counted_and_broken_ones_refused():
+    bank = Features(torch.zeros(3, 2), torch.tensor([1, 1, 0]))
+    assert weighted_knn(bank, Features(torch.zeros(1, 2), torch.tensor([1])), (3,)) == {3: 1.0}
+    honest = features(6, 2, seed=0)
+    for value in (float("nan"), float("inf")):
+        broken = honest.rows.clone()
+        broken[2, 1] = value
+        for pair in ((Features(broken, honest.labels), honest), (honest, Features(broken, honest.labels))):
+            with pytest.raises(ConfigError, match=r"1 of the 6 features of the .* are not finite"):
+                weighted_knn(*pair, (1,))
+
+
+def test_a_collapsed_backbone_is_said():
+    same = normalize(torch.ones(5, 4), dim=1) + torch.linspace(0, 1e-7, 5)[:, None]
+    assert "all 5 images are the same" in (collapse(Features(same, torch.zeros(5))) or "")
+    assert collapse(features(6, 2, seed=0)) is None
+    assert collapse(Features(same[:1], torch.zeros(1))) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": -0.07}, "temperature is -0.07"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"neighbours": (0,)}, "k is "),
+        ({"neighbours": ()}, "k is "),
+        ({"bank": Features(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))}, "number of bank rows"),
+        ({"queries": Features(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))}, "number of queries rows"),
+        ({"bank": Features(torch.zeros(2, 6), torch.tensor([0, -1]))}, "class number of a row of the bank"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(changes: dict, message: str):
+    given = {"bank": features(6, 2, seed=0), "queries": features(6, 2, seed=1), "neighbours": (1,), **changes}
+    with pytest.raises(ConfigError, match=message):
+        weighted_knn(**given)
 
 
 def test_a_backbone_is_measured_in_eval_mode_and_given_back_as_it_was(tiny_resnet: Config, image_folder: Path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import socket
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -101,6 +103,88 @@ def test_cifar_stem_keeps_the_resolution():
 def test_models_that_cannot_be_are_refused(model: ModelConfig, message: str):
     with pytest.raises(ConfigError, match=message):
         build_backbone(model, 32, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_px", "message"),
+    [
+        ("vit_tiny_patch16_224", 40, r"leave 8 of 40 rows \(its patches are 16 a side\)"),
+        ("vit_small", 230, "leave 6 of 230 rows"),
+        ("deit_tiny_patch16_224", 40, "leave 8 of 40 rows"),
+        ("mixer_s32_224", 40, "leave 8 of 40 rows"),
+        ("convnext_atto", 42, "leave 2 of 42 rows"),
+        ("levit_128s", 40, "cannot take images of 40 px"),
+        ("inception_v3", 32, "cannot take images of 32 px"),
+        ("hiera_tiny_224", 40, "cannot take images of 40 px"),
+        ("test_vit", 40, "should be divisible by patch size"),
+        ("nest_tiny", 40, "timm cannot build nest_tiny"),
+        ("crossvit_tiny_240", 224, "cannot take images of 224 px"),
+        ("qwen3_vit_306m_enc", 32, r"features of shape \(2, .*; expected \(2, "),
+        ("vit_base_mci_224", 224, "patch projection"),
+        ("vit_base_patch16_gap_224", 224, "class token"),
+    ],
+)
+def test_an_architecture_that_cannot_take_the_images_or_loses_some_of_them_is_refused(
+    arch: str, image_px: int, message: str
+):
+    with pytest.raises(ConfigError, match=message) as error:
+        build_backbone(ModelConfig(arch=arch), image_px, seed=0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_px"),
+    [
+        ("deit_tiny_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 32),
+        ("mobilenetv3_small_100", 32),
+        ("convnext_atto", 40),
+        ("test_resnet", 33),
+        ("deit3_small_patch16_224", 32),
+        ("vit_tiny_r_s16_p8_224", 64),
+    ],
+)
+def test_the_heads_fit_whatever_architecture_takes_the_images(arch: str, image_px: int):
+    backbone = build_backbone(ModelConfig(arch=arch), image_px, seed=0)
+    student = build_student(backbone, MethodConfig(dim=8, mlp_dim=16), seed=0)
+    (queries,) = student(torch.zeros(2, 3, image_px, image_px))
+    assert queries.shape == (2, 8)
+
+
+def test_sizes_of_a_deit_are_settings_as_those_of_a_vit():
+    tiny = {"patch_px": 8, "width": 32, "depth": 2, "heads": 2}
+    one, other = (
+        build_backbone(ModelConfig(arch=f"{kind}_tiny_patch16_224", **tiny), 32, seed=3) for kind in ("vit", "deit")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "hf-hub:timm/resnet18.a1_in1k",
+        "hf_hub:timm/resnet18",
+        "timm/resnet18.a1_in1k",
+        "local-dir:exported",
+        "local-dir:/etc",
+        "timm:resnet18",
+        "../resnet18",
+        "resnet18.a1_in1k/x",
+        "",
+        "resnet18\n",
+        "x" * 100_000,
+    ],
+)
+def test_a_name_that_is_no_plain_architecture_reaches_neither_network_nor_files(arch: str, monkeypatch):
+    def reached(*given: object, **more: object) -> None:
+        raise AssertionError("timm was asked to build it")
+
+    monkeypatch.setattr(timm, "create_model", reached)
+    monkeypatch.setattr(socket, "socket", reached)
+    with pytest.raises(ConfigError, match=r"arch is|unknown arch") as error:
+        build_backbone(ModelConfig(arch=arch), 32, seed=0)
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
 
 
 def test_one_layer_more_for_every_hidden_width():

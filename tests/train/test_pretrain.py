@@ -14,9 +14,10 @@ from PIL import Image
 
 from sdmp_train import checkpoint
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
-from sdmp_train.commands import pretrain
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.commands import dry_run, pretrain
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import DataError
+from sdmp_train.evaluate.knn import image_features
 from sdmp_train.run import Run
 from sdmp_train.run_folder import stored_config
 from sdmp_train.training import Training
@@ -76,6 +77,25 @@ def test_without_classes_to_tell_apart_it_says_why_there_is_no_knn(tiny: Config,
     printed = capsys.readouterr().out
     assert printed.count("kNN") == 1
     assert f"kNN      not measured: {why[folders]}" in printed
+
+
+def test_a_backbone_whose_features_are_not_finite_or_all_the_same_is_said_and_the_run_goes_on(
+    tiny: Config, tmp_path: Path, monkeypatch
+):
+    honest = image_features
+
+    def spoiled(backbone, *given, **more):
+        found = honest(backbone, *given, **more)
+        if backbone is None:
+            return replace(found, rows=found.rows[:1].expand_as(found.rows))
+        return replace(found, rows=found.rows * float("nan"))
+
+    monkeypatch.setattr("sdmp_train.run.image_features", spoiled)
+    assert pretrain(limit(tiny, knn_max_images=30, max_steps=1), tmp_path / "run") == 0
+    logged = (tmp_path / "run" / "train.log").read_text()
+    assert "raw pixels: the features of all 24 images are the same" in logged
+    assert "not measured, untrained backbone: 24 of the 24 features of the bank are not finite" in logged
+    assert not [line for line in metrics(tmp_path / "run") if "knn" in line]
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("tiny", 3), ("tiny", 4), ("tiny_resnet", 3)])  # 4: the end of an epoch
@@ -183,6 +203,10 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: Config, tmp_path:
     refused(replace(tiny, data=replace(tiny.data, data=None)), run, "data is missing")
     refused(replace(tiny, optim=replace(tiny.optim, batch_size=64)), run, "batch_size is 64, more than the 36 images")
     refused(replace(tiny, model=replace(tiny.model, arch="vit_smal")), run, "Did you mean vit_small")
+    deit = replace(tiny, model=ModelConfig(arch="deit_tiny_patch16_224"), data=replace(tiny.data, image_px=40))
+    refused(deit, run, "leave 8 of 40 rows")
+    with pytest.raises(ConfigError, match="leave 8 of 40 rows"):
+        dry_run(deit, run, overwrite=False)
     refused(tiny, run, "not a run folder", resume=True)
     if not torch.cuda.is_available():
         refused(limit(tiny, device="cuda"), run, "sees no GPU")

@@ -99,16 +99,21 @@ def largest_grad_term(student: Tensor, teacher: Tensor, **options: Any) -> float
     return 2 * largest / options.get("student_temperature", 0.1) / rows
 
 
-def bytes_moved(student: Tensor, teacher: Tensor, **_: Any) -> int:
-    """All logits read once for the loss and once for the gradient, and the gradient written."""
-    read = student.numel() * student.element_size() + teacher.numel() * teacher.element_size()
-    return 2 * read + student.numel() * student.element_size()
+def floor_bytes(student: Tensor, teacher: Tensor, **_: Any) -> int:
+    """All logits read once; where the student's want a gradient, it is written once."""
+    return student.nbytes + teacher.nbytes + (student.nbytes if student.requires_grad else 0)
+
+
+def kernel_bytes(student: Tensor, teacher: Tensor, **_: Any) -> int:
+    """What today's kernels move: the loss reads all logits, the gradient reads all of them again and is written."""
+    read = student.nbytes + teacher.nbytes
+    return 2 * read + student.nbytes if student.requires_grad else read
 
 
 def flops(student: Tensor, teacher: Tensor, other: Tensor | None = None, **_: Any) -> int:
     """Per student logit and direction a difference, an exponential, a product or sum, and two per teacher's term."""
-    terms = len(teacher) * (1 if other is None else 2)
-    return 2 * student.numel() * (4 + 2 * terms) + 2 * 4 * teacher.numel()
+    terms, directions = len(teacher) * (1 if other is None else 2), 2 if student.requires_grad else 1
+    return directions * (student.numel() * (4 + 2 * terms) + 4 * teacher.numel())
 
 
 def dino_weights(views: int, crops: int) -> Tensor:

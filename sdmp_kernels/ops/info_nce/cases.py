@@ -46,14 +46,32 @@ def largest_grad_term(q: Tensor, k: Any, target: Any, temperature: float, **_: A
     return 4 * max(float(t.abs().max()) for t in (q, *_sets(k))) / temperature * len(_sets(k))
 
 
-def bytes_moved(q: Tensor, k: Any, target: Any, **_: Any) -> int:
-    """Queries and keys read once, the gradient of the queries written once in float32."""
-    return sum(t.numel() * t.element_size() for t in (q, *_sets(k))) + 4 * q.numel() * len(_sets(k))
+def floor_bytes(q: Tensor, k: Any, target: Any, **_: Any) -> int:
+    """Queries and keys read once; where they want gradients, those are written once."""
+    return sum(t.nbytes * (2 if t.requires_grad else 1) for t in (q, *_sets(k)))
+
+
+def kernel_bytes(q: Tensor, k: Any, target: Any, **_: Any) -> int:
+    """What today's kernels move, tiles found in L2 and the partial results of splits left out: every key set reads
+    the queries and writes their gradient in float32, the backward pass reads that and writes it added up; where keys
+    want a gradient, all products are computed anew from queries and keys.
+    """
+    forward = sum(q.nbytes + keys.nbytes for keys in _sets(k))
+    stored = 4 * q.numel() * len(_sets(k))
+    gradient = 2 * stored + q.nbytes if q.requires_grad else 0
+    again = sum(q.nbytes + 2 * keys.nbytes for keys in _sets(k) if keys.requires_grad)
+    return forward + gradient + again
 
 
 def flops(q: Tensor, k: Any, target: Any, **_: Any) -> int:
-    """Loss and dq with fixed keys: 4 N M D for every key set."""
-    return sum(4 * q.shape[0] * keys.shape[0] * q.shape[1] for keys in _sets(k))
+    """Of the matrix products. For every key set 2 N M D for the loss and as much for dq; where the keys want a
+    gradient, 4 N M D more, since no logit is kept.
+    """
+    product, total = 2 * q.shape[0] * q.shape[1], 0
+    for keys in _sets(k):
+        passes = 1 + (1 if q.requires_grad else 0) + (2 if keys.requires_grad else 0)
+        total += passes * product * keys.shape[0]
+    return total
 
 
 def _unit(generator: torch.Generator, n: int, d: int) -> Tensor:

@@ -113,7 +113,12 @@ def largest_term(
     return max(unit, *map(abs, mean)) / min(std)
 
 
-def bytes_moved(
+def _result_bytes(images: Tensor, std: Sequence[float] | None, dtype: torch.dtype | None) -> int:
+    """Of one result: the mixed images, or the clean ones."""
+    return images.numel() * (dtype or (torch.float32 if images.dtype == torch.uint8 and std else images.dtype)).itemsize
+
+
+def floor_bytes(
     images: Tensor,
     plan: MixPlan,
     *,
@@ -123,10 +128,26 @@ def bytes_moved(
     clean: bool = False,
     **_: Any,
 ) -> int:
-    """The least: every image and partner read once, every result written once."""
-    result = dtype or (torch.float32 if images.dtype == torch.uint8 and std is not None else images.dtype)
-    read = images.numel() * images.element_size() + (0 if partners is None else partners.nbytes)
-    return read + images.numel() * result.itemsize * (2 if clean else 1)
+    """Every image and partner read once, every result written once; where they want gradients, the results' gradients
+    read once and theirs written once.
+    """
+    sources = [images] if partners is None else [images, partners]
+    results = _result_bytes(images, std, dtype) * (2 if clean else 1)
+    wanted = sum(t.nbytes for t in sources if t.requires_grad)
+    return sum(t.nbytes for t in sources) + results + (wanted + results if wanted else 0)
+
+
+def kernel_bytes(images: Tensor, plan: MixPlan, *, partners: Tensor | None = None, **options: Any) -> int:
+    """What today's kernels move. For the flip that is the floor: a program owns both images of a pair. Any other
+    partner is read for every row that has it, and so is the gradient of that row's result.
+    """
+    least = floor_bytes(images, plan, partners=partners, **options)
+    if plan.mirrored and partners is None:
+        return least
+    again = max(0, images.nbytes - (0 if partners is None else partners.nbytes))
+    if images.requires_grad or (partners is not None and partners.requires_grad):
+        again += _result_bytes(images, options.get("std"), options.get("dtype"))
+    return least + again
 
 
 def flops(images: Tensor, plan: MixPlan, *, std: Sequence[float] | None = None, clean: bool = False, **_: Any) -> int:
@@ -273,7 +294,7 @@ def _case(
 def _drawn(n: int, size: tuple[int, int], rules: Sequence[str], box: str, seed: int) -> MixPlan:
     """The plan of the first seed in which as many rules occur as can."""
     while True:
-        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed)
+        plan = draw_plan(n, size, rules=rules, per="sample", box=box, seed=seed, step=0)
         if len(plan.rule.unique()) == min(n, len(rules)):
             return plan
         seed += 1

@@ -1,0 +1,128 @@
+"""Files that others may have written: read with limits, as plain data, and only where they are files.
+
+Nothing here runs code, waits for ever (a pipe, a device) or takes memory out of proportion to the file. Whatever is
+wrong raises `OSError` or `ValueError` with one line, which the callers put into an error of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Our own configurations take 3 KB and descriptions 2 KB; a checkpoint's state grows by its settings alone.
+TEXT_BYTES = 2**18
+YAML_BYTES = 2**16
+YAML_DEPTH = 8
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The file, open for reading in binary. A pipe, a device or a folder raises `ValueError` and is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
+    """UTF-8 text of at most `limit` bytes."""
+    with open_file(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {limit} bytes, more than such a file ever holds")
+    return data.decode("utf-8")
+
+
+def read_json(path: Path, limit: int = TEXT_BYTES) -> dict[str, Any]:
+    """A JSON object. NaN and infinities, which are no JSON, and nesting beyond Python's stack raise `ValueError`."""
+    try:
+        found = json.loads(read_text(path, limit), parse_constant=refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}; expected an object with names and values")
+    return found
+
+
+def refuse_constant(name: str) -> None:
+    """What `json` calls for NaN, Infinity and -Infinity."""
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, by the safe loader, without anchors, aliases and tags."""
+    try:
+        return yaml.load(read_text(path, YAML_BYTES), Loader=_PlainLoader)
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(error) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """The safe loader without what lets a small file become a large value or a value of another kind.
+
+    Aliases may hold one list a billion times, tags may name kinds whose texts the loader does not check.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.YAMLError(f"anchors and aliases (& and *) are not accepted, line {event.start_mark.line + 1}")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags (!) are not accepted, line {event.start_mark.line + 1}")
+        if self.depth >= YAML_DEPTH:
+            raise yaml.YAMLError(f"it is nested deeper than {YAML_DEPTH}, line {event.start_mark.line + 1}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Its library checks that header and size of the file agree."""
+    open_file(path).close()
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, RuntimeError, TypeError, MemoryError) as error:
+        raise ValueError(f"it is no safetensors file: {error}") from error
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `found` from standing in for `expected` (which may be on the meta device): one text a tensor.
+
+    Names, shapes and dtypes must be equal, and every floating-point number of `found` finite.
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in expected]
+    for name, tensor in found.items():
+        if name not in expected:
+            continue
+        if tensor.shape != expected[name].shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        elif tensor.dtype != expected[name].dtype:
+            problems.append(f"{name} is {tensor.dtype}, expected {expected[name].dtype}")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name} holds numbers that are not finite")
+    return problems
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Whether a value read from a file is an int or a float from `low` to `high`."""
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value read from a file is an int from `low` to `high`."""
+    return type(value) is int and low <= value <= high
