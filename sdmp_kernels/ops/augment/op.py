@@ -5,7 +5,13 @@ from torch import Tensor
 
 from sdmp_kernels import _backends
 
-OP = _backends.register("augment", cpu=("cpp", "torch", "reference"), cuda=("torch", "reference"))
+OP = _backends.register("augment", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
+
+
+def _refuse(backend: str, images: list[Tensor]) -> str | None:
+    if backend == "triton" and images[0].ndim != 4:
+        return "triton takes one batch (N, C, H, W), not a list of images"
+    return None
 
 
 @torch.library.custom_op("sdmp::augment", mutates_args=("out",))
@@ -26,7 +32,7 @@ def augment_op(
 ) -> None:
     """`images`: one (N, C, H, W) batch, or N images (H, W, C). `radius`: of the widest blur; -1 where unknown."""
     if out.numel():
-        module = OP.module(_backends.choose(OP, out.device))
+        module = OP.module(_backends.choose(OP, out.device, lambda name: _refuse(name, images)))
         draws = (box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
         module.augment(images, *draws, cubic, radius, out)
 
