@@ -5,8 +5,8 @@ Two libraries on the LibTorch stable ABI, so that one binary serves every torch 
 matter for the second; whether torch is a CUDA build does. What was built, or why not, goes to `_build.json` in the
 package, where `sdmp_kernels.backends()` reads it.
 
-In csrc/, `*_cpu.cpp` are kernels that are compiled once per instruction set, `*_cuda.cpp` and `*.cu` belong to the
-CUDA library, and any other `*.cpp` to the CPU library.
+In csrc/, `<op>_cpu.cpp` holds kernels that are compiled once per instruction set, `<op>_cuda*.cpp` and `<op>_cuda*.cu`
+belong to the CUDA library, and any other `*.cpp` to the CPU library; `<op>_*_op.cpp` is the torch side of either.
 """
 
 import json
@@ -140,7 +140,7 @@ def build_cpu(library: Path, folder: Path, sets: Sequence[str] | None = None) ->
         sets = list(SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
     commands, objects = [], []
     for source in sorted(SOURCES.glob("*.cpp")):
-        if source.stem.endswith("_cuda"):
+        if "_cuda" in source.stem:
             continue
         if source.stem.endswith("_cpu"):
             variants = {name: [f"-DSDMP_ISA={name}", *SETS[name]] for name in sets}
@@ -189,7 +189,7 @@ def build_cuda(library: Path, folder: Path) -> str:
         raise Unbuilt(f"nvcc is of CUDA {'.'.join(map(str, version))}, but torch of CUDA {torch.version.cuda}")
     host = ["-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     targets, commands, objects = cuda_targets(torch, nvcc), [], []
-    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*_cuda.cpp")]):
+    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*_cuda*.cpp")]):
         objects.append(str(folder / f"{source.stem}.{source.suffix[1:]}.o"))
         tool = (
             [nvcc, *cuda_flags(), *host, *targets]

@@ -1,6 +1,6 @@
 """Is SDMP nearly free in a training step, and does the loader keep up? `python -m bench step`.
 
-A step here is the trainer's own: plan, mix, encode, loss, update, on views that already lie on the device. The arm
+A step here is `sdmp_train.loop.step`, the trainer's own, on views that already lie on the device. The arm
 "plain PyTorch" is the same step with the mixing and the loss that a user would write without this project.
 """
 
@@ -26,7 +26,10 @@ from sdmp_kernels import use_backend
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
-    from sdmp_train.methods.mocov3 import MoCoV3, Plan
+    from sdmp_train.data import Batch
+    from sdmp_train.methods.contrast import Features, Plan
+    from sdmp_train.methods.method import At, Loss, Method
+    from sdmp_train.methods.mocov3 import MoCoV3
     from sdmp_train.training import Training
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
@@ -45,7 +48,6 @@ def settings(device: torch.device, size: str) -> Iterator[Setting]:
 def config_of(mixing: str, device: torch.device, size: str, batch: int) -> Config:
     """A small ViT on the CPU; ViT-S at 224 px in bf16 on a GPU."""
     try:
-        from sdmp_train.config import MixingConfig
         from sdmp_train.presets import get_preset
     except ImportError as error:
         raise Absent(f"sdmp_train does not import here: {error}") from None
@@ -54,72 +56,65 @@ def config_of(mixing: str, device: torch.device, size: str, batch: int) -> Confi
     if size == "tiny":
         data = dataclasses.replace(data, image_px=16)
         model = dataclasses.replace(model, width=16, depth=1, heads=2)
-    chosen = MixingConfig(mixing="none") if mixing == "none" else config.mixing
+    method = dataclasses.replace(config.method, mixing=mixing)
     # Views come from `make_inputs`; the schedules only need a length.
     optim = dataclasses.replace(config.optim, batch_size=batch, epochs=max(2, int(config.optim.warmup_epochs) + 1))
-    return dataclasses.replace(config, data=data, model=model, mixing=chosen, optim=optim)
+    return dataclasses.replace(config, data=data, model=model, method=method, optim=optim)
 
 
-def make_training(config: Config, device: torch.device, method_class: type[MoCoV3] | None = None) -> Training:
-    """A training at its first step, as `sdmp_train.training.build` makes it."""
+def make_training(config: Config, device: torch.device, method_class: type[Method] | None = None) -> Training:
+    """A training at its first step."""
     from sdmp_train.distributed import World
-    from sdmp_train.guard import BufferGuard
-    from sdmp_train.methods.mocov3 import MoCoV3
-    from sdmp_train.models import build_backbone
-    from sdmp_train.optim import make_optimizer
-    from sdmp_train.training import Training
+    from sdmp_train.training import assemble
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    world = World(device)
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed)
-    method = (method_class or MoCoV3)(config, backbone, world, dtype)
-    optimizer = make_optimizer(config.optim, method.student.parameters())
-    return Training(config, world, method, optimizer, BufferGuard(method.student, method.momentum_encoder), 1000)
+    precision: Any = "bf16" if device.type == "cuda" else "fp32"
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    return assemble(config, World(device), steps_per_epoch=1000, method_class=method_class)
 
 
-def one_step(training: Training, views: tuple[Tensor, ...]) -> Tensor:
-    """The loop's step without its bookkeeping; returns the loss."""
+def as_batch(views: tuple[Tensor, ...]) -> Batch:
+    """Views as a loader hands them over; this method looks at no label."""
+    from sdmp_train.data import Batch
+
+    ids = torch.arange(len(views[0]))
+    return Batch(views, ids, torch.full_like(ids, -1))
+
+
+def one_step(training: Training, batch: Batch) -> Tensor:
+    """The trainer's own step; returns the loss."""
     from sdmp_train.guard import StopRequest
-    from sdmp_train.loop import update
+    from sdmp_train.loop import step
 
-    method = training.method
-    plan = method.plan(training.step)
-    images = method.mix(views, plan)
-    training.buffers.keep()
-    queries, keys = method.encode(images)
-    loss, _ = method.loss(queries, keys, plan)
-    update(training, loss, StopRequest())
-    training.step += 1
-    return loss.detach()
+    return step(training, [batch], StopRequest()).loss.total
 
 
 @functools.cache
 def plain_class() -> type[MoCoV3]:
     """MoCo v3 + SDMP with plain PyTorch in place of `mix` and `info_nce`, as a user would write it."""
+    from sdmp_train.methods.method import Loss
     from sdmp_train.methods.mocov3 import MoCoV3
 
     class PlainMoCoV3(MoCoV3):
-        def mix(self, views: tuple[Tensor, ...], plan: Plan) -> dict[str, Tensor]:
+        def mix(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
+            views = batch.views
             ordered = (views[1], views[0], *views[2:]) if plan.swap else views
             images: dict[str, Tensor] = {}
-            for view, raw in zip(self.views, ordered, strict=True):
-                images[view] = normalised(raw, self.config.data, self.dtype)
+            for view, raw in zip(self.view_names, ordered, strict=True):
+                images[view] = normalised(raw, self.setup.data, self.setup.dtype)
                 if view in plan.mixes:
                     # The plan is fetched to the host row by row, which is where such a loop waits for the GPU.
                     images[view + "~"] = literal_loop(images[view], plan.mixes[view])
             return images
 
-        def loss(
-            self, queries: dict[str, Tensor], keys: dict[str, Tensor], plan: Plan
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            total, scale = torch.zeros((), device=self.world.device), self.config.method.temperature
+        def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
+            total, scale = torch.zeros((), device=self.world.device), self.config.temperature
             for term in self.terms:
-                logits = queries[term.query] @ keys[term.key].T / scale
+                logits = features.queries[term.query] @ features.keys[term.key].T / scale
                 first, second, weight = self.target(term, plan)
                 one, two = (F.one_hot(column, logits.shape[1]) for column in (first, second))
                 dense = weight[:, None] * one + (1 - weight)[:, None] * two
                 total = total + term.weight * 2 * scale * F.cross_entropy(logits, dense)
-            return total, {}
+            return Loss(total, {})
 
     return PlainMoCoV3
 
@@ -154,7 +149,7 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
         op="step",
         name=f"training step, {words}, batch {batch}",
         config={"batch": batch, "images": batch},
-        inputs=functools.partial(_views, device, size, batch),
+        inputs=functools.partial(_noise, device, size, batch),
         truth=lambda _: [],
         plain=lambda _: [],
         outputs=(),
@@ -164,13 +159,13 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
     )
 
 
-def _views(device: torch.device, size: str, batch: int, copy: int) -> Inputs:
+def _noise(device: torch.device, size: str, batch: int, copy: int) -> Inputs:
     """Two uint8 views as the loader hands them over: channels_last, on the device."""
     px = {"tiny": 16}.get(size, 32 if device.type == "cpu" else 224)
     generator = torch.Generator(device).manual_seed(copy)
     shape = (batch, 3, px, px)
     views = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator) for _ in range(2)]
-    return {"views": tuple(v.contiguous(memory_format=torch.channels_last) for v in views)}
+    return {"batch": as_batch(tuple(v.contiguous(memory_format=torch.channels_last) for v in views))}
 
 
 def _step_arm(
@@ -186,7 +181,7 @@ def _step_arm(
     def bind(inputs: Inputs) -> Call:
         config = config_of(mixing, device, size, batch)
         training = make_training(config, device, method_class() if method_class else None)
-        return Call(lambda: [one_step(training, inputs["views"])])
+        return Call(lambda: [one_step(training, inputs["batch"])])
 
     def check(inputs: Inputs, results: Sequence[Tensor]) -> float:
         """The first step's loss against the one that the references give from the same start."""
@@ -194,7 +189,7 @@ def _step_arm(
         with contextlib.ExitStack() as stack:
             for op in ("mix", "info_nce"):
                 stack.enter_context(use_backend("reference", op))
-            expected = one_step(training, inputs["views"])
+            expected = one_step(training, inputs["batch"])
         return float((results[0] - expected).abs())
 
     # bf16 encoders amplify a last-bit difference of the pixels; a wrong plan or target moves the loss far more.
@@ -290,7 +285,7 @@ class Feed:
             raise Absent(str(error)) from None
 
 
-def draining(batches: Iterator[Any], each: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Call:
+def draining(batches: Iterator[Any], each: Callable[[Batch], Sequence[Tensor]]) -> Call:
     """A call that takes several batches in a row, after drawing untimed what was prepared beforehand."""
 
     def reset() -> None:
@@ -300,7 +295,7 @@ def draining(batches: Iterator[Any], each: Callable[[tuple[Tensor, ...]], Sequen
     def run() -> Sequence[Tensor]:
         results: Sequence[Tensor] = []
         for _ in range(TIMED):
-            results = each(next(batches).views)
+            results = each(next(batches))
         return results
 
     return Call(run, reset, count=TIMED)
@@ -325,7 +320,7 @@ def loader_setting(device: torch.device, size: str, batch: int) -> Setting:
 
 def _loader_arm(loader: str, feed: Feed) -> Arm:
     def bind(_: Inputs) -> Call:
-        return draining(feed.batches(loader), lambda views: views)
+        return draining(feed.batches(loader), lambda batch: batch.views)
 
     def check(_: Inputs, results: Sequence[Tensor]) -> float:
         """0 where the views have the promised form and hold pictures, not one colour."""
@@ -348,12 +343,12 @@ def fed_setting(device: torch.device, size: str, batch: int) -> Setting:
         )
 
     def resident(_: Inputs) -> Call:
-        state, views = training(), next(feed.batches("auto")).views
-        return Call(lambda: [one_step(state, views)])
+        state, batch = training(), next(feed.batches("auto"))
+        return Call(lambda: [one_step(state, batch)])
 
     def fed(loader: str, _: Inputs) -> Call:
         state = training()
-        return draining(feed.batches(loader), lambda views: [one_step(state, views)])
+        return draining(feed.batches(loader), lambda batch: [one_step(state, batch)])
 
     def check(_: Inputs, results: Sequence[Tensor]) -> float:
         return 0.0 if bool(results[0].isfinite()) else float("inf")

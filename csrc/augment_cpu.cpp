@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#include "augment_job.h"
+#include "augment_cpu.h"
 
 namespace sdmp::SDMP_ISA {
 namespace {

@@ -23,6 +23,12 @@
 #endif
 
 namespace sdmp {
+
+// As in sdmp_kernels/plan.py.
+enum class Rule : uint8_t { kKeep = 0, kMixup = 1, kCutMix = 2, kResizeMix = 3 };
+
+constexpr Rule kLastRule = Rule::kResizeMix;
+
 namespace SDMP_ISA {
 
 struct Half {
@@ -125,8 +131,6 @@ SDMP_FN float normalise(float value, float centre, float scale) { return (value 
 
 // ---- one row of the plan ----
 
-enum class Rule : uint8_t { kKeep = 0, kMixup = 1, kCutMix = 2, kResizeMix = 3 };
-
 struct Row {
   Rule rule;  // what is left to do: KEEP where lam = 1, the box is empty or an image would be blended with itself
   float own;  // weights of a MIXUP row
@@ -148,7 +152,7 @@ SDMP_FN float resize_scale(int32_t extent, int32_t target) {
 
 SDMP_FN Row read_row(uint8_t rule, float lam, const int32_t* box, int64_t height, int64_t width, bool itself) {
   Row row;
-  row.rule = rule <= 3 ? static_cast<Rule>(rule) : Rule::kKeep;
+  row.rule = rule <= static_cast<uint8_t>(kLastRule) ? static_cast<Rule>(rule) : Rule::kKeep;
   row.own = lam;
   row.other = 1.0f - lam;
   row.top = clamp(box[0], 0, height);

@@ -62,6 +62,24 @@ def check_tensor(argument: str, value: object, *, dtypes: Sequence[torch.dtype],
     return value
 
 
+def check_channels_first(argument: str, images: Tensor, size: Sequence[int] | None = None) -> None:
+    """Raise ValueError where (N, C, H, W) images are plainly (N, H, W, C) ones.
+
+    Plain it is where `size`, the (H, W) that is asked for, lies in the middle and not at the end, or where bytes have
+    3 or 4 columns, and more than 16 channels and rows.
+    """
+    shape = tuple(images.shape)
+    if size is not None:
+        last = tuple(size) == shape[1:3] != shape[2:]
+    else:
+        last = images.dtype == torch.uint8 and shape[3] in (3, 4) and min(shape[1:3]) > 16
+    if last:
+        raise ValueError(
+            f"{argument} must have shape (N, C, H, W), but {shape} looks like (N, H, W, C); give "
+            f"{argument}.permute(0, 3, 1, 2), which copies nothing"
+        )
+
+
 def check_same_device(**tensors: Tensor | None) -> torch.device:
     """The one device of all given tensors; raises ValueError naming the two that differ."""
     given = {name: t for name, t in tensors.items() if t is not None}

@@ -1,4 +1,4 @@
-"""What the drop-in classes share: their streams of draws, the plan made of a draw, and dense targets."""
+"""What the drop-in classes share: their streams of draws, class numbers, and dense targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdmp_kernels._checks import check_integer, readable
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, count_lam
+from sdmp_kernels.plan import Rule, TwoHot
 
 LABELS = ("dense", "two_hot")
 
@@ -70,30 +70,6 @@ def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) 
     return np.array([int(rule) for rule in chances], dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
 
 
-def build_plan(
-    rule: np.ndarray,
-    drawn: np.ndarray,
-    boxes: np.ndarray,
-    partner: np.ndarray,
-    size: tuple[int, int],
-    *,
-    rules: tuple[Rule, ...],
-    mirrored: bool,
-) -> MixPlan:
-    """The plan of a draw: rule, drawn lam, boxes and partner of (N,) rows; lam is counted from the boxes."""
-    lam = count_lam(rule, drawn, boxes, size[0] * size[1])
-    return MixPlan(
-        rule=torch.from_numpy(rule.astype(np.uint8)),
-        partner=torch.from_numpy(partner.astype(np.int64)),
-        lam=torch.from_numpy(lam),
-        partner_lam=torch.from_numpy(lam[partner]),
-        box=torch.from_numpy(boxes.astype(np.int32)),
-        size=size,
-        mirrored=mirrored,
-        rules=rules,
-    )
-
-
 def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | None) -> Tensor:
     """`labels` as (N,) int64 class numbers, checked to be below `num_classes` where that needs no host sync."""
     if not isinstance(labels, Tensor):
@@ -113,7 +89,5 @@ def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | N
 
 def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K."""
-    dense = target.weight.new_full((len(target.weight), num_classes), smoothing / num_classes)
-    for column, weight in ((target.first, target.weight), (target.second, 1 - target.weight)):
-        dense.scatter_add_(1, column[:, None], (1 - smoothing) * weight[:, None])
-    return dense
+    dense = target.dense(num_classes)
+    return dense.mul_(1 - smoothing).add_(smoothing / num_classes) if smoothing else dense

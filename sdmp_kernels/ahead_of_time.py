@@ -48,7 +48,7 @@ class Report:
         registers: per thread. spills: instructions that touch local memory. stack: bytes of stack per thread.
         shared: bytes of shared memory per program.
         loads, stores: how many accesses of tensors in global memory there are of each width in bits.
-        narrow: source lines ("triton.py:31") whose tensor accesses are under 128 bits and not excused.
+        narrow: source lines ("triton_kernels.py:31") whose tensor accesses are under 128 bits and not excused.
         tensor_cores: tensor-core instructions by name.
         failed: the declared facts that do not hold, in words; empty where all is well.
         seconds: what compiling took.

@@ -1,21 +1,25 @@
 """What is mixed with what: the plan that pixels and labels both read, and how it is drawn.
 
-A plan is decided once, on the host, from `(seed, step)` alone. `mix` reads it for the pixels; `source_target`,
-`pair_target` and `label_target` read it for the labels. Nothing is drawn twice, so the two cannot disagree.
+A plan is decided once, on the host: drawn from `(seed, step)` alone (`draw_plan`), or made by hand (`make_plan`).
+`mix` reads it for the pixels; `source_target`, `pair_target` and `label_target` read it for the labels. Nothing is
+drawn twice, so the two cannot disagree.
 
 Letters: N rows of this rank, H W pixels, W ranks where `world_size` is meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor, near, readable
 
@@ -42,6 +46,54 @@ class TwoHot(NamedTuple):
     second: Tensor
     weight: Tensor
 
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> TwoHot:
+        """The target of unmixed rows: all weight at `labels[i]`.
+
+        Args:
+            labels: (N,) int64 class numbers, 0 or more.
+
+        Returns:
+            A `TwoHot` whose `first` and `second` are `labels`, with weight 1.
+
+        Raises:
+            TypeError: if `labels` is no int64 tensor.
+            ValueError: if its shape is not (N,), or, on the CPU, if a class number is below 0.
+        """
+        check_tensor("labels", labels, dtypes=(torch.int64,), ndim=1, shape="(N,)")
+        if len(labels) and readable(labels) and int(labels.min()) < 0:
+            raise ValueError(
+                f"labels must hold class numbers of 0 or more, got {int(labels.min())}; leave rows without a label out"
+            )
+        return cls(labels, labels, torch.ones(len(labels), dtype=torch.float32, device=labels.device))
+
+    def dense(self, columns: int) -> Tensor:
+        """The target as rows of shares, for looking at and for other people's losses; no loss of ours needs it.
+
+        Row i is `weight[i]` at column `first[i]` plus `1 - weight[i]` at column `second[i]`, zero elsewhere.
+
+        Args:
+            columns: K, the number of columns, 1 or more.
+
+        Returns:
+            (N, K) of the dtype of `weight`, on its device. A column out of range, which on a GPU is not looked for,
+            leaves its weight out.
+
+        Raises:
+            TypeError: if `columns` is no integer.
+            ValueError: if it is below 1, or, on the CPU, if `first` or `second` hold a column outside [0, K).
+        """
+        columns = check_integer("columns", columns, low=1, what="a number of columns, 1 or more")
+        dense = self.weight.new_zeros((len(self.weight), columns))
+        for name, column, weight in (("first", self.first, self.weight), ("second", self.second, 1 - self.weight)):
+            if len(column) and readable(column) and (int(column.min()) < 0 or int(column.max()) >= columns):
+                raise ValueError(
+                    f"columns={columns} is too few: {name} holds columns {int(column.min())} to {int(column.max())}"
+                )
+            known = (column >= 0) & (column < columns)
+            dense.scatter_add_(1, column.clamp(0, columns - 1)[:, None], torch.where(known, weight, 0)[:, None])
+        return dense
+
 
 _TENSORS = ("partner", "box", "lam", "partner_lam", "rule")
 _DTYPES = {
@@ -51,12 +103,18 @@ _DTYPES = {
     "partner_lam": torch.float32,
     "box": torch.int32,
 }
-_BOXED = (Rule.CUTMIX, Rule.RESIZEMIX)
+# Plain numbers, since numpy is slow to compare with members of an enumeration.
+_KEEP, _MIXUP, _RESIZEMIX = int(Rule.KEEP), int(Rule.MIXUP), int(Rule.RESIZEMIX)
 
 
-@dataclass(frozen=True, eq=False)
+def boxed(rule: np.ndarray) -> np.ndarray:
+    """(N,) bool: which rows have a box."""
+    return rule > _MIXUP
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class MixPlan:
-    """An immutable record of what is mixed with what. Built by `draw_plan`, or by hand.
+    """An immutable record of what is mixed with what. Built by `draw_plan` or `make_plan`; a pytree of its tensors.
 
     Attributes:
         rule: (N,) uint8, values of `Rule`.
@@ -85,7 +143,7 @@ class MixPlan:
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", _check_size(self.size))
+        object.__setattr__(self, "size", check_size(self.size))
         if not isinstance(self.mirrored, bool):
             raise TypeError(f"mirrored must be True or False, got {type(self.mirrored).__name__}")
         object.__setattr__(self, "rules", _check_rules_tuple(self.rules))
@@ -114,18 +172,57 @@ class MixPlan:
         """The device of the plan's tensors."""
         return self.rule.device
 
-    def to(self, device: torch.device | str | int) -> MixPlan:
-        """The same plan on `device`, by one asynchronous copy (from pinned memory where the target is a GPU)."""
+    def __repr__(self) -> str:
+        rules = "|".join(rule.name.lower() for rule in self.rules) or "no rule"
+        partners = "the flip" if self.mirrored else "given partners"
+        return f"MixPlan({len(self)} rows of {self.size[0]} x {self.size[1]} px, {rules}, {partners}, {self.device})"
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = True) -> MixPlan:
+        """The same plan on `device`, by one copy of all its tensors (from pinned memory where the target is a GPU).
+
+        Args:
+            device: a device, its name, or the number of a GPU.
+            non_blocking: whether a copy to an accelerator returns before it is done; the stream keeps the order. A
+                copy to the CPU always waits, since the host may read it at once.
+
+        Returns:
+            A plan on `device`: this one where it is there already.
+
+        Raises:
+            RuntimeError: torch's, for a device that is unknown or absent.
+        """
         target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if target.type == self.device.type and target.index in (None, self.device.index):
             return self
         packed, layout = _pack(self, pin=target.type == "cuda" and self.device.type == "cpu")
-        return _unpack(packed.to(target, non_blocking=True), layout, self)
+        return _unpack(packed.to(target, non_blocking=non_blocking and target.type != "cpu"), layout, self)
+
+    def pin_memory(self) -> MixPlan:
+        """The same plan in one block of page-locked memory: what `DataLoader(pin_memory=True)` asks for.
+
+        Returns:
+            A plan on the CPU with pinned tensors.
+
+        Raises:
+            ValueError: for a plan that is not on the CPU.
+            RuntimeError: torch's, where there is no accelerator to pin for.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"only a plan on the CPU can be pinned, but this one is on {self.device}")
+        packed, layout = _pack(self, pin=True)
+        return _unpack(packed, layout, self)
 
     def copy_(self, other: MixPlan) -> MixPlan:
         """Overwrite this plan's tensors in place with those of `other`: the static plan of a captured CUDA graph.
 
+        Args:
+            other: a plan of as many rows, the same size, `mirrored` and rules, on any device.
+
+        Returns:
+            This plan.
+
         Raises:
+            TypeError: if `other` is no MixPlan.
             ValueError: where a host field (number of rows, size, mirrored, rules) differs, since what was captured
                 may depend on it. Nothing is written then.
         """
@@ -148,15 +245,22 @@ class MixPlan:
     def overlap(self, other: MixPlan | None = None) -> Tensor:
         """c: how much query row i, mixed by this plan, shares with key row partner[i], mixed by `other`.
 
-        With share l = lam_i and partner f, against keys of shares m:
-        c_i = min(1 - l_i, m_f) + [partner_f = i] * min(l_i, 1 - m_f). For the flip and the same plan this is
-        1 - |l_i + l_f - 1|, the paper's lambda^c (section 3.2).
+        With l_i = `lam[i]`, f = `partner[i]` and m the keys' lam:
+
+            c_i = min(1 - l_i, m_f) + [partner[f] = i] * min(l_i, 1 - m_f)
+
+        For the flip and the same plan this is the paper's lambda^c (section 3.2), c_i = 1 - |l_i + l_f - 1|.
 
         Args:
             other: the plan that mixed the keys, of the same rows and partners; default this one.
 
         Returns:
             (N,) float32 in [0, 1].
+
+        Raises:
+            TypeError: if `other` is no MixPlan.
+            ValueError: if `other` has another number of rows or another `mirrored`; on the CPU also if its partners
+                differ, or if a partner is no row of this plan (partners of another set of images).
         """
         other = self._keys(other)
         cross = torch.minimum(1 - self.lam, other.partner_lam)
@@ -169,24 +273,44 @@ class MixPlan:
         return cross + back
 
     def source_target(self, offset: int = 0, partner_offset: int | None = None) -> TwoHot:
-        """Eq. 3: `lam` at column offset + i and `1 - lam` at column partner_offset + partner.
+        """The paper's Eq. 3: every mixed query is to find its two sources among the clean keys.
+
+            target_i = lam_i at column offset + i, 1 - lam_i at column partner_offset + partner_i
 
         Args:
             offset: column of this rank's row 0 among the keys (rank * N after an all-gather).
             partner_offset: the same for the rank that holds the partners; default `offset`.
+
+        Returns:
+            A `TwoHot` of N rows.
+
+        Raises:
+            TypeError: if an offset is no integer.
+            ValueError: if an offset is below 0.
         """
         first, second = self._columns(offset, partner_offset)
         return TwoHot(first, second, self.lam)
 
     def pair_target(self, offset: int = 0, partner_offset: int | None = None, other: MixPlan | None = None) -> TwoHot:
-        """Eq. 4: s/(s+c) at column offset + i and c/(s+c) at column partner_offset + partner.
+        """The paper's Eq. 4: every mixed query is to find its own and its partner's mixed key, as far as they overlap.
 
-        s_i = 1 - |lam_i - m_i| is the overlap with the row's own key (1 for the same plan), c the one of `overlap`.
-        Where both are zero each column gets one half.
+            s_i = 1 - |lam_i - m_i|, the overlap with the row's own key (1 for the same plan), m the keys' lam
+            c_i = overlap(other)_i
+            target_i = s_i / (s_i + c_i) at column offset + i, c_i / (s_i + c_i) at column partner_offset + partner_i
+
+        Where s_i and c_i are both zero each column gets one half.
 
         Args:
-            offset, partner_offset: as in `source_target`.
+            offset: as in `source_target`.
+            partner_offset: as in `source_target`.
             other: the plan that mixed the keys; default this one.
+
+        Returns:
+            A `TwoHot` of N rows.
+
+        Raises:
+            TypeError: if an offset is no integer, or `other` no MixPlan.
+            ValueError: if an offset is below 0, or `other` does not fit, as in `overlap`.
         """
         first, second = self._columns(offset, partner_offset)
         cross = self.overlap(other)
@@ -196,13 +320,23 @@ class MixPlan:
         return TwoHot(first, second, weight)
 
     def label_target(self, labels: Tensor, partner_labels: Tensor | None = None) -> TwoHot:
-        """The supervised target: `labels[i]` with weight lam and `labels[partner[i]]` with 1 - lam.
+        """The supervised target: a mixed image shows the classes of both its sources.
+
+            target_i = lam_i at column labels[i], 1 - lam_i at column partner_labels[partner_i]
 
         Args:
             labels: (N,) int64 class numbers of this plan's rows.
             partner_labels: (M,) int64 class numbers of the rows that `partner` indexes, where these are not the
                 plan's own: the labels of `mix(partners=...)`, or those of the other rank with flip="global".
                 Default `labels`.
+
+        Returns:
+            A `TwoHot` of N rows, on the device of `labels`.
+
+        Raises:
+            TypeError: if labels are no int64 tensors.
+            ValueError: if `labels` is not of shape (N,) or `partner_labels` not of shape (M,); on the CPU also if a
+                partner is no row of `partner_labels`.
         """
         others = labels if partner_labels is None else partner_labels
         for name, given in (("labels", labels), ("partner_labels", others)):
@@ -238,6 +372,32 @@ class MixPlan:
         return other
 
 
+P = ParamSpec("P")
+
+
+def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
+    """`function`, kept out of graphs: a compiler must neither record a draw as a constant nor round it otherwise."""
+    untraced: list[Callable[P, MixPlan]] = []
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> MixPlan:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg="draw_plan and make_plan decide on the host: call them outside the compiled function and hand the "
+                "plan in as an argument"
+            )
+        # What a graph break returns to runs by the frame evaluation of torch.compile, too. Asking for `disable` loads
+        # the compiler, so it is asked for only where that is loaded already.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not untraced:
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*args, **kwargs)
+
+    return called
+
+
+@_on_the_host
 def draw_plan(
     n: int,
     size: tuple[int, int],
@@ -261,7 +421,8 @@ def draw_plan(
     """Draw the plan of one step: a pure function of its arguments that touches no global random state.
 
     Rules, lam and boxes are those of the one plan drawn for all n * world_size rows, of which this rank gets rows
-    rank*n to (rank+1)*n: they do not depend on the backend, the device or how the rows are split over ranks.
+    rank*n to (rank+1)*n: they do not depend on the backend, the device or how the rows are split over ranks. Draw
+    outside `torch.compile` and hand the plan in: inside it breaks the graph.
 
     Args:
         n: rows of this rank, 0 or more; odd too (the middle row is its own partner).
@@ -293,7 +454,7 @@ def draw_plan(
         ValueError: for a value outside what is said above, naming the argument.
     """
     n = check_integer("n", n, low=0, what="a number of rows, 0 or more")
-    height, width = _check_size(size)
+    height, width = check_size(size)
     seed = check_integer("seed", seed, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
     step = check_integer("step", step, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
     view = check_integer("view", view, low=0, high=2**32 - 1, what="a view number, 0 or more")
@@ -303,54 +464,215 @@ def draw_plan(
     check_choice("per", per, ("batch", "sample"))
     check_choice("box", box, ("inside", "clip"))
     check_choice("flip", flip, ("local", "global"))
-    chances = _check_rules(rules)
-    alphas = _check_alpha(alpha, tuple(chances))
+    law = _law(rules, alpha)
     low, high = _check_lam_range(lam_range)
     partners, mirrored = _check_partner(partner, n, flip)
 
     # Drawn for all ranks, then sliced. The order of these draws is pinned by tests/golden; do not reorder.
     total = n * world_size
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
-    values = np.array([int(rule) for rule in chances], dtype=np.uint8)
-    edges = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
+    key = np.array([seed, step], dtype=np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
     picks = rng.random(1 if per == "batch" else total)
-    choice = np.minimum(np.searchsorted(edges / edges[-1], picks, side="right"), len(values) - 1)
-    rule = np.broadcast_to(values[choice], (total,)).copy()
-    mixed = rng.random(total) < prob
-    shape = np.array([alphas[Rule(r)] for r in range(4)], dtype=np.float64)[rule]
-    drawn = _draw_lam(rng, shape, shared=shared_lam)
-    rule[~mixed] = Rule.KEEP
-
-    # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
-    boxes_rng = np.random.Generator(
-        np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=np.array([0, 0, 0, view + 1], np.uint64))
-    )
-    boxes = draw_boxes(boxes_rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
-    lam = count_lam(rule, drawn, boxes, height * width)
-    if mirrored:
-        partner_lam = lam[::-1] if flip == "global" else lam.reshape(world_size, n)[:, ::-1].reshape(-1)
-        partner_lam = partner_lam[rank * n : (rank + 1) * n]
-    else:
-        partner_lam = lam[rank * n : (rank + 1) * n][partners]
-    rows = slice(rank * n, (rank + 1) * n)
-    occurring = {r for r, chance in chances.items() if chance > 0 and prob > 0}
+    choice = np.minimum(np.searchsorted(law.edges, picks, side="right"), len(law.values) - 1)
+    rule = np.full(total, law.values[choice[0]]) if per == "batch" else law.values[choice]
+    mixed = rng.random(total)
+    drawn = _draw_lam(rng, law, rule, shared=shared_lam)
     if prob < 1:
-        occurring.add(Rule.KEEP)
-    plan = MixPlan(
-        rule=torch.from_numpy(rule[rows].copy()),
+        rule[mixed >= prob] = _KEEP
+
+    pasted = boxed(rule)
+    if pasted.any():
+        # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
+        counter = np.array([0, 0, 0, view + 1], dtype=np.uint64)
+        boxes_rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        boxes = draw_boxes(boxes_rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
+    else:
+        boxes = np.zeros((total, 4), dtype=np.int32)
+    lam = count_lam(rule, drawn, boxes, height * width)
+    here = slice(rank * n, (rank + 1) * n)
+    if not mirrored:
+        partner_lam = lam[here][partners]
+    elif flip == "global":
+        partner_lam = lam[::-1][here].copy()
+    else:
+        partner_lam = lam[here][::-1].copy()
+    if world_size > 1:  # copies, so that the rows of the other ranks are let go
+        rule, lam, boxes = rule[here].copy(), lam[here].copy(), boxes[here].copy()
+    plan = _trusted(
+        rule=torch.from_numpy(rule),
         partner=torch.from_numpy(partners),
-        lam=torch.from_numpy(lam[rows].copy()),
-        partner_lam=torch.from_numpy(partner_lam.copy()),
-        box=torch.from_numpy(boxes[rows].copy()),
+        lam=torch.from_numpy(lam),
+        partner_lam=torch.from_numpy(partner_lam),
+        box=torch.from_numpy(boxes),
         size=(height, width),
         mirrored=mirrored,
-        rules=tuple(sorted(occurring)),
+        rules=law.occurring(prob),
     )
     return plan.to(device)
 
 
-def _draw_lam(rng: np.random.Generator, alpha: np.ndarray, *, shared: bool) -> np.ndarray:
+@_on_the_host
+def make_plan(
+    rule: str | Tensor,
+    lam: Tensor,
+    size: tuple[int, int],
+    *,
+    box: Tensor | None = None,
+    partner: Tensor | None = None,
+    partner_lam: Tensor | None = None,
+    device: torch.device | str | int = "cpu",
+) -> MixPlan:
+    """Make a plan by hand, from what was drawn elsewhere; what follows from it is worked out here.
+
+    The lam of the plan is each row's own share:
+
+        MIXUP: lam as given. CUTMIX, RESIZEMIX: 1 - h*w / (H*W), counted from the box. KEEP: 1.
+
+    Without `box`, a CUTMIX or RESIZEMIX row gets a box in the middle of the image, of the size that draw_plan gives it:
+
+        h = floor(H * sqrt(1 - lam)), w = floor(W * sqrt(1 - lam)), top = (H - h) // 2, left = (W - w) // 2
+
+    Args:
+        rule: the name of one rule for all rows ("mixup", "cutmix", "resizemix", "keep"), or (N,) uint8 `Rule`s.
+        lam: (N,) float32 in [0, 1], as drawn; its length is the number of rows.
+        size: (H, W) of the images in pixels.
+        box: (N, 4) int32 pixels: top, left, height, width, inside the image; zeros for KEEP and MIXUP rows.
+        partner: (N,) int64, 0 or more: the row whose pixels come in. Default the flip N-1-i. Rows from N up belong to
+            another set of images (`mix(partners=...)`) and need `partner_lam`.
+        partner_lam: (N,) float32 in [0, 1], the partner's own share; default `lam[partner]` of the plan.
+        device: where the plan's tensors go, by one asynchronous copy. Everything given is on the CPU.
+
+    Returns:
+        A `MixPlan` of N rows, whose `rules` are those that occur and that is `mirrored` without `partner`.
+
+    Raises:
+        TypeError: for an argument of a wrong type or dtype, naming it.
+        ValueError: for a value or shape outside what is said above, naming the argument.
+    """
+    height, width = check_size(size)
+    drawn = _host_array("lam", lam, torch.float32, "(N,)").astype(np.float64)
+    n = len(drawn)
+    _check_shares("lam", drawn)
+    chosen, rules = _rule_rows(rule, n)
+    if box is None:
+        boxes = _centred_boxes(chosen, drawn, (height, width))
+    else:
+        boxes = _host_array("box", box, torch.int32, "(N, 4)", rows=n).copy()
+        _check_boxes(chosen, boxes, (height, width))
+    counted = count_lam(chosen, drawn, boxes, height * width)
+    if partner is None:
+        partners = np.arange(n - 1, -1, -1, dtype=np.int64)
+    else:
+        partners = _host_array("partner", partner, torch.int64, "(N,)", rows=n).copy()
+        if n and partners.min() < 0:
+            raise ValueError(f"partner must hold row numbers of 0 or more, got {partners.min()}")
+    if partner_lam is not None:
+        partner_shares = _host_array("partner_lam", partner_lam, torch.float32, "(N,)", rows=n).copy()
+        _check_shares("partner_lam", partner_shares)
+    elif n and partners.max() >= n:
+        raise ValueError(
+            f"partner holds row {partners.max()}, but lam has only {n}; give partner_lam for partners from elsewhere"
+        )
+    else:
+        partner_shares = counted[partners]
+    plan = _trusted(
+        rule=torch.from_numpy(chosen),
+        partner=torch.from_numpy(partners),
+        lam=torch.from_numpy(counted),
+        partner_lam=torch.from_numpy(partner_shares),
+        box=torch.from_numpy(boxes),
+        size=(height, width),
+        mirrored=partner is None,
+        rules=rules,
+    )
+    return plan.to(device)
+
+
+def allowing(plan: MixPlan, rules: Iterable[Rule]) -> MixPlan:
+    """`plan`, saying that `rules` may occur beside its own: the host fields of every step's plan are then the same."""
+    return _trusted(**{**vars(plan), "rules": tuple(sorted({*plan.rules, *rules}))})
+
+
+def _trusted(**fields: Any) -> MixPlan:
+    """A plan of fields that need no check, since they were made here of what was checked already."""
+    plan = object.__new__(MixPlan)
+    vars(plan).update(fields)
+    return plan
+
+
+class _Law(NamedTuple):
+    """The rules that are drawn from, in ascending order, so that the order of names never moves a draw.
+
+    Attributes:
+        values: (R,) uint8, the rules.
+        edges: (R,) float64, their cumulated probabilities, the last 1.
+        alphas: (4,) float64, alpha of every `Rule`.
+        alpha: the one alpha of all of `values`, or None.
+        likely: the rules of a probability above 0.
+    """
+
+    values: np.ndarray
+    edges: np.ndarray
+    alphas: np.ndarray
+    alpha: float | None
+    likely: tuple[Rule, ...]
+
+    def occurring(self, prob: float) -> tuple[Rule, ...]:
+        """The rules that may occur where each row is mixed with chance `prob`."""
+        return tuple(sorted({Rule.KEEP, *self.likely})) if 0 < prob < 1 else self.likely if prob else (Rule.KEEP,)
+
+
+def _law(rules: object, alpha: object) -> _Law:
+    """The law of `rules` and `alpha`, checked; what was checked once is not checked for every step."""
+    key = _plain(rules), _plain(alpha)
+    if None in key:
+        return _make_law(rules, alpha)
+    found = _LAWS.get(key)
+    if found is None:
+        found = _make_law(rules, alpha)
+        if len(_LAWS) < 256:
+            _LAWS[key] = found
+    return found
+
+
+_LAWS: dict[object, _Law] = {}
+
+
+def _plain(value: object) -> object:
+    """A key for a number, a name, or a sequence or mapping of such, that tells 1 from True; None for anything else."""
+    kind = type(value)
+    if kind in (float, int, str, Rule):
+        return kind, value
+    if isinstance(value, dict):
+        parts = tuple(_plain(part) for item in value.items() for part in item)
+    elif isinstance(value, (tuple, list)):
+        parts = tuple(_plain(part) for part in value)
+    else:
+        return None
+    return None if None in parts else (kind, parts)
+
+
+def _make_law(rules: object, alpha: object) -> _Law:
+    chances = _check_rules(rules)
+    alphas = _check_alpha(alpha, tuple(chances))
+    edges = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
+    used = {alphas[rule] for rule in chances}
+    return _Law(
+        values=np.array([int(rule) for rule in chances], dtype=np.uint8),
+        edges=edges / edges[-1],
+        alphas=np.array([alphas[rule] for rule in Rule], dtype=np.float64),
+        alpha=used.pop() if len(used) == 1 else None,
+        likely=tuple(rule for rule, chance in chances.items() if chance > 0),
+    )
+
+
+def _draw_lam(rng: np.random.Generator, law: _Law, rule: np.ndarray, *, shared: bool) -> np.ndarray:
     """lam ~ Beta(alpha, alpha) for every row, or, with `shared`, one draw for all rows of one alpha."""
+    if law.alpha is not None:  # draws the very numbers of the general case, faster
+        if shared:
+            return np.full(len(rule), rng.beta(law.alpha, law.alpha, size=min(len(rule), 1)))
+        return rng.beta(law.alpha, law.alpha, size=len(rule))
+    alpha = law.alphas[rule]
     if not shared:
         return rng.beta(alpha, alpha)
     kinds, inverse = np.unique(alpha, return_inverse=True)
@@ -368,31 +690,48 @@ def draw_boxes(
 ) -> np.ndarray:
     """(N, 4) int32 boxes of the CutMix and ResizeMix rows, zeros elsewhere (method: paper Eq. 2, timm for `clip`)."""
     low, high = lam_range
-    squeezed = np.where(rule == Rule.RESIZEMIX, low + (high - low) * drawn, drawn)
+    squeezed = np.where(rule == _RESIZEMIX, low + (high - low) * drawn, drawn)
     ratio = np.sqrt(np.clip(1 - squeezed, 0, 1))
-    boxes = np.zeros((len(rule), 4), dtype=np.int32)
-    for axis, extent in enumerate(size):
-        uniform = rng.random(len(rule))
-        cut = np.floor(extent * ratio).astype(np.int64)
-        if clip:
-            centre = np.minimum(np.floor(uniform * extent).astype(np.int64), extent - 1)
-            start = np.clip(centre - cut // 2, 0, extent)
-            end = np.clip(centre + (cut + 1) // 2, 0, extent)
-        else:
-            room = extent - cut
-            start = np.minimum(np.floor(uniform * (room + 1)).astype(np.int64), room)
-            end = start + cut
-        boxes[:, axis] = start
-        boxes[:, 2 + axis] = end - start
-    boxes[~np.isin(rule, _BOXED)] = 0
+    extent = np.array(size, dtype=np.int64)[:, None]
+    uniform = rng.random((2, len(rule)))
+    cut = np.floor(extent * ratio).astype(np.int64)
+    if clip:
+        centre = np.minimum(np.floor(uniform * extent).astype(np.int64), extent - 1)
+        start = np.clip(centre - cut // 2, 0, extent)
+        cut = np.clip(centre + (cut + 1) // 2, 0, extent) - start
+    else:
+        room = extent - cut
+        start = np.minimum(np.floor(uniform * (room + 1)).astype(np.int64), room)
+    return _boxes(rule, start, cut)
+
+
+def _centred_boxes(rule: np.ndarray, lam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(N, 4) int32 boxes in the middle, sized from lam, of the CutMix and ResizeMix rows; zeros elsewhere."""
+    extent = np.array(size, dtype=np.int64)[:, None]
+    cut = np.floor(extent * np.sqrt(1 - lam)).astype(np.int64)
+    return _boxes(rule, (extent - cut) // 2, cut)
+
+
+def _boxes(rule: np.ndarray, start: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """(N, 4) int32: (2, N) starts and sides of both axes, where the rule has a box; zeros elsewhere."""
+    boxes = np.empty((len(rule), 4), dtype=np.int32)
+    boxes[:, :2], boxes[:, 2:] = start.T, cut.T
+    pasted = boxed(rule)
+    if not pasted.all():
+        boxes[~pasted] = 0
     return boxes
 
 
 def count_lam(rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, area: int) -> np.ndarray:
     """(N,) float32: the share of a row's own pixels, counted from its integer box."""
-    counted = 1 - boxes[:, 2].astype(np.int64) * boxes[:, 3] / area
-    lam = np.where(rule == Rule.KEEP, 1.0, np.where(rule == Rule.MIXUP, drawn, counted))
-    return lam.astype(np.float32)
+    pasted = boxed(rule)
+    if pasted.any():
+        counted = 1 - boxes[:, 2].astype(np.int64) * boxes[:, 3] / area
+        lam = np.where(pasted, counted, drawn).astype(np.float32)
+    else:
+        lam = drawn.astype(np.float32)
+    lam[rule == _KEEP] = 1
+    return lam
 
 
 def _pack(plan: MixPlan, *, pin: bool) -> tuple[Tensor, list[tuple[str, int, int]]]:
@@ -415,7 +754,7 @@ def _unpack(packed: Tensor, layout: list[tuple[str, int, int]], plan: MixPlan) -
     return MixPlan(size=plan.size, mirrored=plan.mirrored, rules=plan.rules, **parts)
 
 
-def _check_size(size: object) -> tuple[int, int]:
+def check_size(size: object) -> tuple[int, int]:
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise TypeError(f"size must be (H, W) in pixels, got {size!r}")
     height = check_integer("size[0]", size[0], low=1, high=2**31 - 1, what="a height in pixels, 1 or more")
@@ -523,22 +862,74 @@ def _check_values(plan: MixPlan) -> None:
     if plan.mirrored and not np.array_equal(partner, np.arange(len(rule) - 1, -1, -1)):
         raise ValueError("mirrored is True but partner is not the flip N-1-i; give mirrored=False")
     for name, share in (("lam", lam), ("partner_lam", plan.partner_lam.numpy())):
-        if not ((share >= 0) & (share <= 1)).all():
-            raise ValueError(f"{name} must hold shares in [0, 1], got {share[~((share >= 0) & (share <= 1))][0]}")
-    boxed = np.isin(rule, _BOXED)
-    if box[~boxed].any():
-        raise ValueError("box must be zeros for rows with KEEP or MIXUP")
-    inside = (box >= 0).all(1) & (box[:, 0] + box[:, 2] <= height) & (box[:, 1] + box[:, 3] <= width)
-    if not inside.all():
-        row = int(np.flatnonzero(~inside)[0])
-        raise ValueError(f"box must lie inside the {height} x {width} image, but row {row} has {box[row].tolist()}")
+        _check_shares(name, share)
+    pasted = boxed(rule)
+    _check_boxes(rule, box, plan.size)
     if (lam[rule == Rule.KEEP] != 1).any():
         raise ValueError("lam must be 1 for rows with KEEP")
     counted = 1 - box[:, 2] * box[:, 3] / (height * width)
-    wrong = boxed & (np.abs(lam - counted) > 1e-6)
+    wrong = pasted & (np.abs(lam - counted) > 1e-6)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
             f"lam of row {row} is {lam[row]:g}, but its box leaves a share of {counted[row]:g}: for CUTMIX and "
             f"RESIZEMIX lam must be 1 - h*w/(H*W)"
         )
+
+
+def _check_shares(name: str, share: np.ndarray) -> None:
+    within = (share >= 0) & (share <= 1)
+    if not within.all():
+        raise ValueError(f"{name} must hold shares in [0, 1], got {share[~within][0]}")
+
+
+def _check_boxes(rule: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> None:
+    height, width = size
+    pasted = boxed(rule)
+    if not pasted.all() and box[~pasted].any():
+        raise ValueError("box must be zeros for rows with KEEP or MIXUP")
+    wide = box.astype(np.int64)
+    inside = (wide >= 0).all(1) & (wide[:, 0] + wide[:, 2] <= height) & (wide[:, 1] + wide[:, 3] <= width)
+    if not inside.all():
+        row = int(np.flatnonzero(~inside)[0])
+        raise ValueError(f"box must lie inside the {height} x {width} image, but row {row} has {box[row].tolist()}")
+
+
+def _host_array(name: str, value: object, dtype: torch.dtype, shape: str, rows: int | None = None) -> np.ndarray:
+    """The values of a constant tensor on the CPU, of shape (N,) or (N, 4)."""
+    tensor = check_tensor(name, value, dtypes=(dtype,), ndim=1 + ("4" in shape), shape=shape)
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {tensor.device}, but plans are made on the host; give it on the CPU, and `device`"
+        )
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but a plan holds constants; use .detach()")
+    if rows is not None and len(tensor) != rows:
+        raise ValueError(f"{name} has {len(tensor)} rows but lam has {rows}; give one per row")
+    if tensor.ndim == 2 and tensor.shape[1] != 4:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    return tensor.numpy()
+
+
+def _rule_rows(rule: object, n: int) -> tuple[np.ndarray, tuple[Rule, ...]]:
+    """(n,) uint8 rules, and those that occur."""
+    if not isinstance(rule, Tensor):
+        one = _rule("rule", rule)
+        return np.full(n, int(one), dtype=np.uint8), (one,)
+    rows = _host_array("rule", rule, torch.uint8, "(N,)", rows=n).copy()
+    occurring = sorted(set(rows.tolist()))
+    if occurring and occurring[-1] > _RESIZEMIX:
+        raise ValueError(f"rule must hold Rule values (0 to {_RESIZEMIX}), got {occurring[-1]}")
+    return rows, tuple(Rule(value) for value in occurring)
+
+
+def _flatten(plan: MixPlan) -> tuple[list[Tensor], tuple[tuple[int, int], bool, tuple[Rule, ...]]]:
+    return [getattr(plan, name) for name in _TENSORS], (plan.size, plan.mirrored, plan.rules)
+
+
+def _unflatten(tensors: Iterable[Any], host: tuple[tuple[int, int], bool, tuple[Rule, ...]]) -> MixPlan:
+    size, mirrored, rules = host
+    return _trusted(**dict(zip(_TENSORS, tensors, strict=True)), size=size, mirrored=mirrored, rules=rules)
+
+
+register_pytree_node(MixPlan, _flatten, _unflatten, serialized_type_name="sdmp_kernels.plan.MixPlan")

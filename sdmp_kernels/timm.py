@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import LABELS, Draws, build_plan, choose, class_numbers, dense_target
+from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
+from sdmp_kernels._drop_in import LABELS, Draws, choose, class_numbers, dense_target
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_boxes
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
 
 _MODES = ("batch", "pair", "elem")
 _IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,7 +25,8 @@ class Mixup:
 
     Row i is mixed with row N-1-i. Every mode is one fused call, on the device of the images. What timm gets wrong is
     right here: odd batches work (the middle row is its own partner), uint8 images are mixed in float32 and rounded
-    once, and lam and the targets are float32 whatever the dtype of the images.
+    once, and lam and the targets are float32 whatever the dtype of the images. Features are mixed as images are, with
+    gradients to the layer they come from.
 
     Args:
         mixup_alpha: Mixup's lam ~ Beta(alpha, alpha); 0 switches Mixup off.
@@ -126,7 +128,10 @@ class Mixup:
         """Mix `x` in place and make its target.
 
         Args:
-            x: (N, C, H, W) uint8, float16, bfloat16 or float32, any N. Overwritten.
+            x: (N, C, H, W) uint8, float16, bfloat16 or float32, any N. Overwritten, also where it requires a
+                gradient (features of a layer): that flows through the mixing, unless the layer saved its output, as
+                ReLU does; give x.clone() then. Of more dimensions, such as (N, C, T, H, W), the last two are H and W;
+                with Mixup alone fewer do, such as (N, D).
             target: (N,) integer class numbers in [0, K); with `multi_label` (N, K) rows.
             plan: replay this plan instead of drawing one (needs `correct_lam=True`: a plan holds the counted lam).
 
@@ -136,27 +141,39 @@ class Mixup:
         Raises:
             TypeError, ValueError: naming the argument, before anything is written.
         """
-        check_tensor("x", x, dtypes=_IMAGES, ndim=4, shape="(N, C, H, W)")
+        if plan is not None and not isinstance(plan, MixPlan):
+            raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
+        if plan is not None and not self.correct_lam:
+            raise ValueError("plan cannot be replayed with correct_lam=False: a plan holds the counted lam only")
+        rules = self._rules() if plan is None else plan.rules
+        images = _as_images(x, rules)
         target = self._check_target(target, len(x))
         lam = None
         if plan is None:
-            plan, lam = self._draw(len(x), (x.shape[2], x.shape[3]))
-        elif not isinstance(plan, MixPlan):
-            raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
-        elif not self.correct_lam:
-            raise ValueError("plan cannot be replayed with correct_lam=False: a plan holds the counted lam only")
+            plan, lam = self._draw(len(x), (images.shape[2], images.shape[3]))
         if len(plan) != len(x):
             raise ValueError(f"plan has {len(plan)} rows but x {len(x)}; draw it with n={len(x)}")
         here = plan.to(x.device)
         labels = self._target(here if target.device == x.device else plan.to(target.device), lam, target)
-        if plan.rules != (Rule.KEEP,):
-            mix(x, here, out=x)
+        if rules != (Rule.KEEP,):
+            _mix_in_place(x, images, here)
         self.last_plan = here
         return x, labels
 
     def draw(self, n: int, size: tuple[int, int]) -> MixPlan:
-        """The plan of the next step, on the CPU, as a call on n images of `size` = (H, W) would draw it."""
-        return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), size)[0]
+        """Draw the plan of the next step, as a call would.
+
+        Args:
+            n: number of images, 0 or more.
+            size: (H, W) of the images in pixels.
+
+        Returns:
+            A `MixPlan` of n rows, on the CPU.
+
+        Raises:
+            TypeError, ValueError: for anything else, naming the argument.
+        """
+        return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), check_size(size))[0]
 
     def _draw(self, n: int, size: tuple[int, int]) -> tuple[MixPlan, Tensor | None]:
         """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's."""
@@ -166,16 +183,15 @@ class Mixup:
             rng = self._draws.next()
             rule, drawn = self._draw_rules(rng, count)
             boxes = self._draw_boxes(rng, rule, drawn, size)
-            rules = self._rules()
         else:
             rule, drawn = np.full(count, int(Rule.KEEP), dtype=np.uint8), np.ones(count)
-            boxes, rules = np.zeros((count, 4), dtype=np.int32), (Rule.KEEP,)
-        rule, drawn, boxes = rule[unit], drawn[unit], boxes[unit]
-        flip = np.arange(n - 1, -1, -1)
-        plan = build_plan(rule, drawn, boxes, flip, size, rules=rules, mirrored=True)
+            boxes = np.zeros((count, 4), dtype=np.int32)
+        rule, drawn = rule[unit], drawn[unit].astype(np.float32)
+        plan = make_plan(torch.from_numpy(rule), torch.from_numpy(drawn), size, box=torch.from_numpy(boxes[unit]))
+        plan = allowing(plan, self._rules())
         if self.correct_lam or self.cutmix_minmax is not None:
             return plan, None
-        uncorrected = np.where(rule == Rule.CUTMIX, drawn.astype(np.float32), plan.lam.numpy())
+        uncorrected = np.where(rule == Rule.CUTMIX, drawn, plan.lam.numpy())
         return plan, torch.from_numpy(uncorrected)
 
     def _units(self, n: int) -> np.ndarray:
@@ -198,6 +214,8 @@ class Mixup:
 
     def _rules(self) -> tuple[Rule, ...]:
         """The rules that may occur, the same for every call."""
+        if not self.mixup_enabled:
+            return (Rule.KEEP,)
         rules = [rule for rule, chance in self._chances().items() if chance > 0 and self.mix_prob > 0]
         return tuple(([Rule.KEEP] if self.mix_prob < 1 else []) + rules)
 
@@ -242,6 +260,42 @@ class Mixup:
             weight = two_hot.weight[:, None]
             return smoothed * weight + smoothed[two_hot.second] * (1 - weight)
         return two_hot if self.labels == "two_hot" else dense_target(two_hot, self.num_classes, self.label_smoothing)
+
+
+def _as_images(x: Tensor, rules: tuple[Rule, ...]) -> Tensor:
+    """`x` as (N, C, H, W), a view where its strides allow one; refused where it cannot be mixed in place."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor of shape (N, C, H, W), got {type(x).__name__}")
+    if x.ndim == 0 or (x.ndim < 4 and any(rule > Rule.MIXUP for rule in rules)):
+        raise ValueError(
+            f"x must have shape (N, C, H, W), got {tuple(x.shape)}; what has no height and width is mixed by Mixup "
+            "alone, with cutmix_alpha=0, resizemix_alpha=0 and cutmix_minmax=None"
+        )
+    check_tensor("x", x, dtypes=_IMAGES, ndim=x.ndim, shape="(N, C, H, W)")
+    if x.ndim == 4:
+        check_channels_first("x", x)
+    if rules != (Rule.KEEP,):
+        if any(length > 1 and stride == 0 for length, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError("x is an expanded tensor whose elements share memory; give x.contiguous() to mix in place")
+        owner = x if x._base is None else x._base
+        if torch.is_grad_enabled() and owner.requires_grad and owner.is_leaf:
+            raise ValueError(
+                "x is a leaf that requires a gradient, which nothing may change in place; give x.clone(), or use "
+                "torch.no_grad()"
+            )
+    if x.ndim < 4:
+        rows = x.reshape(len(x), 1, 1, *x.shape[1:]) if x.ndim < 3 else x[:, None]
+        return rows[..., None] if x.ndim == 1 else rows
+    return x if x.ndim == 4 else x.flatten(1, -3)
+
+
+def _mix_in_place(x: Tensor, images: Tensor, plan: MixPlan) -> None:
+    """Mix `x` by `plan`, `images` being `x` as (N, C, H, W): at once, or through a copy that autograd can follow."""
+    followed = torch.is_grad_enabled() and x.requires_grad
+    if not followed and images.data_ptr() == x.data_ptr():
+        mix(images, plan, out=images)
+    else:
+        x.copy_(cast(Tensor, mix(images, plan)).view_as(x))
 
 
 def _alpha(name: str, alpha: float) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number
-from sdmp_kernels._drop_in import LABELS, Draws, build_plan, class_numbers, dense_target
+from sdmp_kernels._drop_in import LABELS, Draws, class_numbers, dense_target
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_boxes
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, check_size, draw_boxes, make_plan
 
 
 class _Mixing(nn.Module):
@@ -32,6 +32,27 @@ class _Mixing(nn.Module):
         labels: str = "dense",
         seed: int | None = None,
     ) -> None:
+        """Make the transform; torchvision's arguments, and `per`, `labels` and `seed`.
+
+        Args:
+            alpha: lam ~ Beta(alpha, alpha), above 0.
+            num_classes: K; needed where labels are class numbers and the result is dense.
+            labels_getter: "default" takes the second input if it is a tensor, or what its key with "label" holds; or a
+                callable from the inputs to the labels among them.
+            per: "batch" draws one lam and box for the batch, as torchvision; "sample" one for every sample.
+            labels: "dense" returns torchvision's (N, K) targets; "two_hot" a `TwoHot`, for this package's losses.
+            seed: of this object's draws, an integer in [0, 2**64). By default one made of torch's seed
+                (`torch.initial_seed()` when the object is made) and of how many such objects this process has made
+                before: an object made anew for every batch or epoch draws afresh, and after `torch.manual_seed` a
+                program that makes its objects in the same order draws the same. In DataLoader workers torch's seed of
+                the worker, another one every epoch, is folded in. No global random state is read or written. Ranks
+                that call `torch.manual_seed` with one number draw alike, as with torchvision: add the rank to it, or
+                to `seed`. Processes forked by other means than a DataLoader draw alike too. `copy.deepcopy` of an
+                object without `seed` draws afresh; a pickled object goes on where it was.
+
+        Raises:
+            TypeError, ValueError: for anything else, naming the argument.
+        """
         super().__init__()
         self.alpha = check_number("alpha", alpha, low=0.0, high=1e6, what="a number above 0")
         if self.alpha == 0:
@@ -96,8 +117,20 @@ class _Mixing(nn.Module):
         return tree_unflatten(outputs, spec)
 
     def draw(self, n: int, size: tuple[int, int]) -> MixPlan:
-        """The plan of the next step, on the CPU, as a call on n images of `size` = (H, W) would draw it."""
+        """Draw the plan of the next step, as a call would.
+
+        Args:
+            n: number of images, 0 or more.
+            size: (H, W) of the images in pixels.
+
+        Returns:
+            A `MixPlan` of n rows, on the CPU.
+
+        Raises:
+            TypeError, ValueError: for anything else, naming the argument.
+        """
         n = check_integer("n", n, low=0, what="a number of images, 0 or more")
+        size = check_size(size)
         rng = self._draws.next()
         count = n if self.per == "sample" else min(n, 1)
         rule = np.full(count, int(self.rule), dtype=np.uint8)
@@ -105,7 +138,13 @@ class _Mixing(nn.Module):
         boxes = self._draw_boxes(rng, rule, drawn, size)
         rows = np.arange(n) if self.per == "sample" else np.zeros(n, dtype=np.int64)
         previous = (np.arange(n) - 1) % max(n, 1)
-        return build_plan(rule[rows], drawn[rows], boxes[rows], previous, size, rules=(self.rule,), mirrored=False)
+        return make_plan(
+            self.rule.name.lower(),
+            torch.from_numpy(drawn[rows].astype(np.float32)),
+            size,
+            box=torch.from_numpy(boxes[rows]),
+            partner=torch.from_numpy(previous),
+        )
 
     def _draw_boxes(
         self, rng: np.random.Generator, rule: np.ndarray, drawn: np.ndarray, size: tuple[int, int]
@@ -150,46 +189,39 @@ class _Mixing(nn.Module):
         return f"alpha={self.alpha}, num_classes={self.num_classes}, per={self.per!r}, labels={self.labels!r}"
 
 
-_ARGUMENTS = """
+class MixUp(_Mixing):
+    """Mixup of a batch of images and labels: lam * x_i + (1 - lam) * x_(i-1).
+
     Each sample is mixed with the one before it, the first with the last. The inputs are not changed; integer images
     are mixed in float32 and rounded once. Called as torchvision's: `images, labels = transform(images, labels)`, in a
     training loop or as part of a `collate_fn`.
 
-    Args:
-        alpha: lam ~ Beta(alpha, alpha), above 0.
-        num_classes: K; needed where labels are class numbers and the result is dense.
-        labels_getter: "default" takes the second input if it is a tensor, or what its key with "label" holds; or a
-            callable from the inputs to the labels among them.
-        per: "batch" draws one lam and box for the batch, as torchvision; "sample" one for every sample.
-        labels: "dense" returns torchvision's (N, K) targets; "two_hot" a `TwoHot`, for this package's losses.
-        seed: of this object's draws, an integer in [0, 2**64). By default one made of torch's seed
-            (`torch.initial_seed()` when the object is made) and of how many such objects this process has made
-            before: an object made anew for every batch or epoch draws afresh, and after `torch.manual_seed` a program
-            that makes its objects in the same order draws the same. In DataLoader workers torch's seed of the worker,
-            another one every epoch, is folded in. No global random state is read or written. Ranks that call
-            `torch.manual_seed` with one number draw alike, as with torchvision: add the rank to it, or to `seed`.
-            Processes forked by other means than a DataLoader draw alike too. `copy.deepcopy` of an object without
-            `seed` draws afresh; a pickled object goes on where it was.
-
     Attributes:
         seed: the seed, given or made: a new object with this `seed` repeats the draws of this one.
         step: number of draws so far. Draws depend on (seed, step, worker) alone: set it to resume.
-"""
 
+    Source: Mixup, Zhang et al. 2018.
+    """
 
-class MixUp(_Mixing):
-    __doc__ = f"""Mixup of a batch of images and labels: lam * x_i + (1 - lam) * x_(i-1).
-{_ARGUMENTS}
-    Source: Mixup, Zhang et al. 2018."""
     rule = Rule.MIXUP
 
 
 class CutMix(_Mixing):
-    __doc__ = f"""CutMix of a batch: a box of x_(i-1) at the same place of x_i; labels weigh by its area.
+    """CutMix of a batch: a box of x_(i-1) at the same place of x_i; labels weigh by its area.
 
     The box has half sides floor(side * sqrt(1 - lam) / 2) about a centre anywhere, and is clipped at the border.
-{_ARGUMENTS}
-    Source: CutMix, Yun et al. 2019."""
+
+    Each sample is mixed with the one before it, the first with the last. The inputs are not changed; integer images
+    are mixed in float32 and rounded once. Called as torchvision's: `images, labels = transform(images, labels)`, in a
+    training loop or as part of a `collate_fn`.
+
+    Attributes:
+        seed: the seed, given or made: a new object with this `seed` repeats the draws of this one.
+        step: number of draws so far. Draws depend on (seed, step, worker) alone: set it to resume.
+
+    Source: CutMix, Yun et al. 2019.
+    """
+
     rule = Rule.CUTMIX
 
     def _draw_boxes(
@@ -206,11 +238,21 @@ class CutMix(_Mixing):
 
 
 class ResizeMix(_Mixing):
-    __doc__ = f"""ResizeMix of a batch: the whole of x_(i-1), resized into a box of x_i; labels weigh by its area.
+    """ResizeMix of a batch: the whole of x_(i-1), resized into a box of x_i; labels weigh by its area.
 
     lam is mapped onto [0.1, 0.9], the box has sides floor(side * sqrt(1 - lam)) and lies inside, as in `draw_plan`.
-{_ARGUMENTS}
-    Source: ResizeMix, Qin et al. 2020."""
+
+    Each sample is mixed with the one before it, the first with the last. The inputs are not changed; integer images
+    are mixed in float32 and rounded once. Called as torchvision's: `images, labels = transform(images, labels)`, in a
+    training loop or as part of a `collate_fn`.
+
+    Attributes:
+        seed: the seed, given or made: a new object with this `seed` repeats the draws of this one.
+        step: number of draws so far. Draws depend on (seed, step, worker) alone: set it to resume.
+
+    Source: ResizeMix, Qin et al. 2020.
+    """
+
     rule = Rule.RESIZEMIX
 
 

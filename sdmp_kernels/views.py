@@ -10,6 +10,7 @@ Letters: N images, H W pixels.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from sdmp_kernels._checks import check_choice, check_integer, check_tensor, readable
 
@@ -97,13 +99,13 @@ class EvalView:
 
 
 _DTYPES = {
+    "flip": torch.bool,
     "brightness": torch.float32,
     "contrast": torch.float32,
     "saturation": torch.float32,
     "hue": torch.float32,
-    "sigma": torch.float32,
-    "flip": torch.bool,
     "gray": torch.bool,
+    "sigma": torch.float32,
     "solarize": torch.bool,
 }
 
@@ -170,17 +172,7 @@ class ViewDraws:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The nine tensors, in the order of the attributes."""
-        return (
-            self.box,
-            self.flip,
-            self.brightness,
-            self.contrast,
-            self.saturation,
-            self.hue,
-            self.gray,
-            self.sigma,
-            self.solarize,
-        )
+        return tuple(getattr(self, name) for name in ("box", *_DTYPES))
 
     def to(self, device: torch.device | str | int) -> ViewDraws:
         """The same draws on `device`, by one asynchronous copy (from pinned memory where the target is a GPU)."""
@@ -222,6 +214,21 @@ class ViewDraws:
             raise ValueError(f"sigma holds {float(self.sigma.max()):g}, above max_sigma={self.max_sigma:g}")
 
 
+def _flatten(draws: ViewDraws) -> tuple[list[Tensor], float | None]:
+    return list(draws.tensors()), draws.max_sigma
+
+
+def _unflatten(tensors: Iterable[Any], max_sigma: float | None) -> ViewDraws:
+    # Not by the constructor: the leaves may be anything for a while.
+    draws = object.__new__(ViewDraws)
+    for name, value in zip(("box", *_DTYPES, "max_sigma"), (*tensors, max_sigma), strict=True):
+        object.__setattr__(draws, name, value)
+    return draws
+
+
+register_pytree_node(ViewDraws, _flatten, _unflatten, serialized_type_name="sdmp_kernels.views.ViewDraws")
+
+
 def view_size(size_px: Size) -> tuple[int, int]:
     """(height, width) of a view from a side or such a pair.
 
@@ -230,9 +237,7 @@ def view_size(size_px: Size) -> tuple[int, int]:
     """
     pair = (size_px, size_px) if isinstance(size_px, int) else tuple(size_px)
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
-        raise ValueError(
-            f"size_px must be a whole number of pixels, 1 or more, or (height, width), but is {size_px!r}"
-        )
+        raise ValueError(f"size_px must be a whole number of pixels, 1 or more, or (height, width), but is {size_px!r}")
     return pair
 
 
@@ -380,7 +385,9 @@ def _numbers(values: NDArray[np.float64]) -> Tensor:
 def _sizes(name: str, sizes: Any) -> NDArray[np.int64]:
     found = np.asarray(sizes)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"{name} must be (N,) whole numbers, got an array of shape {found.shape} and type {found.dtype}")
+        raise TypeError(
+            f"{name} must be (N,) whole numbers, got an array of shape {found.shape} and type {found.dtype}"
+        )
     if len(found) and found.min() < 1:
         raise ValueError(f"{name} must hold sizes of 1 or more, got {found.min()}")
     return found.astype(np.int64)

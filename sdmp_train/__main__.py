@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
-from .config import Config, ConfigError, load_config, near
+from .config import Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, presets
 
 DONE, BAD_INPUT, BAD_IMAGES, UNWRITABLE = 0, 2, 4, 5
@@ -38,6 +38,8 @@ class PretrainArguments:
     """Settings of a run: preset < --config file < flags."""
 
     config: OmitArgPrefixes[Config] = field(default_factory=Config)
+    method: MethodName = "mocov3"
+    """Pretext task; it decides which flags there are."""
     folder: Positional[str | None] = None
     """The same as --data."""
     config_file: Annotated[str | None, arg(name="config")] = None
@@ -108,7 +110,7 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     """Preset, then config file (or the resumed run's), then flags."""
     argv = fill_resume(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--config", "--resume", "--output"):
+    for flag in ("--preset", "--method", "--config", "--resume", "--output"):
         early.add_argument(flag)
     first = early.parse_known_args(argv)[0]
     base = get_preset(first.preset or "custom")
@@ -118,7 +120,9 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
         base = run_folder.stored_config(resumed_folder(first.resume, first.output))
     if first.preset:
         base = replace(base, run=replace(base.run, preset=first.preset))
-    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base))
+    if first.method:
+        base = with_method(base, first.method)
+    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
 
 

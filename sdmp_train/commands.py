@@ -84,7 +84,7 @@ def open_loader(training: Training, index: Index) -> Loader:
     config, world = training.config, training.world
     return make_loader(
         index,
-        training.method.recipes(),
+        training.method.views(training.at),
         batch_size=config.optim.batch_size // world.size,
         steps=training.last_step,
         start_step=training.step,
@@ -109,8 +109,6 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         + ("asked for" if torch.cuda.is_available() else "torch sees no GPU")
     )
     serving = {op: places[world.device.type] for op, places in backends().items()}
-    chance = method.chance()
-    terms = " + ".join(f"{term.weight:g} {term.name}({term.query} -> {term.key})" for term in method.terms)
     rows = optim.batch_size // world.size
     lines = [
         f"preset   {config.run.preset}",
@@ -118,8 +116,8 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         f"kernels  {', '.join(f'{op}: {name}' for op, name in serving.items())}",
         f"data     {index.summary()}",
         f"model    {config.model.arch} at {config.data.image_px} px: {millions(method.backbone)} M parameters, "
-        f"{millions(method.student)} M with heads",
-        f"loss     {terms}; chance level {chance['loss']:.3f}",
+        f"{millions(method.trained)} M with heads",
+        f"loss     {method.describe()}",
         f"batch    global {optim.batch_size} = {world.size} x {rows} x accum 1",
         f"steps    {training.steps_per_epoch} per epoch x {optim.epochs} epochs = {training.total_steps}"
         + (f", stopping after {training.last_step}" if training.last_step < training.total_steps else ""),
@@ -163,10 +161,13 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     if output.exists() and output != run / "exported":
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    prefix = "encoder.backbone."
-    tensors = {name.removeprefix(prefix): t for name, t in parts["model"].items() if name.startswith(prefix)}
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed)
-    checkpoint.load_module(backbone, tensors, f"{path}/model")
+    if "backbone" not in state:
+        raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
+    part, _, place = state["backbone"].partition(".")
+    prefix = f"{place}." if place else ""
+    tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
+    backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
+    checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(f"exported {path} to {output}")
     return 0

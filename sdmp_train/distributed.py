@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     Raises:
         RuntimeError: where what was written does not give the same model.
     """
-    name, arguments = timm_arguments(config.model, config.data.image_px)
+    name, arguments = timm_arguments(config.model, config.data.image_px, **config.backbone_options)
     frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
     description = {
         "architecture": name,
@@ -45,7 +45,7 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
             "num_classes": 0,
         },
         "stem": config.model.stem,
-        "pretraining": {"preset": config.run.preset, "method": config.method.method, "steps": step},
+        "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
     draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)

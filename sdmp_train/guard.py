@@ -32,6 +32,10 @@ class BufferGuard:
         """Remember the buffers as they are."""
         self._kept = [storage.clone() for storage in self._storages]
 
+    def forget(self) -> None:
+        """Let go of what `keep` remembered."""
+        self._kept = []
+
     def restore(self, bad: Tensor) -> None:
         """Put back what `keep` remembered, where `bad` (0-dim bool on the device) is true."""
         for storage, kept in zip(self._storages, self._kept, strict=True):

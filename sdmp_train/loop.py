@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from .data import Loader
+from .data import Batch, Loader
 from .distributed import reduce_max
 from .guard import LateFlags, StopRequest
 from .log import Log
 from .meter import Meter
-from .optim import key_momentum, learning_rate
+from .methods.method import Loss, Step
+from .optim import clip_gradients, drop_frozen_gradients, set_schedules
 from .training import Training
 
 
@@ -34,24 +34,18 @@ def train(
     The host never waits for the device within a step: whether a step was finite, and whether any rank was asked to
     stop, it reads one step late.
     """
-    config, method = training.config, training.method
+    config = training.config
     flags, meter, bad_steps = LateFlags(), Meter(training.world, config.optim.batch_size), 0
     log.start_progress(training.last_step, training.step)
     batches = iter(loader)
     while training.step < training.last_step:
         with meter.waiting():
             batch = next(batches)  # decode, augment
-        plan = method.plan(training.step)
-        images = method.mix(batch.views, plan)
-        training.buffers.keep()
-        queries, keys = method.encode(images)
-        loss, terms = method.loss(queries, keys, plan)
-        grad_norm, bad_or_stop = update(training, loss, stop)
+        made = step(training, [batch], stop)
 
-        flags.push(training.step, batch.ids, bad_or_stop)
-        training.step += 1
+        flags.push(training.step - 1, batch.ids, made.flags)
         last = training.step == training.last_step
-        meter.add({"loss": loss, **terms, "grad_norm": grad_norm, **method.facts(plan)})
+        meter.add(made)
         if last or training.step % config.run.log_every_steps == 0:
             write_line(training, meter, log)
         with meter.paused():
@@ -68,43 +62,63 @@ def train(
     return Outcome.DONE
 
 
-def update(training: Training, loss: Tensor, stop: StopRequest) -> tuple[Tensor, Tensor]:
-    """Backward, optimiser, momentum encoder. Where loss or gradient is not finite on any rank, nothing changes.
+def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Step:
+    """One step on batches that are decoded and augmented; gradients accumulate where there are several."""
+    method, losses = training.method, []
+    training.optimizer.zero_grad(set_to_none=True)
+    with training.undoable(), training.seeded():
+        for part, batch in enumerate(batches):
+            at = training.at._replace(part=part, parts=len(batches))
+            plan = method.plan(at)
+            images = method.mix(batch, plan)
+            features = method.encode(images)
+            loss = method.loss(features, plan, batch, at)
+            backward(loss, len(batches))
+            losses.append(loss._replace(total=loss.total.detach(), facts={**method.facts(plan), **loss.facts}))
+        return update(training, mean_of(losses), stop)
 
-    Returns the gradient's norm and the flags [bad, stop], the largest over the ranks; both stay on the device.
-    """
-    config, method, optimizer = training.config, training.method, training.optimizer
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grad_norm = get_total_norm([p.grad for p in method.student.parameters() if p.grad is not None])
-    bad = ~(loss.detach().isfinite() & grad_norm.isfinite())
+
+def backward(loss: Loss, parts: int) -> None:
+    """Add the gradient of this batch's share of the step's loss, which is the mean over its batches."""
+    (loss.total if parts == 1 else loss.total / parts).backward()
+
+
+def mean_of(losses: Sequence[Loss]) -> Loss:
+    """The mean of every number over the batches of a step."""
+    if len(losses) == 1:
+        return losses[0]
+
+    def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+    total = torch.stack([loss.total for loss in losses]).mean()
+    return Loss(total, mean([loss.terms for loss in losses]), mean([loss.facts for loss in losses]))
+
+
+def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
+    """Clip, schedules, optimiser, what follows. Where loss or gradient is not finite on any rank, nothing changes."""
+    method, optimizer, at, config = training.method, training.optimizer, training.at, training.config.optim
+    drop_frozen_gradients(optimizer, at)
+    grad_norm = clip_gradients([p.grad for p in method.trained.parameters() if p.grad is not None], config)
+    bad = ~(loss.total.isfinite() & grad_norm.isfinite())
     flags = torch.stack([bad.float(), torch.full_like(grad_norm, float(stop.asked))])
     bad = reduce_max(flags, training.world)[0]
-    warmup_steps = config.optim.warmup_epochs * training.steps_per_epoch
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(
-            training.step, lr=config.optim.lr, steps=training.total_steps, warmup_steps=warmup_steps
-        )
+    set_schedules(optimizer, at, config)
     optimizer.found_inf = bad
     optimizer.step()
-    # MoCo v3 averages just before it makes a step's keys, with that step's momentum: the same as doing it here.
-    momentum = key_momentum(
-        training.step + 1,
-        start=config.method.momentum,
-        steps=training.total_steps,
-        cosine=config.method.momentum_cosine,
-    )
-    method.follow_student((1 - momentum) * (1 - bad))
-    training.buffers.restore(bad > 0)
-    return grad_norm, flags
+    method.after_update(at, 1 - bad)
+    training.undo_buffers(bad > 0)
+    training.step += 1
+    return Step(loss, grad_norm, flags)
 
 
 def write_line(training: Training, meter: Meter, log: Log) -> None:
     """One object for metrics.jsonl and one line for people."""
-    epoch = training.step / training.steps_per_epoch
     values = meter.read()
-    log.metrics({"step": training.step, "epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"], **values})
+    log.metrics(
+        {"step": training.step, "epoch": training.at.epoch, "lr": training.optimizer.param_groups[0]["lr"], **values}
+    )
     log.report(
-        f"step {training.step}/{training.last_step}  epoch {epoch:.1f}  loss {values['loss']:.3f}  "
+        f"step {training.step}/{training.last_step}  epoch {training.at.epoch:.1f}  loss {values['loss']:.3f}  "
         f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .distributed import World, reduce_mean
+from .methods.method import Step
 
 
 class Meter:
@@ -27,9 +28,11 @@ class Meter:
         self._waited_seconds = 0.0
         self._began = time.perf_counter()
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add one step's 0-dim tensors."""
+    def add(self, step: Step) -> None:
+        """Add one step's numbers: loss, loss_<term>, the method's facts, grad_norm."""
         self._steps += 1
+        terms = {f"loss_{name}": value for name, value in step.loss.terms.items()}
+        values = {"loss": step.loss.total, **terms, **step.loss.facts, "grad_norm": step.grad_norm}
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -1,41 +1,44 @@
-"""timm backbones as MoCo v3 starts them, and its projector and predictor heads.
+"""timm backbones, and the start that some methods give a ViT. N batch, D features.
 
-N batch, D features. timm is imported when a model is built, not before.
+timm is imported when a model is built, not before.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from itertools import pairwise
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, MethodConfig, ModelConfig, brief, near, one_line
+from .settings import ConfigError, ModelConfig, brief, near, one_line
 
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
-# moco-v3's names for its own ViTs: 12 heads also for the small one (timm's has 6).
-MOCO_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
+# Names that leave the number of heads to the method.
+SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 # The families of one model, the ViT of Dosovitskiy et al. 2021, whose sizes are settings here.
 PLAIN_VITS = ("vit_", "deit_")
 
 
-def timm_arguments(config: ModelConfig, image_px: int) -> tuple[str, dict[str, Any]]:
-    """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem)."""
-    name = MOCO_NAMES.get(config.arch, config.arch)
+def timm_arguments(config: ModelConfig, image_px: int, *, heads: int = 12) -> tuple[str, dict[str, Any]]:
+    """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem).
+
+    heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12).
+    """
+    name = SHORT_NAMES.get(config.arch, config.arch)
     check_name(name)
     sizes = {"patch_size": config.patch_px, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     given = {key: value for key, value in sizes.items() if value is not None}
     if given and not name.startswith(PLAIN_VITS):
         raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
-    heads = {"num_heads": 12} if config.arch in MOCO_NAMES else {}
+    by_method = {"num_heads": heads} if config.arch in SHORT_NAMES else {}
     size = {"img_size": image_px} if takes_image_size(name, image_px) else {}
-    return name, {**size, **heads, **given}
+    return name, {**size, **by_method, **given}
 
 
 def check_name(name: str) -> None:
@@ -48,7 +51,7 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", name):
         raise ConfigError(f"arch is {brief(name)}; expected the plain name of a timm model, without prefix or path")
     if not timm.is_model(name):
-        raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*MOCO_NAMES, *timm.list_models()])}")
+        raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*SHORT_NAMES, *timm.list_models()])}")
 
 
 def takes_image_size(name: str, image_px: int) -> bool:
@@ -70,8 +73,21 @@ def create(name: str, arguments: dict[str, Any], device: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
 
 
-def build_backbone(config: ModelConfig, image_px: int, seed: int) -> nn.Module:
+def build_backbone(
+    config: ModelConfig,
+    image_px: int,
+    seed: int,
+    *,
+    drop_path: float = 0.0,
+    start: Callable[[VisionTransformer], None] | None = None,
+    **options: Any,
+) -> nn.Module:
     """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
+
+    drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
+        towards the first.
+    start: what to do to a ViT after timm has started it, with random numbers of the same stream.
+    options: of `timm_arguments`.
 
     Raises:
         ConfigError: for a model that timm cannot build, that does not take images of this size or leaves some of
@@ -79,13 +95,15 @@ def build_backbone(config: ModelConfig, image_px: int, seed: int) -> nn.Module:
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    name, arguments = timm_arguments(config, image_px)
+    name, arguments = timm_arguments(config, image_px, **options)
+    if drop_path:
+        arguments = {**arguments, "drop_path_rate": drop_path}
     with torch.random.fork_rng(devices=[]):
         check_forward(make(config, name, arguments, "meta"), name, image_px)
         torch.manual_seed(seed)
         backbone = make(config, name, arguments, "cpu")
-        if isinstance(backbone, VisionTransformer):
-            start_vit(backbone, config.stop_grad_conv1)
+        if isinstance(backbone, VisionTransformer) and start is not None:
+            start(backbone)
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
 
 
@@ -197,50 +215,3 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     waves = [row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()]
     patches = torch.cat(waves, dim=1)
     return torch.cat([torch.zeros(1, width), patches]).unsqueeze(0)
-
-
-def mlp_head(sizes: list[int], last_norm: bool) -> nn.Sequential:
-    """Linear layers without bias, BN and ReLU between them; with `last_norm` a last BN without weights."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(sizes[:-1]):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=False))
-    if last_norm:
-        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
-    return nn.Sequential(*layers)
-
-
-class Encoder(nn.Module):
-    """Backbone and projector: what the momentum encoder is a copy of."""
-
-    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projector
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
-
-class Student(nn.Module):
-    """Encoder and predictor. Each view goes through by itself, with its own batch statistics."""
-
-    def __init__(self, encoder: Encoder, predictor: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.predictor = predictor
-
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        return [self.predictor(self.encoder(view)) for view in views]
-
-
-def build_student(backbone: nn.Module, config: MethodConfig, seed: int) -> Student:
-    """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
-    is_vit = hasattr(backbone, "patch_embed")
-    width = feature_width(backbone)
-    hidden = [config.mlp_dim] * (2 if is_vit else 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        projector = mlp_head([width, *hidden, config.dim], last_norm=True)
-        predictor = mlp_head([config.dim, config.mlp_dim, config.dim], last_norm=is_vit)
-    return Student(Encoder(backbone, projector), predictor)

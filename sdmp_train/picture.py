@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sdmp_kernels import draw_plan, mix
+from sdmp_kernels import MixPlan, mix
 
 COLUMNS = 4
 CELL_PX = 96
@@ -17,28 +17,26 @@ GAP_PX = 6
 CAPTION_PX = 16
 
 
-def save_mix_picture(path: Path, views: Tensor, rules: Sequence[str], *, alpha: float, seed: int) -> None:
-    """One row per rule and four samples in it, each as source, mixed, partner, with lam written below.
+def save_mix_picture(path: Path, examples: Sequence[tuple[str, Tensor, MixPlan]]) -> None:
+    """One row per example and up to four samples in it, each as source, mixed, partner, with lam written below.
 
-    `views`: (N, 3, S, S) uint8, a batch as the loader gives it. The plan is that of step 0 for a run with one rule.
+    examples: one or more of (what it shows, (N, 3, S, S) uint8 images, their plan), all on the CPU.
     """
-    views = views.cpu()
-    count = min(COLUMNS, len(views))
+    count = min(COLUMNS, *(len(images) for _, images, _ in examples))
     cell, left = CELL_PX, 78
     width = left + count * (3 * cell + 2 * GAP_PX) + (count - 1) * 3 * GAP_PX + GAP_PX
-    height = GAP_PX + len(rules) * (cell + CAPTION_PX + GAP_PX)
+    height = GAP_PX + len(examples) * (cell + CAPTION_PX + GAP_PX)
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    for row, rule in enumerate(rules):
-        plan = draw_plan(len(views), (views.shape[2], views.shape[3]), rules=(rule,), alpha=alpha, seed=seed, step=0)
-        mixed = mix(views, plan)
+    for row, (what, images, plan) in enumerate(examples):
+        mixed = mix(images, plan)
         if not isinstance(mixed, Tensor):
             raise TypeError("mix without clean=True gives one tensor")
         top = GAP_PX + row * (cell + CAPTION_PX + GAP_PX)
-        pen.text((GAP_PX, top + cell // 2), rule, fill="black")
+        pen.text((GAP_PX, top + cell // 2), what, fill="black")
         for column in range(count):
             x = left + column * (3 * cell + 5 * GAP_PX)
-            sources = (views[column], mixed[column], views[int(plan.partner[column])])
+            sources = (images[column], mixed[column], images[int(plan.partner[column])])
             lam = float(plan.lam[column])
             captions = ("source", f"mixed, lam {lam:.2f}", "partner")
             for place, (image, caption) in enumerate(zip(sources, captions, strict=True)):

@@ -6,21 +6,21 @@ What the paper leaves open (most of Table 5's recipe, for instance) comes from t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from .config import (
     Config,
     ConfigError,
     DataConfig,
-    MethodConfig,
-    MixingConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     near,
 )
+from .methods.mocov3 import MoCoV3Config
 
-NONE, SDMP = MixingConfig(mixing="none"), MixingConfig()
+Mixing = Literal["none", "sdmp"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,26 @@ class Preset:
     source: str
 
 
-def imagenet_vit(arch: str, mixing: MixingConfig, *, epochs: int = 300, batch_size: int = 1024) -> Config:
+def imagenet_vit(arch: str, mixing: Mixing, *, epochs: int = 300, batch_size: int = 1024) -> Config:
     """MoCo v3 on a ViT at 224 px: AdamW, wd 0.1 on all, warm-up 40, temperature 0.2 (MoCo v3 and SDMP readmes)."""
-    return Config(model=ModelConfig(arch=arch), mixing=mixing, optim=OptimConfig(epochs=epochs, batch_size=batch_size))
+    return Config(
+        model=ModelConfig(arch=arch),
+        method=MoCoV3Config(mixing=mixing),
+        optim=OptimConfig(epochs=epochs, batch_size=batch_size),
+    )
 
 
-def imagenet_r50(mixing: MixingConfig) -> Config:
+def imagenet_r50(mixing: Mixing) -> Config:
     """MoCo v3 on a ResNet-50, 300 epochs: LARS, warm-up 10, temperature 1 (MoCo v3 readme)."""
     return Config(
         data=DataConfig(crop_min_frac=0.2),
         model=ModelConfig(arch="resnet50"),
-        method=MethodConfig(temperature=1.0),
-        mixing=mixing,
+        method=MoCoV3Config(temperature=1.0, mixing=mixing),
         optim=OptimConfig(opt="lars", base_lr=0.3, weight_decay=1e-6, warmup_epochs=10, batch_size=4096),
     )
 
 
-def cifar(arch: str, mixing: MixingConfig, *, epochs: int = 200, classes: int = 10) -> Config:
+def cifar(arch: str, mixing: Mixing, *, epochs: int = 200, classes: int = 10) -> Config:
     """MoCo v3 at 32 px with the CIFAR stem, after solo-learn's recipe with padding 1 (the paper states none)."""
     mean, std = {
         10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -57,7 +60,7 @@ def cifar(arch: str, mixing: MixingConfig, *, epochs: int = 200, classes: int = 
     return Config(
         data=DataConfig(image_px=32, blur=False, mean=mean, std=std),
         model=ModelConfig(arch=arch, stem="cifar"),
-        mixing=mixing,
+        method=MoCoV3Config(mixing=mixing),
         optim=OptimConfig(
             batch_size=256,
             epochs=epochs,
@@ -89,28 +92,27 @@ def quickstart() -> Config:
             std=(0.25, 0.25, 0.25),
         ),
         model=ModelConfig(arch="vit_tiny_patch16_224", patch_px=4, width=64, depth=3, heads=2),
-        method=MethodConfig(dim=256, mlp_dim=1024, momentum=0.9),
-        mixing=SDMP,
+        method=MoCoV3Config(dim=256, mlp_dim=1024, momentum=0.9),
         optim=OptimConfig(batch_size=128, epochs=6, warmup_epochs=0.3, base_lr=4e-3, weight_decay=0.1),
         run=RunConfig(log_every_steps=5, save_every_epochs=3),
     )
 
 
-def paper(table: int, top1: float, config: Config, data: str = "ImageNet", **mixing: Any) -> Preset:
-    """A row of the paper: its linear-evaluation top-1, and the recipe with this row's ablation of `mixing`."""
-    config = replace(config, mixing=replace(config.mixing, **mixing))
+def paper(table: int, top1: float, config: Config, data: str = "ImageNet", **ablation: Any) -> Preset:
+    """A row of the paper: its linear-evaluation top-1, and the recipe with this row's `ablation` of the method."""
+    config = replace(config, method=replace(config.method, **ablation))
     return Preset(config, f"{top1:.1f} % linear top-1, {data}", f"paper, Table {table}")
 
 
 def table1() -> dict[str, Preset]:
     """Main results, 300 epochs."""
     return {
-        "table1/mocov3-vit_s": paper(1, 73.2, imagenet_vit("vit_small", NONE)),
-        "table1/mocov3-vit_s-sdmp": paper(1, 73.8, imagenet_vit("vit_small", SDMP)),
-        "table1/mocov3-vit_b": paper(1, 76.7, imagenet_vit("vit_base", NONE)),
-        "table1/mocov3-vit_b-sdmp": paper(1, 77.2, imagenet_vit("vit_base", SDMP)),
-        "table1/mocov3-r50": paper(1, 72.8, imagenet_r50(NONE)),
-        "table1/mocov3-r50-sdmp": paper(1, 73.5, imagenet_r50(SDMP)),
+        "table1/mocov3-vit_s": paper(1, 73.2, imagenet_vit("vit_small", "none")),
+        "table1/mocov3-vit_s-sdmp": paper(1, 73.8, imagenet_vit("vit_small", "sdmp")),
+        "table1/mocov3-vit_b": paper(1, 76.7, imagenet_vit("vit_base", "none")),
+        "table1/mocov3-vit_b-sdmp": paper(1, 77.2, imagenet_vit("vit_base", "sdmp")),
+        "table1/mocov3-r50": paper(1, 72.8, imagenet_r50("none")),
+        "table1/mocov3-r50-sdmp": paper(1, 73.5, imagenet_r50("sdmp")),
     }
 
 
@@ -127,17 +129,18 @@ def table5() -> dict[str, Preset]:
         for classes, (baseline, ours) in by_classes.items():
             name = f"table5/cifar{classes}-r{layers}"
             tail = "" if epochs == 200 else f"-{epochs}ep"
-            for mix, top1, ending in ((NONE, baseline, tail), (SDMP, ours, f"-sdmp{tail}")):
-                recipe = cifar(f"resnet{layers}", mix, epochs=epochs, classes=classes)
-                presets[name + ending] = paper(5, top1, recipe, f"CIFAR-{classes}, recipe after solo-learn")
+            recipe = partial(cifar, f"resnet{layers}", epochs=epochs, classes=classes)
+            data = f"CIFAR-{classes}, recipe after solo-learn"
+            presets[f"{name}{tail}"] = paper(5, baseline, recipe("none"), data)
+            presets[f"{name}-sdmp{tail}"] = paper(5, ours, recipe("sdmp"), data)
     return presets
 
 
 def ablations() -> dict[str, Preset]:
     """Tables 6 to 9 and 11, their MoCo v3 rows."""
-    vit = imagenet_vit("vit_small", SDMP)
-    short = imagenet_vit("vit_small", SDMP, epochs=100)
-    small = {mix.mixing: imagenet_vit("vit_small", mix, batch_size=512) for mix in (NONE, SDMP)}
+    vit = imagenet_vit("vit_small", "sdmp")
+    short = imagenet_vit("vit_small", "sdmp", epochs=100)
+    small = partial(imagenet_vit, "vit_small", batch_size=512)
     return {
         "table6/mocov3-vit_s-sdmp-static-source": paper(6, 71.5, vit, source_weight="static"),
         "table6/mocov3-vit_s-sdmp-static-pair": paper(6, 72.5, vit, pair_weight="static"),
@@ -146,11 +149,11 @@ def ablations() -> dict[str, Preset]:
         "table8/mocov3-vit_s-sdmp-mixup": paper(8, 65.1, short, rules=("mixup",)),
         "table8/mocov3-vit_s-sdmp-resizemix": paper(8, 65.4, short, rules=("resizemix",)),
         "table8/mocov3-vit_s-sdmp": paper(8, 65.5, short),
-        "table9/mocov3-vit_s": paper(9, 66.7, imagenet_vit("vit_small", NONE, epochs=150)),
-        "table9/mocov3-vit_s-sdmp-replace": paper(9, 67.4, imagenet_vit("vit_small", SDMP, epochs=150)),
+        "table9/mocov3-vit_s": paper(9, 66.7, imagenet_vit("vit_small", "none", epochs=150)),
+        "table9/mocov3-vit_s-sdmp-replace": paper(9, 67.4, imagenet_vit("vit_small", "sdmp", epochs=150)),
         "table9/mocov3-vit_s-sdmp-extra": paper(9, 67.5, short, variant="extra"),
-        "table11/mocov3-vit_s": paper(11, 79.1, small["none"], "ImageNet-100"),
-        "table11/mocov3-vit_s-sdmp": paper(11, 81.8, small["sdmp"], "ImageNet-100"),
+        "table11/mocov3-vit_s": paper(11, 79.1, small("none"), "ImageNet-100"),
+        "table11/mocov3-vit_s-sdmp": paper(11, 81.8, small("sdmp"), "ImageNet-100"),
     }
 
 
@@ -158,8 +161,8 @@ def trials() -> dict[str, Preset]:
     """Small recipes of this project, without a number in the paper."""
     return {
         "quickstart": Preset(quickstart(), "kNN, printed by the run", "this project: embedded data, two CPU cores"),
-        "cifar10-r18": Preset(cifar("resnet18", NONE), "none yet", "this project: CIFAR-10 on one GPU"),
-        "cifar10-r18-sdmp": Preset(cifar("resnet18", SDMP), "none yet", "this project: CIFAR-10 on one GPU"),
+        "cifar10-r18": Preset(cifar("resnet18", "none"), "none yet", "this project: CIFAR-10 on one GPU"),
+        "cifar10-r18-sdmp": Preset(cifar("resnet18", "sdmp"), "none yet", "this project: CIFAR-10 on one GPU"),
     }
 
 

@@ -17,7 +17,7 @@ from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
 from .splits import EMBEDDED
-from .training import Training, state_parts, versions
+from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
 SAVE_ATTEMPTS = 3
@@ -86,6 +86,7 @@ class Run:
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
+            "backbone": backbone_place(self.training.method),
         }
         target = self.folder / "checkpoints"
         try:
@@ -140,14 +141,11 @@ class Run:
 
     def picture(self) -> None:
         """mix.png, from the first images of the run."""
-        config = self.training.config
-        if config.mixing.mixing == "none":
-            return
-        with eval_loader(spread(self.index, 8), config.data.image_px, batch_size=8, device="cpu") as batches:
-            views = next(iter(batches)).views[0]
-        save_mix_picture(
-            self.folder / "mix.png", views, config.mixing.rules, alpha=config.mixing.alpha, seed=config.run.seed
-        )
+        px = self.training.config.data.image_px
+        with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
+            examples = self.training.method.example(next(iter(batches)))
+        if examples:
+            save_mix_picture(self.folder / "mix.png", examples)
 
     def farewell(self) -> list[str]:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""

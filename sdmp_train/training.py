@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .config import Config, ConfigError, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
 from .guard import BufferGuard
-from .methods.mocov3 import MoCoV3
+from .methods.method import At, Method, Setup
 from .models import build_backbone
 from .optim import LARS, AdamW, make_optimizer
+
+# Highest counter word of the stream that seeds stochastic layers; views, orders and plans have other ones.
+LAYER_STREAM = 0x4C415952
 
 
 @dataclass
@@ -25,7 +32,7 @@ class Training:
 
     config: Config
     world: World
-    method: MoCoV3
+    method: Method
     optimizer: AdamW | LARS
     buffers: BufferGuard
     steps_per_epoch: int
@@ -41,30 +48,81 @@ class Training:
         """The step after which this run ends."""
         return min(self.total_steps, self.config.run.max_steps or self.total_steps)
 
+    @property
+    def at(self) -> At:
+        """Where it stands."""
+        return At(self.step, self.total_steps, self.steps_per_epoch)
+
+    @contextmanager
+    def undoable(self) -> Iterator[None]:
+        """Within the block `undo_buffers` can take back what forward passes and updates did to buffers."""
+        self.buffers.keep()
+        try:
+            yield
+        finally:
+            self.buffers.forget()
+
+    def undo_buffers(self, bad: Tensor) -> None:
+        """Put the buffers back where `bad` (0-dim bool on the device) is true. The host does not look."""
+        self.buffers.restore(bad)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Stochastic layers within the block, such as drop path, draw from (seed, step, rank) alone.
+
+        They read torch's global generators, which are put back as they were.
+        """
+        key = np.array([self.config.run.seed, self.step], np.uint64)
+        counter = np.array([0, 0, self.world.rank, LAYER_STREAM], np.uint64)
+        seed = int(np.random.Philox(key=key, counter=counter).random_raw())
+        device = self.world.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                # Not torch.manual_seed, which would also seed GPUs that are not put back.
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+            yield
+
 
 def build(config: Config, world: World, index: Index) -> Training:
-    """Model, optimiser and schedules at step 0."""
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed)
-    method = MoCoV3(config, backbone, world, dtype)
-    optimizer = make_optimizer(config.optim, method.student.parameters())
-    buffers = BufferGuard(method.student, method.momentum_encoder)
-    return Training(config, world, method, optimizer, buffers, steps_per_epoch(len(index), config.optim.batch_size))
+    """Model, optimiser and schedules at step 0, for these images."""
+    steps = steps_per_epoch(len(index), config.optim.batch_size)
+    return assemble(config, world, steps_per_epoch=steps, classes=len(index.classes))
 
 
-def state_parts(training: Training) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor that the next step depends on."""
+def assemble(
+    config: Config, world: World, *, steps_per_epoch: int, classes: int = 0, method_class: type[Method] | None = None
+) -> Training:
+    """Model, optimiser and schedules at step 0; `method_class`: in place of the one that `config` names."""
+    setup = Setup(
+        world=world,
+        dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
+        seed=config.run.seed,
+        rows=config.optim.batch_size // world.size,
+        data=config.data,
+        classes=classes,
+    )
+    backbone = partial(build_backbone, config.model, config.data.image_px, config.run.seed)
+    method = (method_class or config.method_class)(config.method, backbone, setup)
+    optimizer = make_optimizer(config.optim, method.groups())
+    return Training(config, world, method, optimizer, BufferGuard(method.state), steps_per_epoch)
+
+
+def state_parts(training: Training) -> dict[str, dict[str, Tensor]]:
+    """Every tensor that the next step depends on: a part for each entry of the method's state, and the optimiser's."""
     method = training.method
-    return {
-        "model": method.student.state_dict(),
-        "ema": method.momentum_encoder.state_dict(),
-        "optim": checkpoint.optimizer_tensors(training.optimizer, parameter_names(method)),
-    }
+    parts = {name: module.state_dict() for name, module in method.state.items()}
+    return {**parts, "optim": checkpoint.optimizer_tensors(training.optimizer, parameter_names(method))}
 
 
-def parameter_names(method: MoCoV3) -> dict[nn.Parameter, str]:
-    """The student's parameters by identity."""
-    return {parameter: name for name, parameter in method.student.named_parameters()}
+def backbone_place(method: Method) -> str:
+    """Where in the method's state its backbone lies, such as "student.encoder.backbone"."""
+    return next(name for name, module in method.state.named_modules() if module is method.backbone)
+
+
+def parameter_names(method: Method) -> dict[nn.Parameter, str]:
+    """The trained parameters by identity."""
+    return {parameter: name for name, parameter in method.trained.named_parameters()}
 
 
 def load_state(training: Training, folder: Path, index: Index, *, previous: bool) -> None:
@@ -84,8 +142,14 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
             "Leave them as they were, or start a new run"
         )
-    checkpoint.load_module(training.method.student, parts["model"], f"{path}/model")
-    checkpoint.load_module(training.method.momentum_encoder, parts["ema"], f"{path}/ema")
+    expected = {*training.method.state, "optim"}
+    if parts.keys() != expected:
+        raise checkpoint.CheckpointError(
+            f"{path} holds the parts {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}: "
+            "it was written by another version of this program"
+        )
+    for name, module in training.method.state.items():
+        checkpoint.load_module(module, parts[name], f"{path}/{name}")
     checkpoint.load_optimizer(training.optimizer, parts["optim"], parameter_names(training.method))
     training.step = int(state["step"])
 
@@ -98,9 +162,8 @@ def versions() -> dict[str, str]:
 
 
 def memory_bytes(training: Training) -> int:
-    """Bytes of the student, its gradients and moments, and the momentum encoder, all float32."""
-    method = training.method
+    """Bytes of the method's weights, and of the trained ones' gradients and moments, all float32."""
     moments = 2 if isinstance(training.optimizer, AdamW) else 1
-    trained = sum(p.numel() for p in method.student.parameters() if p.requires_grad)
-    held = sum(p.numel() for module in (method.student, method.momentum_encoder) for p in module.parameters())
+    trained = sum(p.numel() for p in training.method.trained.parameters() if p.requires_grad)
+    held = sum(p.numel() for p in training.method.state.parameters())
     return 4 * (held + (1 + moments) * trained)

@@ -2,8 +2,8 @@
 // sdmp::mix_cuda, through the same choice of kernels. They return which kernel ran: 1 for the vector kernel.
 #include "cuda_on_cpu.h"
 
-#include "mix_gpu.h"
-#include "mix_torch.h"
+#include "mix_cuda_kernels.h"
+#include "mix_cuda_torch.h"
 
 namespace sdmp {
 namespace {

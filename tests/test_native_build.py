@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import sdmp_kernels
-from sdmp_kernels import _backends
+from sdmp_kernels import Rule, _backends
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(sdmp_kernels.__file__).parent
@@ -44,6 +44,13 @@ def copied(folder: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
     return folder
+
+
+def test_rules_have_the_numbers_of_the_plan() -> None:
+    (numbers,) = re.findall(r"enum class Rule : uint8_t \{(.*)\};", (ROOT / "csrc" / "mix.h").read_text())
+    in_csrc = {name.upper(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", numbers)}
+    assert in_csrc == {rule.name: rule.value for rule in Rule}
+    assert list(in_csrc) == [rule.name for rule in sorted(Rule)]  # so the last one named is the largest
 
 
 def test_versions_are_compared_as_numbers(build: dict[str, Any]) -> None:
@@ -183,7 +190,7 @@ def cuda_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(reason))
     target = tmp_path_factory.mktemp("cuda") / "mix.o"
     options = [*build["cuda_flags"](), "-gencode=arch=compute_90,code=sm_90", "-ccbin", compiler]
-    run([nvcc, *options, "-c", str(ROOT / "csrc" / "mix.cu"), "-o", str(target)])
+    run([nvcc, *options, "-c", str(ROOT / "csrc" / "mix_cuda.cu"), "-o", str(target)])
     return target
 
 

@@ -6,9 +6,13 @@ writes it anew, and the diff shows what moved.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,10 @@ import torch
 from global_random import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch.utils import _pytree as pytree
 
-from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan
+from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, make_plan, mix
 from sdmp_kernels.plan import _pack, _unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.json"
@@ -529,6 +535,141 @@ def test_refuses_a_wrong_plan(changes: dict[str, Any], error: type[Exception], m
         by_hand(**changes)
 
 
+# ---- made by hand
+
+
+@st.composite
+def make_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `make_plan` for rows of 8 x 11 px: one rule or one per row, boxes given or not, partners or not."""
+    n, size = draw(st.integers(0, 7)), (8, 11)
+    rows = st.lists(st.integers(0, 3), min_size=n, max_size=n)
+    rule = draw(st.one_of(st.sampled_from(NAMES), rows.map(lambda r: torch.tensor(r, dtype=torch.uint8))))
+    shares = st.floats(0, 1, width=32)
+    arguments = {"rule": rule, "size": size, "lam": torch.tensor(draw(st.lists(shares, min_size=n, max_size=n)))}
+    kinds = [Rule[rule.upper()]] * n if isinstance(rule, str) else [Rule(r) for r in rule.tolist()]
+    if draw(st.booleans()):
+        boxes = [[0] * 4] * n
+        for i, kind in enumerate(kinds):
+            if kind > Rule.MIXUP:
+                top, left = draw(st.integers(0, size[0])), draw(st.integers(0, size[1]))
+                boxes[i] = [top, left, draw(st.integers(0, size[0] - top)), draw(st.integers(0, size[1] - left))]
+        arguments["box"] = torch.tensor(boxes, dtype=torch.int32).reshape(n, 4)
+    if draw(st.booleans()):
+        partners = draw(st.lists(st.integers(0, max(n - 1, 0)), min_size=n, max_size=n))
+        arguments["partner"] = torch.tensor(partners, dtype=torch.int64)
+    return arguments
+
+
+@PROPERTY
+@given(make_arguments())
+def test_a_made_plan_keeps_every_promise(arguments: dict[str, Any]) -> None:
+    with untouched():
+        plan = make_plan(**arguments)
+    n, (height, width) = len(arguments["lam"]), arguments["size"]
+    assert same(plan, MixPlan(**vars(plan))), "and is accepted where every value is checked"
+    rule = arguments["rule"]
+    asked = [int(Rule[rule.upper()])] * n if isinstance(rule, str) else rule.tolist()
+    assert plan.rule.tolist() == asked
+    assert set(plan.rules) == ({Rule[rule.upper()]} if isinstance(rule, str) else {Rule(r) for r in asked})
+    assert plan.mirrored == ("partner" not in arguments)
+    assert torch.equal(plan.partner, arguments.get("partner", torch.arange(n - 1, -1, -1)))
+    assert torch.equal(plan.partner_lam, plan.lam[plan.partner])
+    for i, kind in enumerate(asked):
+        given, box = float(arguments["lam"][i]), plan.box[i].tolist()
+        if kind == Rule.MIXUP:
+            assert float(plan.lam[i]) == given
+        elif kind == Rule.KEEP:
+            assert plan.lam[i] == 1
+        else:
+            side = (1 - given) ** 0.5
+            h, w = int(height * side), int(width * side)
+            centred = [(height - h) // 2, (width - w) // 2, h, w]
+            assert box == (arguments["box"][i].tolist() if "box" in arguments else centred)
+            assert torch.equal(plan.lam[i], counted(plan)[i])
+
+
+@PROPERTY
+@given(make_arguments())
+def test_pixels_change_exactly_as_a_made_plan_says(arguments: dict[str, Any]) -> None:
+    plan = make_plan(**arguments)
+    n, (height, width) = len(plan), plan.size
+    images = torch.arange(1.0, n + 1)[:, None, None, None].expand(n, 2, height, width).contiguous()
+    mixed = mix(images, plan)
+    for i in range(n):
+        partner, lam = int(plan.partner[i]), float(plan.lam[i])
+        top, left, h, w = plan.box[i].tolist()
+        expected = images[i].clone()
+        if plan.rule[i] == Rule.MIXUP:
+            expected = lam * images[i] + (1 - lam) * images[partner]
+        expected[:, top : top + h, left : left + w] = float(images[partner, 0, 0, 0])
+        assert torch.allclose(mixed[i], expected, rtol=1e-6, atol=0), "the partner's pixels in the box, none elsewhere"
+        if plan.rule[i] > Rule.MIXUP and partner != i:
+            own = (mixed[i] == images[i]).float().mean()
+            assert float(own) == pytest.approx(lam, abs=1e-6), "the labels weigh what the pixels show"
+
+
+def test_a_centred_box_is_in_the_middle() -> None:
+    plan = make_plan("cutmix", torch.tensor([0.75, 0.0, 1.0, 0.999]), (8, 12))
+    assert plan.box.tolist() == [[2, 3, 4, 6], [0, 0, 8, 12], [4, 6, 0, 0], [4, 6, 0, 0]]
+    assert plan.lam.tolist() == [0.75, 0.0, 1.0, 1.0]
+    assert make_plan("CutMix", torch.zeros(2), (4, 4)).rules == (Rule.CUTMIX,)
+    assert make_plan("resizemix", torch.zeros(0), (4, 4)).rules == (Rule.RESIZEMIX,), "a name says it without a row"
+
+
+def test_partners_of_another_set_of_images() -> None:
+    partner, shares = torch.tensor([5, 0]), torch.tensor([0.25, 0.5])
+    plan = make_plan("mixup", torch.tensor([0.5, 0.75]), (4, 4), partner=partner, partner_lam=shares)
+    assert plan.partner.tolist() == [5, 0]
+    assert torch.equal(plan.partner_lam, shares)
+    partner.zero_()
+    shares.zero_()
+    assert plan.partner.tolist() == [5, 0] and plan.partner_lam.tolist() == [0.25, 0.5], "given tensors are copied"
+    assert make_plan("mixup", torch.ones(2), (4, 4), device="meta").device.type == "meta"
+
+
+MAKE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"rule": "mixip"}, ValueError, "rule names an unknown rule 'mixip': did you mean 'mixup'"),
+    ({"rule": 2}, TypeError, "rule must hold rule names such as 'mixup', got 2"),
+    ({"rule": torch.ones(3)}, TypeError, "rule must be uint8, got float32"),
+    ({"rule": torch.ones(2, dtype=torch.uint8)}, ValueError, "rule has 2 rows but lam has 3; give one per row"),
+    ({"rule": torch.tensor([1, 4, 0], dtype=torch.uint8)}, ValueError, r"rule must hold Rule values \(0 to 3\), got 4"),
+    ({"lam": 0.5}, TypeError, r"lam must be a torch.Tensor of shape \(N,\), got float"),
+    ({"lam": torch.ones(3).double()}, TypeError, "lam must be float32, got float64"),
+    ({"lam": torch.ones(3, 1)}, ValueError, r"lam must have shape \(N,\), got \(3, 1\)"),
+    ({"lam": torch.tensor([0.5, 1.5, 0])}, ValueError, r"lam must hold shares in \[0, 1\], got 1.5"),
+    ({"lam": torch.tensor([0.5, float("nan"), 0])}, ValueError, r"lam must hold shares in \[0, 1\], got nan"),
+    ({"lam": torch.ones(3, requires_grad=True)}, ValueError, "lam requires a gradient, but a plan holds constants"),
+    ({"lam": torch.ones(3, device="meta")}, ValueError, "lam is on meta, but plans are made on the host"),
+    ({"size": (8, 0)}, ValueError, r"size\[1\] must be a width in pixels, 1 or more, got 0"),
+    ({"box": torch.zeros(3, 4)}, TypeError, "box must be int32, got float32"),
+    ({"box": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, r"box must have shape \(N, 4\), got \(3, 3\)"),
+    ({"box": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, "box has 2 rows but lam has 3"),
+    ({"box": torch.ones(3, 4, dtype=torch.int32)}, ValueError, "box must be zeros for rows with KEEP or MIXUP"),
+    (
+        {"rule": "cutmix", "box": torch.tensor([[0] * 4, [7, 0, 2, 1], [0] * 4], dtype=torch.int32)},
+        ValueError,
+        r"box must lie inside the 8 x 8 image, but row 1 has \[7, 0, 2, 1\]",
+    ),
+    (
+        {"rule": "cutmix", "box": torch.tensor([[1, 1, 2**31 - 1, 1]] * 3, dtype=torch.int32)},
+        ValueError,
+        "box must lie inside .* row 0 has",
+    ),
+    ({"partner": torch.zeros(3)}, TypeError, "partner must be int64, got float32"),
+    ({"partner": torch.tensor([0, -1, 0])}, ValueError, "partner must hold row numbers of 0 or more, got -1"),
+    ({"partner": torch.tensor([0, 3, 0])}, ValueError, "partner holds row 3, but lam has only 3; give partner_lam"),
+    ({"partner_lam": torch.ones(2)}, ValueError, "partner_lam has 2 rows but lam has 3"),
+    ({"partner_lam": torch.full((3,), -0.5)}, ValueError, r"partner_lam must hold shares in \[0, 1\], got -0.5"),
+    ({"device": "nowhere"}, RuntimeError, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MAKE_ERRORS)
+def test_refuses_to_make_a_wrong_plan(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with untouched(), pytest.raises(error, match=message):
+        make_plan(**{"rule": "mixup", "lam": torch.ones(3), "size": (8, 8)} | changes)
+
+
 DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"n": -1}, ValueError, "n must be a number of rows, 0 or more, got -1"),
     ({"n": 2.0}, TypeError, "n must be a number of rows, 0 or more, got float"),
@@ -621,6 +762,107 @@ def test_refuses_wrong_targets() -> None:
         beyond.label_target(torch.arange(4))
 
 
+# ---- targets as others want them
+
+
+def test_labels_become_a_two_hot_target() -> None:
+    labels = torch.tensor([2, 0, 1])
+    target = TwoHot.from_labels(labels)
+    assert torch.equal(target.dense(4), torch.nn.functional.one_hot(labels, 4).float())
+    assert target.first is labels and target.weight.dtype == torch.float32
+    assert len(TwoHot.from_labels(labels[:0]).dense(3)) == 0
+    for wrong, error, message in (
+        ([0, 1], TypeError, r"labels must be a torch.Tensor of shape \(N,\), got list"),
+        (labels.int(), TypeError, "labels must be int64, got int32"),
+        (labels[None], ValueError, r"labels must have shape \(N,\), got \(1, 3\)"),
+        (torch.tensor([0, -100]), ValueError, "labels must hold class numbers of 0 or more, got -100"),
+    ):
+        with pytest.raises(error, match=message):
+            TwoHot.from_labels(wrong)  # type: ignore[arg-type]
+
+
+@PROPERTY
+@given(draw_arguments(), st.lists(st.integers(0, 4), min_size=9, max_size=9))
+def test_a_dense_target_is_its_two_columns(arguments: dict[str, Any], classes: list[int]) -> None:
+    plan = draw_plan(**arguments)
+    target = plan.label_target(torch.tensor(classes[: len(plan)], dtype=torch.int64))
+    dense = target.dense(5)
+    assert dense.shape == (len(plan), 5)
+    for i in range(len(plan)):
+        expected = torch.zeros(5)
+        expected[target.first[i]] += target.weight[i]
+        expected[target.second[i]] += 1 - target.weight[i]
+        assert torch.allclose(dense[i], expected, rtol=1e-6, atol=0)
+
+
+def test_a_dense_target_needs_enough_columns() -> None:
+    target = TwoHot(torch.tensor([0, 3]), torch.tensor([1, 1]), torch.tensor([0.5, 0.25]))
+    with pytest.raises(ValueError, match="columns=3 is too few: first holds columns 0 to 3"):
+        target.dense(3)
+    with pytest.raises(ValueError, match="columns must be a number of columns, 1 or more, got 0"):
+        target.dense(0)
+    with pytest.raises(TypeError, match="columns must be a number of columns, 1 or more, got float"):
+        target.dense(4.0)  # type: ignore[arg-type]
+
+
+# ---- a plan among other people's tools
+
+
+def test_a_plan_is_shown_in_one_line() -> None:
+    assert repr(by_hand()) == "MixPlan(4 rows of 4 x 4 px, keep|mixup|cutmix|resizemix, the flip, cpu)"
+    loose = make_plan("mixup", torch.zeros(2), (8, 9), partner=torch.tensor([1, 1]), device="meta")
+    assert repr(loose) == "MixPlan(2 rows of 8 x 9 px, mixup, given partners, meta)"
+
+
+def test_a_plan_is_a_pytree() -> None:
+    plan = by_hand()
+    leaves, spec = pytree.tree_flatten({"plan": plan, "images": torch.zeros(2)})
+    assert len(leaves) == 6
+    again = pytree.tree_unflatten(leaves, spec)["plan"]
+    assert isinstance(again, MixPlan) and same(again, plan)
+    assert (again.size, again.mirrored, again.rules) == (plan.size, plan.mirrored, plan.rules)
+    shapes = pytree.tree_map(lambda tensor: tuple(tensor.shape), plan)
+    assert shapes.box == (4, 4), "leaves may be anything: nothing is checked on the way"
+    assert pytree.tree_map(lambda tensor: tensor.to("meta"), plan).device.type == "meta"
+    assert same(copy.deepcopy(plan), plan)
+
+
+def test_a_plan_is_handed_to_a_compiled_function_and_drawn_outside() -> None:
+    def blend(images: torch.Tensor, plan: MixPlan) -> torch.Tensor:
+        return images * plan.lam[:, None]
+
+    def draw_and_blend(images: torch.Tensor, step: int) -> torch.Tensor:
+        doubled = images * 2
+        return blend(doubled, draw_plan(len(images), (4, 4), step=step))
+
+    def make_and_blend(images: torch.Tensor) -> torch.Tensor:
+        return blend(images, make_plan("cutmix", torch.full((3,), 0.4), (9, 9)))
+
+    torch._dynamo.reset()
+    images = torch.rand(3, 5)
+    handed = torch.compile(blend, fullgraph=True, backend="eager")
+    plan = draw_plan(3, (4, 4), step=0)
+    assert torch.equal(handed(images, plan), blend(images, plan))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="decide on the host: call them outside the compiled"):
+        torch.compile(draw_and_blend, fullgraph=True, backend="eager")(images, 0)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="decide on the host: call them outside the compiled"):
+        torch.compile(make_and_blend, fullgraph=True, backend="eager")(images)
+    counter = CompileCounter()
+    broken = torch.compile(draw_and_blend, backend=counter)
+    for step in range(3):
+        assert torch.equal(broken(images, step), draw_and_blend(images, step)), "every step has draws of its own"
+    assert counter.frame_count >= 2, "what is before and after the draw is compiled all the same"
+    torch._dynamo.reset()
+
+
+def test_drawing_does_not_load_the_compiler() -> None:
+    program = (
+        "import sys, torch; from sdmp_kernels import draw_plan, make_plan; draw_plan(3, (8, 8), step=0); "
+        "make_plan('mixup', torch.zeros(2), (4, 4)); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 # ---- moving and overwriting
 
 
@@ -662,6 +904,41 @@ def test_to_a_gpu_and_back() -> None:
     assert same(plan, there.to("cpu"))
     for one, other in zip(plan.pair_target(), there.pair_target(), strict=True):
         assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_pinned() -> None:
+    plan = draw_plan(33, (9, 5), per="sample", step=0)
+    pinned = plan.pin_memory()
+    assert all(getattr(pinned, name).is_pinned() for name in TENSORS)
+    assert same(pinned, plan)
+    assert same(pinned.to("cuda", non_blocking=False).to("cpu"), plan)
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "waits"), [("meta", True, False), ("meta", False, True), ("cpu", True, True)]
+)
+def test_a_copy_waits_where_the_host_reads_it(
+    target: str, asked: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = by_hand() if target != "cpu" else by_hand().to("meta")
+    asked_of_torch = []
+    original = torch.Tensor.to
+
+    def record(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked_of_torch.append(kwargs["non_blocking"])
+        return torch.zeros_like(tensor, device="cpu") if target == "cpu" else original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    with contextlib.suppress(ValueError):  # zeros are no plan that was drawn
+        plan.to(target, non_blocking=asked)
+    assert asked_of_torch == [not waits]
+
+
+def test_only_plans_on_the_cpu_are_pinned() -> None:
+    with pytest.raises(ValueError, match="only a plan on the CPU can be pinned, but this one is on meta"):
+        by_hand().to("meta").pin_memory()
 
 
 def test_copy_overwrites_in_place() -> None:

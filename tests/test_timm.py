@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import subprocess
@@ -17,7 +18,7 @@ from global_random import untouched
 from torch import Tensor
 
 import sdmp_kernels.timm
-from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, soft_cross_entropy
+from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, mix, soft_cross_entropy
 from sdmp_kernels.timm import Mixup
 
 timm_mixup = pytest.importorskip("timm.data.mixup", reason="timm is not installed")
@@ -460,6 +461,66 @@ def test_a_call_is_one_fused_call(mode: str, monkeypatch: pytest.MonkeyPatch) ->
     assert calls[0]["out"] is images
 
 
+# ---- features
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", ["mixup", "cutmix", "resizemix"])
+def test_gradients_reach_the_layer_through_features_mixed_in_place(mode: str, rule: str) -> None:
+    torch.nn.init.trunc_normal_(weight := torch.empty(4, 3, 1, 1), generator=torch.Generator().manual_seed(1))
+    alphas = {"mixup": (1.0, 0.0, 0.0), "cutmix": (0.0, 1.0, 0.0), "resizemix": (0.0, 0.0, 1.0)}[rule]
+    mixup = Mixup(*alphas[:2], resizemix_alpha=alphas[2], mode=mode, num_classes=CLASSES, seed=2)
+    grads = []
+    for place in ("in place", "aside"):
+        leaf = weight.clone().requires_grad_()
+        features = torch.nn.functional.conv2d(pictures(), leaf)
+        if place == "in place":
+            mixed, _ = mixup(features, class_numbers())
+            assert mixed is features
+        else:
+            mixed = mix(features, mixup.last_plan)
+        mixed.square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6), (8, 5, 6), (8, 3, 2, 5, 6), (8, 2, 3, 2, 5, 6)])
+@pytest.mark.parametrize("mode", MODES)
+def test_features_of_any_rank_are_blended_as_timm_does(
+    shape: tuple[int, ...], mode: str, boxes: list[tuple[int, int, int, int]]
+) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    real = Recorded(1.0, num_classes=CLASSES, mode=mode)
+    np.random.seed(5)  # noqa: NPY002
+    expected, target = real(images.clone(), class_numbers())
+    plan = as_plan(
+        real, boxes, 8, (shape[-2], shape[-1]) if len(shape) > 2 else (1, shape[-1] if len(shape) > 1 else 1)
+    )
+    mixed, target_again = Mixup(num_classes=CLASSES)(given := images.clone(), class_numbers(), plan=narrowed(plan))
+    assert mixed is given
+    assert torch.allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(target_again, target, atol=1e-6)
+    blended, _ = Mixup(mode=mode, num_classes=CLASSES, seed=0)(images.clone(), class_numbers())
+    assert not torch.equal(blended, images), "what it draws itself is mixed, too"
+
+
+def narrowed(plan: MixPlan) -> MixPlan:
+    """A plan that says that only the rules it holds may occur."""
+    return dataclasses.replace(plan, rules=tuple(Rule(value) for value in plan.rule.unique().tolist()))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_frames_of_a_video_are_cut_alike(permuted: bool) -> None:
+    clips = torch.rand(8, 3, 4, 16, 20, generator=torch.Generator().manual_seed(0))
+    x = clips.transpose(1, 2).contiguous().transpose(1, 2) if permuted else clips.clone()
+    mixup = Mixup(0.0, 1.0, mode="elem", num_classes=CLASSES, seed=3)
+    mixed, _ = mixup(x, class_numbers())
+    assert mixed is x
+    for frame in range(4):
+        assert torch.equal(mixed[:, :, frame], mix(clips[:, :, frame].contiguous(), mixup.last_plan))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_integer_labels_of_any_width(dtype: torch.dtype) -> None:
     expected = Mixup(num_classes=CLASSES, seed=0)(pictures(), class_numbers())[1]
@@ -504,7 +565,24 @@ def test_refuses_wrong_options(options: dict[str, Any], error: type[Exception], 
 
 
 CALL_ERRORS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({}, {"x": pictures()[0]}, ValueError, r"x must have shape \(N, C, H, W\), got \(3, 16, 20\)"),
+    ({"cutmix_alpha": 1.0}, {"x": pictures()[0]}, ValueError, r"x must have shape \(N, C, H, W\), got \(3, 16, 20\)"),
+    (
+        {"resizemix_alpha": 1.0},
+        {"x": torch.rand(8, 9)},
+        ValueError,
+        r"got \(8, 9\); what has no height .* cutmix_alpha=0",
+    ),
+    (
+        {},
+        {"x": torch.zeros(8, 24, 20, 3).byte()},
+        ValueError,
+        r"x must have .* looks like \(N, H, W, C\); give x.permute",
+    ),
+    ({}, {"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(N, C, H, W\), got \(\)"),
+    ({}, {"x": torch.rand(8, 1, 4, 4).expand(8, 3, 4, 4)}, ValueError, "x is an expanded tensor .* give x.contiguous"),
+    ({}, {"x": torch.rand(8, 3, 4, 4).requires_grad_()}, ValueError, "x is a leaf that requires a gradient"),
+    ({}, {"x": torch.rand(8, 3, 4, 4).requires_grad_()[:]}, ValueError, "x is a leaf that requires a gradient"),
+    ({}, {"plan": draw_plan(8, (16, 20), step=0), "x": torch.rand(8, 20)}, ValueError, "x must have shape"),
     ({}, {"x": pictures().int()}, TypeError, "x must be uint8, float16, .*, got int32"),
     ({}, {"x": np.zeros((8, 3, 16, 20))}, TypeError, "x must be a torch.Tensor .*, got ndarray"),
     ({}, {"target": [1] * 8}, TypeError, r"target must be a tensor of class numbers of shape \(N,\), got list"),
@@ -532,10 +610,10 @@ def test_refuses_wrong_calls_and_writes_nothing(
     options: dict[str, Any], call: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {"x": pictures(), "target": class_numbers()} | call
-    before = copy.deepcopy(arguments["x"])
+    before = copy.deepcopy(arguments["x"].detach() if isinstance(arguments["x"], Tensor) else arguments["x"])
     with pytest.raises(error, match=message):
         Mixup(**{"num_classes": CLASSES} | options)(**arguments)
-    assert np.array_equal(arguments["x"], before)
+    assert bool((torch.as_tensor(arguments["x"]) == torch.as_tensor(before)).all())
 
 
 def test_needs_torch_alone() -> None:

@@ -346,6 +346,7 @@ def boxed() -> Any:
 
 CALL_ERRORS: list[tuple[dict[str, Any], tuple[Any, ...], type[Exception], str]] = [
     ({}, (), TypeError, "forward needs images and labels, but nothing was given"),
+    ({}, (torch.zeros(7, 24, 20, 3).byte(), class_numbers()), ValueError, r"images must .* looks like \(N, H, W, C\)"),
     ({}, (pictures(), "cat"), ValueError, "labels were not found: .* got str; or give labels_getter a callable"),
     ({}, (pictures(), {"y": class_numbers()}), ValueError, "labels were not found: .* got dict"),
     ({}, (pictures(), {"labels": [1, 2]}), ValueError, "labels must be a tensor, got list; check labels_getter"),

@@ -18,12 +18,13 @@ from typing import Literal
 
 import torch
 
+from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+
 from .batch import Batch, Loader
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
-from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 __all__ = [
     "BadFile",

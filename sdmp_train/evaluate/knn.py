@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from ..config import ConfigError, DataConfig, between, require
 from ..data import Index, eval_loader
+from ..settings import ConfigError, DataConfig, between, require
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32

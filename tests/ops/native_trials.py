@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import MixPlan, Rule, draw_plan
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (torch.uint8, *FLOATS)
@@ -31,9 +32,8 @@ class Trial:
 
     images: Tensor
     partners: Tensor | None
-    plan: tuple[Any, ...]  # rule, partner, lam, box, mirrored, rules
-    mean: list[float] | None
-    std: list[float] | None
+    plan: PlanRows
+    norm: Norm | None
     dtype: torch.dtype
     clean: bool
     grad_mixed: Tensor | None
@@ -43,7 +43,7 @@ class Trial:
 
     def forward(self, mix: Callable[..., Any], mixed: Tensor, kept: Tensor | None) -> list[Tensor]:
         """Run a backend's `mix` into the given tensors: [mixed] or [mixed, clean]."""
-        mix(self.images, self.partners, *self.plan, self.mean, self.std, mixed, kept)
+        mix(self.images, self.partners, self.plan, self.norm, Outputs(mixed, kept))
         return [mixed] if kept is None else [mixed, kept]
 
     def outputs(self) -> tuple[Tensor, Tensor | None]:
@@ -61,13 +61,14 @@ class Trial:
 
     def backward(self, mix_backward: Callable[..., Any], own: Tensor, other: Tensor | None) -> list[Tensor]:
         """Run a backend's `mix_backward` into the given tensors: [images] or [images, partners]."""
-        mix_backward(self.grad_mixed, self.grad_clean, *self.plan, self.std, own, other)
+        upstream = Upstream(self.grad_mixed, self.grad_clean)
+        mix_backward(upstream, self.plan, self.norm and self.norm.std, Gradients(own, other))
         return [own] if other is None else [own, other]
 
     @property
     def exact(self) -> bool:
         """Whether the results are those of the reference bit for bit: what is resized or normalised is only close."""
-        return self.mean is None and not (self.plan[0] == Rule.RESIZEMIX).any()
+        return self.norm is None and not (self.plan.rule == Rule.RESIZEMIX).any()
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -124,9 +125,8 @@ def make(seed: int) -> Trial:
     return Trial(
         images=lay_out(images, layouts[0]),
         partners=None if own else lay_out(pixels(rows), layouts[1]),
-        plan=(plan.rule, partner, lam, box, mirrored, [int(rule) for rule in plan.rules]),
-        mean=[pick.random() for _ in range(c)] if normalised else None,
-        std=[pick.random() + 0.1 for _ in range(c)] if normalised else None,
+        plan=PlanRows(plan.rule, partner, lam, box, mirrored, [int(rule) for rule in plan.rules]),
+        norm=Norm([pick.random() for _ in range(c)], [pick.random() + 0.1 for _ in range(c)]) if normalised else None,
         dtype=result,
         clean=pick.random() < 0.5,
         grad_mixed=None if given == "clean" else gradient(layouts[2], upstream),

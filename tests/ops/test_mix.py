@@ -494,6 +494,21 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "plan.size is (8, 6) but images are (6, 8); draw the plan with size",
     ),
+    (
+        {"images": IMAGES.permute(0, 2, 3, 1)},
+        ValueError,
+        "images must have shape (N, C, H, W), but (4, 6, 8, 3) looks like (N, H, W, C); give images.permute(0, 3, 1, 2)",
+    ),
+    (
+        {"images": torch.zeros(4, 32, 40, 3, dtype=torch.uint8), "plan": draw_plan(4, (40, 3), step=0)},
+        ValueError,
+        "images must have shape (N, C, H, W), but (4, 32, 40, 3) looks like (N, H, W, C)",
+    ),
+    (
+        {"mean": (123.675, 116.28, 103.53), "std": (58.4, 57.1, 57.4)},
+        ValueError,
+        "mean must be on the 0 to 1 scale, also for uint8 images, got [123.675, 116.28, 103.53]; divide mean and std by",
+    ),
     ({"plan": PLAN.to("meta")}, ValueError, "plan is on meta but images are on cpu; use plan.to(images.device)"),
     ({"images": IMAGES.to("meta")}, ValueError, "plan is on cpu but images are on meta"),
     ({"partners": [IMAGES]}, TypeError, "partners must be a torch.Tensor of shape (M, C, H, W), got list"),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdmp_kernels import Rule, _backends, draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import composed, native, reference
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpp", "cpu")
@@ -38,11 +39,10 @@ def equal(a: Tensor, b: Tensor) -> bool:
 def truth_of(trial: Trial) -> list[Tensor]:
     """The results computed in float64, not rounded to the result's dtype (but for uint8)."""
     wide = trial.dtype if trial.dtype == torch.uint8 else torch.float64
-    pixels = reference.mix_pixels(
-        trial.images.double(), None if trial.partners is None else trial.partners.double(), *trial.plan[:4]
-    )
+    partners = None if trial.partners is None else trial.partners.double()
+    pixels = reference.mix_pixels(trial.images.double(), partners, trial.plan)
     return [
-        reference.store(reference.normalise(values, trial.images.dtype, trial.mean, trial.std), wide)
+        reference.store(reference.normalise(values, trial.images.dtype, trial.norm), wide)
         for values in [pixels, trial.images.double()][: 2 if trial.clean else 1]
     ]
 
@@ -69,7 +69,7 @@ def test_forward_agrees_with_the_reference(backend: Any, part: int) -> None:
         for result, wanted, exact in zip(results, expected, truth_of(trial), strict=True):
             if trial.exact:
                 assert equal(result, wanted), seed
-            largest = 255.0 if trial.std is None else (1 + max(trial.mean or [0])) / min(trial.std)
+            largest = 255.0 if trial.norm is None else (1 + max(trial.norm.mean)) / min(trial.norm.std)
             check_close(result, wanted, exact, largest)
 
 
@@ -84,7 +84,7 @@ def test_backward_agrees_with_the_reference(backend: Any, part: int) -> None:
         truth = trial.backward(reference.mix_backward, *wide)
         largest = max(t.abs().max().item() for t in (trial.grad_mixed, trial.grad_clean) if t is not None)
         for result, wanted, exact in zip(results, expected, truth, strict=True):
-            check_close(result, wanted, exact, largest / min(trial.std or [1]))
+            check_close(result, wanted, exact, largest / min(trial.norm.std if trial.norm else [1]))
 
 
 @needs_cpp
@@ -92,8 +92,8 @@ def test_in_place_gives_what_out_of_place_gives() -> None:
     ran = 0
     for seed in SEEDS:
         trial = make(seed)
-        suits = trial.dtype == trial.images.dtype and trial.partners is None and trial.plan[4]
-        if not suits or (trial.plan[0] == Rule.RESIZEMIX).any():
+        suits = trial.dtype == trial.images.dtype and trial.partners is None and trial.plan.mirrored
+        if not suits or (trial.plan.rule == Rule.RESIZEMIX).any():
             continue
         ran += 1
         expected = trial.forward(native.mix, *trial.outputs())
@@ -255,16 +255,14 @@ def test_cuda_kernels_compute_what_the_cpu_kernels_compute(build: dict[str, Any]
     torch.ops.load_library(str(library))
     ran: dict[tuple[str, int], int] = {}
 
-    def forward(images: Tensor, partners: Tensor | None, *rest: Any) -> None:
-        plan, (mean, std, mixed, kept) = rest[:5], rest[6:]
-        kernel = torch.ops.sdmp.mix_emulated(images, partners, *plan, mean, std, mixed, kept)
+    def forward(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+        kernel = torch.ops.sdmp.mix_emulated(images, partners, *plan[:5], *(norm or (None, None)), *outputs)
         ran["forward", kernel] = ran.get(("forward", kernel), 0) + 1
 
-    def backward(grad_mixed: Tensor | None, grad_clean: Tensor | None, *rest: Any) -> None:
-        plan, (std, own, other) = rest[:5], rest[6:]
-        rows = (own if other is None else other).shape[0]
-        order, starts = (None, None) if plan[4] else native.takers(plan[1], rows)
-        kernel = torch.ops.sdmp.mix_backward_emulated(grad_mixed, grad_clean, *plan, order, starts, std, own, other)
+    def backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
+        rows = len(gradients.images if gradients.partners is None else gradients.partners)
+        order, starts = (None, None) if plan.mirrored else native.takers(plan.partner, rows)
+        kernel = torch.ops.sdmp.mix_backward_emulated(*upstream, *plan[:5], order, starts, std, *gradients)
         ran["backward", kernel] = ran.get(("backward", kernel), 0) + 1
 
     for seed in SEEDS:

@@ -15,9 +15,11 @@ from ops import matrix
 
 from sdmp_kernels import MixPlan, Rule, _launch, draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import cases, reference
+from sdmp_kernels.ops.mix.arguments import Gradients, PlanRows, Upstream
 
 pytest.importorskip("triton")
 from sdmp_kernels.ops.mix import triton as kernels
+from sdmp_kernels.ops.mix import triton_kernels
 
 DEVICE = matrix.DEVICES[-1]
 HERE = [case for case in cases.CASES if not case.interpreter or DEVICE == "cuda"]
@@ -107,10 +109,9 @@ def test_gradients_read_and_write_nothing_beside(partner):
     grads, _ = ring((3, 2, 7, 5), float("nan"), torch.float32)
     grads.copy_(torch.rand(grads.shape, generator=torch.Generator().manual_seed(1)))
     result, room = ring(grads.shape, -77.0, torch.float32)
-    args = (plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, list(plan.rules), None)
-    kernels.mix_backward(grads, None, *args, result, None)
-    expected = torch.empty_like(result)
-    reference.mix_backward(grads, None, *args, expected, None)
+    upstream, rows, expected = Upstream(grads, None), PlanRows.of(plan), torch.empty_like(result)
+    kernels.mix_backward(upstream, rows, None, Gradients(result, None))
+    reference.mix_backward(upstream, rows, None, Gradients(expected, None))
     torch.testing.assert_close(result, expected)
     assert (room[:64] == -77).all()
     assert (room[-64:] == -77).all()
@@ -135,6 +136,15 @@ def test_every_kernel_runs():
             images = torch.rand((3, 2, 8, 8), device=DEVICE).requires_grad_()
             mix(images, plan).sum().backward()
     assert names == set(kernels.KERNELS)
+
+
+def test_every_kernel_is_listed():
+    assert {name for name in vars(triton_kernels) if name.endswith("_kernel")} == set(kernels.KERNELS)
+
+
+def test_rules_with_a_box_are_the_last_ones():
+    """What the kernels ask by `rule >= RULE_CUTMIX`."""
+    assert [rule for rule in Rule if rule >= Rule.CUTMIX] == [Rule.CUTMIX, Rule.RESIZEMIX]
 
 
 def test_the_launch_table_has_every_bucket():
@@ -172,6 +182,7 @@ import json, sys
 import torch
 from sdmp_kernels import draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import reference, triton as kernels
+from sdmp_kernels.ops.mix.arguments import Gradients, Outputs, PlanRows, Upstream
 
 far = 2**31 + 8
 
@@ -195,11 +206,10 @@ def run(shape, strides, partner):
 
 def stray(images, **changes):
     plan = draw_plan(4, (8, 8), per="sample", seed=1, step=0)
-    parts = {name: getattr(plan, name).clone() for name in ("rule", "partner", "lam", "box")} | changes
+    rows = PlanRows.of(plan)._replace(mirrored=False, rules=[0, 1, 2, 3], **changes)
     mixed, grads = torch.empty_like(images), torch.empty_like(images)
-    rules = [0, 1, 2, 3]
-    kernels.mix(images, None, *parts.values(), False, rules, None, None, mixed, None)
-    kernels.mix_backward(images, None, *parts.values(), False, rules, None, grads, None)
+    kernels.mix(images, None, rows, None, Outputs(mixed, None))
+    kernels.mix_backward(Upstream(images, None), rows, None, Gradients(grads, None))
     return bool(mixed.isfinite().all() and grads.isfinite().all())
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdmp_train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from sdmp_train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from sdmp_train.methods.mocov3 import MoCoV3Config
 
 CLASSES, IMAGES_PER_CLASS = ("bars", "checks", "dots"), 12
 
@@ -34,7 +35,7 @@ def tiny(image_folder: Path) -> Config:
     return Config(
         data=DataConfig(data=str(image_folder), image_px=32, blur=False, loader="torchvision", workers=0),
         model=ModelConfig(arch="vit_tiny_patch16_224", patch_px=8, width=32, depth=2, heads=2),
-        method=MethodConfig(dim=32, mlp_dim=64),
+        method=MoCoV3Config(dim=32, mlp_dim=64),
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=0.5, base_lr=0.02),
         run=RunConfig(device="cpu", log_every_steps=1, knn_max_images=0),
     )

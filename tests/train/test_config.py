@@ -1,4 +1,4 @@
-"""Settings are validated, named in errors with near matches, and survive YAML."""
+"""Configurations survive YAML, also that of older versions; wrong names and values are refused with near matches."""
 
 from __future__ import annotations
 
@@ -11,49 +11,17 @@ import pytest
 import yaml
 
 from sdmp_train.config import (
+    METHODS,
     Config,
     ConfigError,
-    DataConfig,
-    MixingConfig,
-    OptimConfig,
-    RunConfig,
     drift,
     from_dict,
     load_config,
     save_config,
     to_dict,
+    with_method,
 )
 from sdmp_train.presets import presets
-
-
-@pytest.mark.parametrize(
-    ("build", "names"),
-    [
-        (lambda: OptimConfig(batch_size=1), "batch_size"),
-        (lambda: OptimConfig(epochs=10, warmup_epochs=40), "warmup_epochs"),
-        (lambda: OptimConfig(base_lr=float("nan")), "lr"),
-        (lambda: OptimConfig(base_lr=0.0), "lr"),
-        (lambda: DataConfig(crop_min_frac=0.0), "crop_min"),
-        (lambda: DataConfig(std=(0.2, 0.0, 0.2)), "std"),
-        (lambda: DataConfig(image_px=4), "image_px"),
-        (lambda: RunConfig(seed=-1), "seed"),
-        (lambda: RunConfig(max_steps=0), "max_steps"),
-        (lambda: MixingConfig(rules=()), "rules"),
-        (lambda: MixingConfig(rules=("mixup", "mixup")), "rules"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name(build, names):
-    with pytest.raises(ConfigError, match=names):
-        build()
-
-
-def test_an_unknown_rule_gets_near_matches():
-    with pytest.raises(ConfigError, match="Did you mean cutmix"):
-        MixingConfig(rules=("cutmx",))
-
-
-def test_effective_learning_rate_scales_with_the_global_batch():
-    assert OptimConfig(base_lr=1.5e-4, batch_size=1024).lr == pytest.approx(6e-4)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "table5/cifar10-r50-sdmp", "table9/mocov3-vit_s-sdmp-extra"])
@@ -149,7 +117,7 @@ def test_an_empty_file_changes_nothing_and_odd_paths_survive(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "c.yaml", Config()) == Config()
     for name in ("caf\u00e9", "two\nlines", "caf\udce9"):
-        config = replace(Config(), data=DataConfig(data=name))
+        config = replace(Config(), data=replace(Config().data, data=name))
         save_config(config, tmp_path / "c.yaml")
         assert load_config(tmp_path / "c.yaml", Config()) == config
 
@@ -169,3 +137,52 @@ def test_drift_names_what_would_change_the_training_and_nothing_else():
     )
     assert drift(old, old) == []
     assert drift(old, new) == ["optim.base_lr: 0.00015 -> 1.0", "run.seed: 0 -> 7"]
+
+
+def test_every_method_survives_yaml_under_its_name(tmp_path: Path):
+    for name, method in METHODS.items():
+        config = Config(method=method.Config())
+        assert (config.method_name, config.method_class) == (name, method)
+        save_config(config, tmp_path / "config.yaml")
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["method"]["name"] == name
+        assert load_config(tmp_path / "config.yaml", Config()) == config
+
+
+def test_a_file_of_version_0_1_is_still_read(tmp_path: Path):
+    """With a group `mixing`, the method's name in `method.method`, and the frozen patches in `model`."""
+    (tmp_path / "c.yaml").write_text(
+        "model: {arch: vit_small, stop_grad_conv1: false}\n"
+        "method: {method: mocov3, dim: 128, mlp_dim: 512, momentum: 0.9, momentum_cosine: false, temperature: 0.1}\n"
+        "mixing: {mixing: sdmp, variant: extra, rules: [cutmix], per: sample, alpha: 0.5, shared_lam: true,\n"
+        "  source_weight: static, pair_weight: random, extra_weight: 0.25}\n"
+    )
+    config = load_config(tmp_path / "c.yaml", Config())
+    expected = replace(
+        Config().method,
+        dim=128,
+        mlp_dim=512,
+        momentum=0.9,
+        momentum_cosine=False,
+        temperature=0.1,
+        stop_grad_conv1=False,
+        variant="extra",
+        rules=("cutmix",),
+        per="sample",
+        alpha=0.5,
+        shared_lam=True,
+        source_weight="static",
+        extra_weight=0.25,
+    )
+    assert config == replace(Config(), model=replace(Config().model, arch="vit_small"), method=expected)
+    (tmp_path / "c.yaml").write_text("mixing: {mixing: none}\n")
+    assert load_config(tmp_path / "c.yaml", Config()).method.mixing == "none"
+    (tmp_path / "c.yaml").write_text("mixing: {mixng: none}\n")
+    with pytest.raises(ConfigError, match=r"unknown setting method\.mixng\. Did you mean mixing"):
+        load_config(tmp_path / "c.yaml", Config())
+
+
+def test_an_unknown_method_gets_near_matches():
+    with pytest.raises(ConfigError, match="Did you mean mocov3"):
+        with_method(Config(), "mocov2")
+    with pytest.raises(ConfigError, match=r"method is \['mocov3'\]"):
+        from_dict({"method": {"name": ["mocov3"]}}, Config())

@@ -17,7 +17,7 @@ from sdmp_train.config import Config
 from sdmp_train.data import Batch
 from sdmp_train.guard import StopRequest
 from sdmp_train.loop import Outcome, train
-from sdmp_train.methods import mocov3
+from sdmp_train.methods import contrast
 
 STEPS, PX = 50, 16
 # Both curves are one training in float32. Rounding differs by 5e-7 in the first step's loss, which AdamW and the batch
@@ -69,10 +69,10 @@ def test_the_triton_kernels_train_as_the_definitions_do(fifty: Config):
 def test_a_slightly_wrong_op_leaves_the_band(fifty: Config, monkeypatch):
     """The comparison can fail: target weights a hundredth off show."""
     expected = curve(fifty, "reference")
-    honest = mocov3.info_nce
+    honest = contrast.info_nce
 
     def wrong(q: Tensor, k: list[Tensor], targets: list[TwoHot], **options: float) -> list[Tensor]:
         return honest(q, k, [t._replace(weight=0.99 * t.weight) for t in targets], **options)
 
-    monkeypatch.setattr(mocov3, "info_nce", wrong)
+    monkeypatch.setattr(contrast, "info_nce", wrong)
     assert (curve(fifty, "reference") - expected).abs().max() > 5 * BAND

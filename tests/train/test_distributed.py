@@ -9,44 +9,46 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny_runs import random_views, with_mixing
+from tiny_runs import as_batch, build_training, random_views, with_mixing
 from torch import nn
 
-from sdmp_train.config import Config
+from sdmp_train.config import Config, ModelConfig, OptimConfig
+from sdmp_train.data import Batch
 from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean
-from sdmp_train.guard import BufferGuard, StopRequest
-from sdmp_train.loop import update
-from sdmp_train.methods.mocov3 import MoCoV3
-from sdmp_train.models import build_backbone
-from sdmp_train.optim import make_optimizer
-from sdmp_train.training import Training
+from sdmp_train.guard import StopRequest
+from sdmp_train.loop import step
+from sdmp_train.methods.contrast import Features, Plan
+from sdmp_train.methods.method import At, Loss
+from sdmp_train.methods.mocov3 import MoCoV3, MoCoV3Config
+
+
+class InFloat64(MoCoV3):
+    """The gradients of biases before a batch norm are differences of large numbers."""
+
+    poisoned = False
+
+    def mix(self, batch: Batch, plan: Plan) -> dict[str, torch.Tensor]:
+        return {name: image.double() for name, image in super().mix(batch, plan).items()}
+
+    def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
+        loss = super().loss(features, plan, batch, at)
+        return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
 
 
 def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, torch.Tensor]:
-    """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks.
-
-    In float64: the gradients of biases before a batch norm are differences of large numbers.
-    """
+    """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks."""
     torch.set_default_dtype(torch.float64)
-    method = MoCoV3(config, build_backbone(config.model, config.data.image_px, 0), world, torch.float32)
+    training = build_training(config, world=world, method_class=InFloat64)
     torch.set_default_dtype(torch.float32)
-    optimizer = make_optimizer(config.optim, method.student.parameters())
-    buffers = BufferGuard(method.student, method.momentum_encoder)
-    training = Training(config, world, method, optimizer, buffers, steps_per_epoch=4, step=2)
+    training.step, method = 2, training.method
+    method.poisoned = poisoned and world.rank == 1
     rows = len(method.keep)
     views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
-    plan = method.plan(0)
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
-    buffers.keep()
-    images = {name: image.double() for name, image in method.mix(views, plan).items()}
-    loss, _ = method.loss(*method.encode(images), plan)
-    if poisoned and world.rank == 1:
-        loss = loss * float("nan")
-    _, flags = update(training, loss, StopRequest())
-    state = {f"student/{k}": v.clone() for k, v in method.student.state_dict().items()}
-    state |= {f"momentum/{k}": v.clone() for k, v in method.momentum_encoder.state_dict().items()}
+    made = step(training, [as_batch(views)], StopRequest())
+    state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, before[k]) for k, v in method.student.state_dict().items()))
-    return {**state, "flags": flags, "loss": reduce_mean(loss.detach().clone(), world)}
+    return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
 
 
 def work(rank: int, port_file: str, config: Config, folder: str) -> None:
@@ -107,11 +109,9 @@ def free_port() -> str:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory):
     """Results of both ranks, and the configuration they ran with (no mixing: partners depend on the rank's rows)."""
-    from sdmp_train.config import MethodConfig, ModelConfig, OptimConfig
-
     base = Config(
         model=ModelConfig(arch="test_resnet", stem="cifar"),
-        method=MethodConfig(dim=32, mlp_dim=64),
+        method=MoCoV3Config(dim=32, mlp_dim=64),
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=0, opt="lars", base_lr=1.0, lars_trust=0.02),
     )
     config = with_mixing(replace(base, data=replace(base.data, image_px=16)), mixing="none")

@@ -1,4 +1,4 @@
-"""The start of the backbones and the shape of the heads, as MoCo v3 has them."""
+"""The backbones: which timm model, from which start."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from sdmp_train.config import Config, ConfigError, MethodConfig, ModelConfig
-from sdmp_train.models import build_backbone, build_student, mlp_head, sincos_positions
+from sdmp_train.config import Config, ConfigError, ModelConfig
+from sdmp_train.models import build_backbone, sincos_positions, start_vit, timm_arguments
 
 
 def test_positions_are_sin_and_cos_of_row_and_column():
@@ -26,7 +26,7 @@ def test_positions_are_sin_and_cos_of_row_and_column():
 
 
 def test_a_vit_starts_as_moco_v3_says(tiny: Config):
-    vit = build_backbone(tiny.model, 32, seed=0)
+    vit = build_backbone(tiny.model, 32, seed=0, start=lambda vit: start_vit(vit, freeze_patches=True))
     assert not vit.pos_embed.requires_grad
     assert not vit.patch_embed.proj.weight.requires_grad
     assert not vit.patch_embed.proj.bias.any()
@@ -51,35 +51,28 @@ def test_the_feature_is_the_class_token(tiny: Config):
 def test_the_start_depends_on_the_seed_alone_and_global_random_state_is_not_moved(tiny: Config):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = build_student(build_backbone(tiny.model, 32, seed=3), tiny.method, seed=3).state_dict()
+    first = build_backbone(tiny.model, 32, seed=3).state_dict()
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(6)
-    again = build_student(build_backbone(tiny.model, 32, seed=3), tiny.method, seed=3).state_dict()
-    other = build_student(build_backbone(tiny.model, 32, seed=4), tiny.method, seed=4).state_dict()
+    again = build_backbone(tiny.model, 32, seed=3).state_dict()
+    other = build_backbone(tiny.model, 32, seed=4).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not torch.equal(first["predictor.0.weight"], other["predictor.0.weight"])
+    assert not torch.equal(first["cls_token"], other["cls_token"])
 
 
-def layers(head: nn.Sequential) -> list[str]:
-    return [
-        f"{m.in_features}-{m.out_features}" if isinstance(m, nn.Linear) else type(m).__name__ for m in head.children()
-    ]
+def test_drop_path_is_there_in_training_alone(tiny: Config):
+    images = torch.randn(8, 3, 32, 32)
+    plain, dropping = (build_backbone(tiny.model, 32, seed=0, drop_path=rate) for rate in (0.0, 0.9))
+    assert torch.equal(plain.eval()(images), dropping.eval()(images))
+    assert not torch.equal(plain.train()(images), dropping.train()(images))
 
 
-def test_heads_of_a_vit(tiny: Config):
-    student = build_student(build_backbone(tiny.model, 32, seed=0), tiny.method, seed=0)
-    norm = ["BatchNorm1d", "ReLU"]
-    assert layers(student.encoder.projector) == ["32-64", *norm, "64-64", *norm, "64-32", "BatchNorm1d"]
-    assert layers(student.predictor) == ["32-64", *norm, "64-32", "BatchNorm1d"]
-    assert not student.encoder.projector[-1].affine
-    assert student.encoder.projector[1].affine
-    assert all(m.bias is None for m in student.encoder.projector if isinstance(m, nn.Linear))
-
-
-def test_heads_of_a_resnet(tiny_resnet: Config):
-    student = build_student(build_backbone(tiny_resnet.model, 32, seed=0), tiny_resnet.method, seed=0)
-    assert layers(student.encoder.projector) == ["96-64", "BatchNorm1d", "ReLU", "64-32", "BatchNorm1d"]
-    assert layers(student.predictor) == ["32-64", "BatchNorm1d", "ReLU", "64-32"]
+def test_the_method_says_how_many_heads_a_short_name_has(tiny: Config):
+    short, full = ModelConfig(arch="vit_small"), ModelConfig(arch="vit_small_patch16_224")
+    assert timm_arguments(short, 32, heads=6)[1]["num_heads"] == 6
+    assert timm_arguments(short, 32)[1]["num_heads"] == 12
+    assert timm_arguments(replace(short, heads=3), 32, heads=6)[1]["num_heads"] == 3
+    assert "num_heads" not in timm_arguments(full, 32, heads=6)[1]
 
 
 def test_cifar_stem_keeps_the_resolution():
@@ -102,7 +95,7 @@ def test_cifar_stem_keeps_the_resolution():
 )
 def test_models_that_cannot_be_are_refused(model: ModelConfig, message: str):
     with pytest.raises(ConfigError, match=message):
-        build_backbone(model, 32, seed=0)
+        build_backbone(model, 32, seed=0, start=lambda vit: start_vit(vit, freeze_patches=True))
 
 
 @pytest.mark.parametrize(
@@ -128,27 +121,8 @@ def test_an_architecture_that_cannot_take_the_images_or_loses_some_of_them_is_re
     arch: str, image_px: int, message: str
 ):
     with pytest.raises(ConfigError, match=message) as error:
-        build_backbone(ModelConfig(arch=arch), image_px, seed=0)
+        build_backbone(ModelConfig(arch=arch), image_px, seed=0, start=lambda vit: start_vit(vit, freeze_patches=True))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arch", "image_px"),
-    [
-        ("deit_tiny_patch16_224", 32),
-        ("swin_tiny_patch4_window7_224", 32),
-        ("mobilenetv3_small_100", 32),
-        ("convnext_atto", 40),
-        ("test_resnet", 33),
-        ("deit3_small_patch16_224", 32),
-        ("vit_tiny_r_s16_p8_224", 64),
-    ],
-)
-def test_the_heads_fit_whatever_architecture_takes_the_images(arch: str, image_px: int):
-    backbone = build_backbone(ModelConfig(arch=arch), image_px, seed=0)
-    student = build_student(backbone, MethodConfig(dim=8, mlp_dim=16), seed=0)
-    (queries,) = student(torch.zeros(2, 3, image_px, image_px))
-    assert queries.shape == (2, 8)
 
 
 def test_sizes_of_a_deit_are_settings_as_those_of_a_vit():
@@ -185,12 +159,3 @@ def test_a_name_that_is_no_plain_architecture_reaches_neither_network_nor_files(
         build_backbone(ModelConfig(arch=arch), 32, seed=0)
     assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
-
-
-def test_one_layer_more_for_every_hidden_width():
-    assert layers(mlp_head([3, 5, 7], last_norm=False)) == ["3-5", "BatchNorm1d", "ReLU", "5-7"]
-
-
-def test_moco_widths_are_the_defaults():
-    assert (MethodConfig().dim, MethodConfig().mlp_dim) == (256, 4096)
-    assert replace(MethodConfig(), dim=3).dim == 3

@@ -16,9 +16,9 @@ def test_cells_hold_source_mixed_and_partner(tmp_path: Path):
     views = torch.randint(
         0, 256, (6, 3, CELL_PX, CELL_PX), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    save_mix_picture(tmp_path / "mix.png", views, ("cutmix", "mixup"), alpha=1.0, seed=3)
+    plan, other = (draw_plan(6, (CELL_PX, CELL_PX), rules=(rule,), seed=3, step=0) for rule in ("cutmix", "mixup"))
+    save_mix_picture(tmp_path / "mix.png", [("cutmix", views, plan), ("mixup", views, other)])
     picture = np.asarray(Image.open(tmp_path / "mix.png"))
-    plan = draw_plan(6, (CELL_PX, CELL_PX), rules=("cutmix",), seed=3, step=0)
     mixed = mix(views, plan)
     top, left = GAP_PX, 78
     for place, image in enumerate((views[0], mixed[0], views[5])):

@@ -106,7 +106,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(kind: str, stop: int, request
     assert pretrain(config, tmp_path / "parts", resume=True) == 0
     whole, parts = (load_checkpoint(newest_checkpoint(tmp_path / n / "checkpoints")) for n in ("whole", "parts"))
     assert whole[1]["step"] == parts[1]["step"] == 8
-    assert whole[0].keys() == parts[0].keys() == {"model", "ema", "optim"}
+    assert whole[0].keys() == parts[0].keys() == {"student", "momentum_encoder", "optim"}
     for part, tensors in whole[0].items():
         assert tensors.keys() == parts[0][part].keys()
         assert len(tensors) > 5
@@ -171,9 +171,9 @@ def test_other_images_stop_a_resume(tiny: Config, tmp_path: Path, image_folder: 
 
 def test_a_damaged_checkpoint_stops_a_resume_unless_the_one_before_is_asked_for(tiny: Config, tmp_path: Path):
     assert pretrain(limit(tiny, max_steps=2), tmp_path / "run") == 0
-    path = newest_checkpoint(tmp_path / "run" / "checkpoints") / "model.safetensors"
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints") / "student.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ConfigError, match=r"student\.safetensors is damaged"):
         pretrain(tiny, tmp_path / "run", resume=True)
     assert pretrain(limit(tiny, max_steps=2), tmp_path / "run", resume=True, previous=True) == 0
     load_checkpoint(newest_checkpoint(tmp_path / "run" / "checkpoints"))  # made again, whole

@@ -8,27 +8,37 @@ from typing import Any
 
 import torch
 
-from sdmp_train.config import Config, MixingConfig
+from sdmp_train.config import Config
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
-from sdmp_train.guard import BufferGuard
-from sdmp_train.methods.mocov3 import MoCoV3
-from sdmp_train.models import build_backbone
-from sdmp_train.optim import make_optimizer
-from sdmp_train.training import Training
+from sdmp_train.methods.method import At, Loss, Method
+from sdmp_train.training import Training, assemble
 
 CPU = World(torch.device("cpu"))
+CLASSES = 3
 
 
-def build_method(config: Config, world: World = CPU) -> MoCoV3:
-    """The method on a fresh backbone, float32, on the CPU."""
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed)
-    return MoCoV3(config, backbone, world, torch.float32)
+def at_step(step: int, steps: int = 8, steps_per_epoch: int = 4) -> At:
+    """A place in a training of two epochs."""
+    return At(step, steps, steps_per_epoch)
+
+
+def build_training(config: Config, steps_per_epoch: int = 4, world: World = CPU, **options: Any) -> Training:
+    """All that a loop needs, at step 0, float32 on the CPU."""
+    return assemble(config, world, steps_per_epoch=steps_per_epoch, classes=CLASSES, **options)
+
+
+def build_method(config: Config, world: World = CPU) -> Any:
+    """The method of `config` at its start."""
+    return build_training(config, world=world).method
 
 
 def with_mixing(config: Config, **changes: Any) -> Config:
-    """The configuration with other mixing settings."""
-    return replace(config, mixing=replace(MixingConfig(), **changes))
+    """The configuration with default mixing settings but for these."""
+    method = config.method
+    names = ("mixing", "variant", "rules", "per", "alpha", "shared_lam", "source_weight", "pair_weight", "extra_weight")
+    defaults = {name: getattr(type(method)(), name) for name in names}
+    return replace(config, method=replace(method, **{**defaults, **changes}))
 
 
 def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -43,27 +53,27 @@ def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.T
     )
 
 
-def build_training(config: Config, steps_per_epoch: int = 4) -> Training:
-    """All that a loop needs, at step 0."""
-    method = build_method(config)
-    optimizer = make_optimizer(config.optim, method.student.parameters())
-    buffers = BufferGuard(method.student, method.momentum_encoder)
-    return Training(config, CPU, method, optimizer, buffers, steps_per_epoch)
+def as_batch(views: tuple[torch.Tensor, ...], first_id: int = 0) -> Batch:
+    """Views as a loader's batch, with labels 0, 1, 2, 0, ..."""
+    ids = torch.arange(first_id, first_id + len(views[0]))
+    return Batch(views, ids, ids % CLASSES)
 
 
 def noise_batches(config: Config, steps: int, views: int = 2) -> Iterator[Batch]:
     """A loader's batches of noise, different at every step."""
-    size = config.optim.batch_size
     for step in range(steps):
-        ids = torch.arange(step * size, (step + 1) * size)
-        yield Batch(random_views(config, views, seed=step), ids, torch.zeros(size, dtype=torch.int64))
+        yield as_batch(random_views(config, views, seed=step), first_id=step * config.optim.batch_size)
+
+
+def loss_of(method: Method, views: tuple[torch.Tensor, ...], plan: Any, at: At | None = None) -> Loss:
+    """Mix, encode, loss."""
+    batch = as_batch(views)
+    return method.loss(method.encode(method.mix(batch, plan)), plan, batch, at or at_step(0))
 
 
 def all_tensors(training: Training) -> dict[str, torch.Tensor]:
     """Copies of every weight, buffer and moment."""
-    method = training.method
-    found = {f"student/{k}": v.clone() for k, v in method.student.state_dict().items()}
-    found |= {f"momentum/{k}": v.clone() for k, v in method.momentum_encoder.state_dict().items()}
+    found = {k: v.clone() for k, v in training.method.state.state_dict().items()}
     for number, (_, moments) in enumerate(training.optimizer.state.items()):
         found |= {f"moments/{number}/{k}": v.clone() for k, v in moments.items()}
     return found

@@ -47,9 +47,7 @@ def augment(
         call.launch(out.device)
 
 
-def calls(
-    arch: str, images: Tensor, draws: tuple[Tensor, ...], cubic: bool, radius: int, out: Tensor
-) -> list[Call]:
+def calls(arch: str, images: Tensor, draws: tuple[Tensor, ...], cubic: bool, radius: int, out: Tensor) -> list[Call]:
     """The launches, in order; `draws` as in `reference.augment`, contiguous."""
     box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize = draws
     n, channels, height, width = out.shape

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdmp_kernels._checks import check_number, check_same_device, check_tensor, readable
+from sdmp_kernels._checks import check_channels_first, check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.mix import op
+from sdmp_kernels.ops.mix.arguments import PlanRows
 from sdmp_kernels.plan import MixPlan
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,13 +57,14 @@ def mix(
             Row numbers on a GPU are not read back: one out of range is clamped, never read out of bounds.
     """
     check_tensor("images", images, dtypes=_DTYPES, ndim=4, shape="(N, C, H, W)")
+    check_channels_first("images", images)
     if not isinstance(clean, bool):
         raise TypeError(f"clean must be True or False, got {type(clean).__name__}")
     _check_plan(images, plan, partners)
     scale = _check_normalisation(images, mean, std)
     result = _result_dtype(images, scale is not None, dtype, out, clean)
     mean_, std_ = scale if scale is not None else (None, None)
-    args = (plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, [int(r) for r in plan.rules], mean_, std_)
+    args = (*PlanRows.of(plan), mean_, std_)
     if out is None:
         mixed, kept = torch.ops.sdmp.mix(images, partners, *args, result, clean)
         return (kept, mixed) if clean else mixed
@@ -87,6 +89,7 @@ def _check_plan(images: Tensor, plan: MixPlan, partners: Tensor | None) -> None:
             f"plan has {len(plan)} rows but images {images.shape[0]}; draw the plan with n={images.shape[0]}"
         )
     if plan.size != tuple(images.shape[2:]):
+        check_channels_first("images", images, plan.size)
         raise ValueError(
             f"plan.size is {plan.size} but images are {tuple(images.shape[2:])}; draw the plan with "
             f"size={tuple(images.shape[2:])}"
@@ -126,6 +129,10 @@ def _check_normalisation(
         if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in numbers):
             raise ValueError(f"{name} must hold finite numbers{'' if name == 'mean' else ' above 0'}, got {numbers}")
         values.append(numbers)
+    if max(values[0], default=0.0) > 1:
+        raise ValueError(
+            f"mean must be on the 0 to 1 scale, also for uint8 images, got {values[0]}; divide mean and std by 255"
+        )
     return values[0], values[1]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels.ops.case import FLOATS, Case
 from sdmp_kernels.ops.mix import mix, reference
+from sdmp_kernels.ops.mix.arguments import Norm, PlanRows
 from sdmp_kernels.plan import MixPlan, Rule, draw_plan
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.25), (0.229, 0.224, 0.225, 0.5, 0.125)
@@ -80,13 +81,13 @@ def truth(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The exact result in float64, rounded only where the result is uint8."""
     others = None if partners is None else partners.double()
-    mixed = reference.mix_pixels(images.double(), others, plan.rule, plan.partner, plan.lam, plan.box)
+    mixed = reference.mix_pixels(images.double(), others, PlanRows.of(plan))
     integers = (dtype or images.dtype) == torch.uint8 and std is None
-    scale = (None, None) if mean is None or std is None else (list(mean), list(std))
+    norm = None if mean is None or std is None else Norm(list(mean), list(std))
     outputs = [
-        reference.store(reference.normalise(pixels, images.dtype, *scale), torch.uint8).double()
+        reference.store(reference.normalise(pixels, images.dtype, norm), torch.uint8).double()
         if integers
-        else reference.normalise(pixels, images.dtype, *scale)
+        else reference.normalise(pixels, images.dtype, norm)
         for pixels in ([images.double(), mixed] if clean else [mixed])
     ]
     return (outputs[0], outputs[1]) if clean else outputs[0]

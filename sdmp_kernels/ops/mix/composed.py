@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.reference import store
 from sdmp_kernels.plan import Rule
 
@@ -37,79 +38,53 @@ class _Taps(NamedTuple):
     w1: Tensor
 
 
-def mix(
-    images: Tensor,
-    partners: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
-) -> None:
-    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`."""
-    work = _work_dtype(images)
-    own = images.to(work)
-    others = _taken(own if partners is None else partners, partner, mirrored).to(work)
-    rows = _rows(rule, partner, lam, box, own, partners is None)
+def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+    """Write the mixed images and, where they are wanted, the unmixed ones."""
+    own = images.to(_work_dtype(images))
+    others = _taken(own if partners is None else partners, plan).to(own.dtype)
+    rows = _rows(plan, own, partners is None)
     pixels = own
-    if Rule.MIXUP in rules:
+    if Rule.MIXUP in plan.rules:
         pixels = torch.where(rows.blended, rows.own_share * own + rows.partner_share * others, pixels)
-    if Rule.CUTMIX in rules:
+    if Rule.CUTMIX in plan.rules:
         pixels = torch.where(rows.cut & rows.inside, others, pixels)
-    if Rule.RESIZEMIX in rules:
-        pixels = torch.where(rows.resized & rows.inside, _resize(others, box), pixels)
-    if clean is not None:
-        clean.copy_(store(_normalise(own, images.dtype, mean, std), clean.dtype))
-    mixed.copy_(store(_normalise(pixels, images.dtype, mean, std), mixed.dtype))
+    if Rule.RESIZEMIX in plan.rules:
+        pixels = torch.where(rows.resized & rows.inside, _resize(others, plan.box), pixels)
+    if outputs.clean is not None:
+        outputs.clean.copy_(store(_normalise(own, images.dtype, norm), outputs.clean.dtype))
+    outputs.mixed.copy_(store(_normalise(pixels, images.dtype, norm), outputs.mixed.dtype))
 
 
-def mix_backward(
-    grad_mixed: Tensor | None,
-    grad_clean: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    std: list[float] | None,
-    grad_images: Tensor,
-    grad_partners: Tensor | None,
-) -> None:
+def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
     """Write the gradients of float images, and of `partners` where they were given: the transpose of `mix`."""
-    work = _work_dtype(grad_images)
-    own = torch.zeros_like(grad_images, dtype=work)
-    others = None if grad_partners is None else torch.zeros_like(grad_partners, dtype=work)
-    if grad_clean is not None:
-        own = own + _denormalise(grad_clean.to(work), std)
-    if grad_mixed is not None:
-        grads = _denormalise(grad_mixed.to(work), std)
-        rows = _rows(rule, partner, lam, box, grads, grad_partners is None)
-        to_own, to_others = _split(grads, rows, box, rules)
+    work = _work_dtype(gradients.images)
+    own = torch.zeros_like(gradients.images, dtype=work)
+    others = None if gradients.partners is None else torch.zeros_like(gradients.partners, dtype=work)
+    if upstream.clean is not None:
+        own = own + _denormalise(upstream.clean.to(work), std)
+    if upstream.mixed is not None:
+        grads = _denormalise(upstream.mixed.to(work), std)
+        rows = _rows(plan, grads, gradients.partners is None)
+        to_own, to_others = _split(grads, rows, plan)
         own = own + to_own
         if others is None:
-            own = _give(own, to_others, partner, mirrored)
+            own = _give(own, to_others, plan)
         else:
-            others = _give(others, to_others, partner, mirrored)
-    grad_images.copy_(own)
-    if grad_partners is not None and others is not None:
-        grad_partners.copy_(others)
+            others = _give(others, to_others, plan)
+    gradients.images.copy_(own)
+    if gradients.partners is not None and others is not None:
+        gradients.partners.copy_(others)
 
 
 def _work_dtype(images: Tensor) -> torch.dtype:
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def _normalise(pixels: Tensor, source: torch.dtype, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    if mean is None or std is None:
+def _normalise(pixels: Tensor, source: torch.dtype, norm: Norm | None) -> Tensor:
+    if norm is None:
         return pixels
     unit = pixels / 255 if source == torch.uint8 else pixels
-    return (unit - _channels(mean, pixels)) / _channels(std, pixels)
+    return (unit - _channels(norm.mean, pixels)) / _channels(norm.std, pixels)
 
 
 def _denormalise(grads: Tensor, std: list[float] | None) -> Tensor:
@@ -122,35 +97,35 @@ def _channels(values: list[float], like: Tensor) -> Tensor:
     return torch.cat(filled)
 
 
-def _taken(images: Tensor, partner: Tensor, mirrored: bool) -> Tensor:
+def _taken(images: Tensor, plan: PlanRows) -> Tensor:
     """(N, C, H, W): every row's partner."""
-    return images.flip(0) if mirrored else images[partner.clamp(0, images.shape[0] - 1)]
+    return images.flip(0) if plan.mirrored else images[plan.partner.clamp(0, images.shape[0] - 1)]
 
 
-def _give(images: Tensor, grads: Tensor, partner: Tensor, mirrored: bool) -> Tensor:
+def _give(images: Tensor, grads: Tensor, plan: PlanRows) -> Tensor:
     """`images` plus the gradients of the rows that took each of them; deterministic on every device."""
-    if mirrored:
+    if plan.mirrored:
         return images + grads.flip(0)
-    index = partner.clamp(0, images.shape[0] - 1)
+    index = plan.partner.clamp(0, images.shape[0] - 1)
     if images.is_cuda:  # sorts the index; index_add_ would use atomics there
         return images.index_put((index,), grads, accumulate=True)
     return images.index_add(0, index, grads)
 
 
-def _rows(rule: Tensor, partner: Tensor, lam: Tensor, box: Tensor, images: Tensor, own_partners: bool) -> _Rows:
-    share = lam.to(images.dtype)
-    itself = partner == torch.arange(len(rule), device=rule.device)
-    blended = (rule == Rule.MIXUP) & (lam != 1)
-    top, left, height, width = (side.unsqueeze(1) for side in box.unbind(1))
-    y = torch.arange(images.shape[2], device=box.device)
-    x = torch.arange(images.shape[3], device=box.device)
+def _rows(plan: PlanRows, images: Tensor, own_partners: bool) -> _Rows:
+    share, device = plan.lam.to(images.dtype), plan.rule.device
+    itself = plan.partner == torch.arange(len(plan.rule), device=device)
+    blended = (plan.rule == Rule.MIXUP) & (plan.lam != 1)
+    top, left, height, width = (side.unsqueeze(1) for side in plan.box.unbind(1))
+    y = torch.arange(images.shape[2], device=device)
+    x = torch.arange(images.shape[3], device=device)
     down, across = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
     return _Rows(
         blended=_column(blended & ~itself if own_partners else blended),
         own_share=_column(share),
         partner_share=_column(1 - share),
-        cut=_column(rule == Rule.CUTMIX),
-        resized=_column(rule == Rule.RESIZEMIX),
+        cut=_column(plan.rule == Rule.CUTMIX),
+        resized=_column(plan.rule == Rule.RESIZEMIX),
         inside=(down[:, :, None] & across[:, None, :])[:, None],
     )
 
@@ -196,19 +171,19 @@ def _pick(images: Tensor, index: Tensor, axis: int) -> Tensor:
     return images.gather(axis, index.view(shape).expand(images.shape))
 
 
-def _split(grads: Tensor, rows: _Rows, box: Tensor, rules: list[int]) -> tuple[Tensor, Tensor]:
+def _split(grads: Tensor, rows: _Rows, plan: PlanRows) -> tuple[Tensor, Tensor]:
     """The gradient of every mixed image to its own pixels and to its partner's."""
     to_own, to_others = grads, torch.zeros_like(grads)
-    if Rule.MIXUP in rules:
+    if Rule.MIXUP in plan.rules:
         to_own = torch.where(rows.blended, rows.own_share * grads, to_own)
         to_others = torch.where(rows.blended, rows.partner_share * grads, to_others)
-    if Rule.CUTMIX in rules or Rule.RESIZEMIX in rules:
+    if Rule.CUTMIX in plan.rules or Rule.RESIZEMIX in plan.rules:
         to_own = torch.where((rows.cut | rows.resized) & rows.inside, 0.0, to_own)
-    if Rule.CUTMIX in rules:
+    if Rule.CUTMIX in plan.rules:
         to_others = torch.where(rows.cut & rows.inside, grads, to_others)
-    if Rule.RESIZEMIX in rules:
+    if Rule.RESIZEMIX in plan.rules:
         pasted = torch.where(rows.resized & rows.inside, grads, 0.0)
-        to_others = torch.where(rows.resized, _spread(pasted, box), to_others)
+        to_others = torch.where(rows.resized, _spread(pasted, plan.box), to_others)
     return to_own, to_others
 
 

@@ -6,60 +6,43 @@
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+
 # A CUDA kernel takes the constants of this many channels along; more are normalised in several launches.
 _CHANNELS = 64
 
 
-def mix(
-    images: Tensor,
-    partners: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
-) -> None:
-    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`: one pass, one launch."""
-    plan = (rule.contiguous(), partner.contiguous(), lam.contiguous(), box.contiguous(), mirrored)
+def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+    """Write the mixed images and, where they are wanted, the unmixed ones: one pass, one launch."""
+    rows, (mean, std) = _contiguous(plan), norm or (None, None)
     if not images.is_cuda:
-        torch.ops.sdmp.mix_cpu(images, partners, *plan, mean, std, mixed, clean)
+        torch.ops.sdmp.mix_cpu(images, partners, *rows, mean, std, *outputs)
         return
     for some in _channels(images.shape[1], std):
-        own, others, result, kept = (None if t is None else t[:, some] for t in (images, partners, mixed, clean))
+        own, others, mixed, clean = (None if t is None else t[:, some] for t in (images, partners, *outputs))
         means, stds = (None if values is None else values[some] for values in (mean, std))
-        torch.ops.sdmp.mix_cuda(own, others, *plan, means, stds, result, kept)
+        torch.ops.sdmp.mix_cuda(own, others, *rows, means, stds, mixed, clean)
 
 
-def mix_backward(
-    grad_mixed: Tensor | None,
-    grad_clean: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    std: list[float] | None,
-    grad_images: Tensor,
-    grad_partners: Tensor | None,
-) -> None:
+def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
     """Write the gradients: every pixel gathers what the rows gave that took it, so no two threads write one place."""
-    plan = (rule.contiguous(), partner.contiguous(), lam.contiguous(), box.contiguous(), mirrored)
-    rows = (grad_images if grad_partners is None else grad_partners).shape[0]
-    order, starts = (None, None) if mirrored else takers(partner, rows)
-    if not grad_images.is_cuda:
-        torch.ops.sdmp.mix_backward_cpu(grad_mixed, grad_clean, *plan, order, starts, std, grad_images, grad_partners)
+    rows = _contiguous(plan)
+    sources = len(gradients.images if gradients.partners is None else gradients.partners)
+    order, starts = (None, None) if plan.mirrored else takers(plan.partner, sources)
+    if not gradients.images.is_cuda:
+        torch.ops.sdmp.mix_backward_cpu(*upstream, *rows, order, starts, std, *gradients)
         return
-    for some in _channels(grad_images.shape[1], std):
-        upstream = (None if t is None else t[:, some] for t in (grad_mixed, grad_clean))
-        result = (None if t is None else t[:, some] for t in (grad_images, grad_partners))
+    for some in _channels(gradients.images.shape[1], std):
+        given = (None if t is None else t[:, some] for t in upstream)
+        result = (None if t is None else t[:, some] for t in gradients)
         stds = None if std is None else std[some]
-        torch.ops.sdmp.mix_backward_cuda(*upstream, *plan, order, starts, stds, *result)
+        torch.ops.sdmp.mix_backward_cuda(*given, *rows, order, starts, stds, *result)
+
+
+def _contiguous(plan: PlanRows) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """What the compiled kernels are told of a plan; which rules occur, they see for themselves."""
+    rule, partner, lam, box = (tensor.contiguous() for tensor in plan[:4])
+    return rule, partner, lam, box, plan.mirrored
 
 
 def _channels(channels: int, std: list[float] | None) -> list[slice]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
 
 OP = _backends.register("mix", cpu=("cpp", "torch", "reference"), cuda=("triton", "cuda", "torch", "reference"))
@@ -22,31 +23,18 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype) -> str | None:
     return None
 
 
-def _run(
-    images: Tensor,
-    partners: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
-) -> None:
+def _run(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
     """Run the chosen backend; give it a scratch copy of whatever it would overwrite before the last read."""
-    backend = _backends.choose(OP, images.device, lambda name: _refuse(name, images, mixed.dtype))
+    backend = _backends.choose(OP, images.device, lambda name: _refuse(name, images, outputs.mixed.dtype))
     if images.numel() == 0:
         return
-    pairs = backend not in ("torch", "reference") and mirrored and partners is None and Rule.RESIZEMIX not in rules
-    if same_memory(images, mixed) and not pairs:
+    whole_pairs = plan.mirrored and partners is None and Rule.RESIZEMIX not in plan.rules
+    in_place = whole_pairs and backend not in ("torch", "reference")
+    if same_memory(images, outputs.mixed) and not in_place:
         images = images.clone()
-    if partners is not None and any(out is not None and overlaps(partners, out) for out in (mixed, clean)):
+    if partners is not None and any(out is not None and overlaps(partners, out) for out in outputs):
         partners = partners.clone()
-    args = (images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, clean)
-    OP.module(backend).mix(*args)
+    OP.module(backend).mix(images, partners, plan, norm, outputs)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -82,7 +70,8 @@ def mix_op(
 ) -> tuple[Tensor, Tensor]:
     """(mixed, clean): clean is an empty tensor unless asked for."""
     mixed, kept = _outputs(images, dtype, clean)
-    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept if clean else None)
+    plan, outputs = PlanRows(rule, partner, lam, box, mirrored, rules), Outputs(mixed, kept if clean else None)
+    _run(images, partners, plan, Norm.of(mean, std), outputs)
     return mixed, kept
 
 
@@ -112,7 +101,8 @@ def mix_out_op(
     kept: Optional[Tensor],
 ) -> None:
     """As `sdmp::mix`, into existing tensors."""
-    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept)
+    plan = PlanRows(rule, partner, lam, box, mirrored, rules)
+    _run(images, partners, plan, Norm.of(mean, std), Outputs(mixed, kept))
 
 
 @mix_out_op.register_fake
@@ -135,7 +125,8 @@ def mix_in_place_op(
     kept: Optional[Tensor],
 ) -> None:
     """As `sdmp::mix`, over the images themselves."""
-    _run(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, images, kept)
+    plan = PlanRows(rule, partner, lam, box, mirrored, rules)
+    _run(images, partners, plan, Norm.of(mean, std), Outputs(images, kept))
 
 
 @mix_in_place_op.register_fake
@@ -161,11 +152,10 @@ def mix_backward_op(
     given: Tensor = grad_mixed if grad_mixed is not None else grad_clean  # type: ignore[assignment]
     grad_images, grad_partners = _gradients(given, dtype, partner_rows)
     backend = _backends.choose(OP, given.device, lambda name: _refuse(name, given, dtype))
-    others = grad_partners if partner_rows >= 0 else None
+    plan = PlanRows(rule, partner, lam, box, mirrored, rules)
+    gradients = Gradients(grad_images, grad_partners if partner_rows >= 0 else None)
     if grad_images.numel() or grad_partners.numel():
-        OP.module(backend).mix_backward(
-            grad_mixed, grad_clean, rule, partner, lam, box, mirrored, rules, std, grad_images, others
-        )
+        OP.module(backend).mix_backward(Upstream(grad_mixed, grad_clean), plan, std, gradients)
     return grad_images, grad_partners
 
 

@@ -1,46 +1,34 @@
 """The definition of `mix`, one row at a time (method: paper Eq. 1 and 2).
 
-Shapes: images (N, C, H, W), partners (M, C, H, W), rule, partner, lam (N,), box (N, 4).
+Shapes: images (N, C, H, W), partners (M, C, H, W); those of the rest are in `arguments`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
 
 
-def mix(
-    images: Tensor,
-    partners: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    mean: list[float] | None,
-    std: list[float] | None,
-    mixed: Tensor,
-    clean: Tensor | None,
-) -> None:
-    """Write the mixed images into `mixed` and, where given, the unmixed ones into `clean`."""
-    pixels = mix_pixels(images, partners, rule, partner, lam, box)
-    mixed.copy_(store(normalise(pixels, images.dtype, mean, std), mixed.dtype))
-    if clean is not None:
-        clean.copy_(store(normalise(images.to(pixels.dtype), images.dtype, mean, std), clean.dtype))
+def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+    """Write the mixed images and, where they are wanted, the unmixed ones."""
+    pixels = mix_pixels(images, partners, plan)
+    outputs.mixed.copy_(store(normalise(pixels, images.dtype, norm), outputs.mixed.dtype))
+    if outputs.clean is not None:
+        own = normalise(images.to(pixels.dtype), images.dtype, norm)
+        outputs.clean.copy_(store(own, outputs.clean.dtype))
 
 
-def mix_pixels(
-    images: Tensor, partners: Tensor | None, rule: Tensor, partner: Tensor, lam: Tensor, box: Tensor
-) -> Tensor:
+def mix_pixels(images: Tensor, partners: Tensor | None, plan: PlanRows) -> Tensor:
     """(N, C, H, W) mixed pixels in float32 (float64 for float64 images), not rounded, not normalised."""
     own = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
     others = own if partners is None else partners.to(own.dtype)
     rows = []
-    for i, (r, j, corner) in enumerate(zip(rule.tolist(), partner.tolist(), box.tolist(), strict=True)):
+    listed = zip(plan.rule.tolist(), plan.partner.tolist(), plan.box.tolist(), strict=True)
+    for i, (rule, j, box) in enumerate(listed):
         itself = partners is None and i == j
-        rows.append(mix_row(own[i], others[j], Rule(r), lam[i].to(own.dtype), corner, itself))
+        rows.append(mix_row(own[i], others[j], Rule(rule), plan.lam[i].to(own.dtype), box, itself))
     return torch.stack(rows) if rows else own.clone()
 
 
@@ -60,13 +48,13 @@ def mix_row(own: Tensor, other: Tensor, rule: Rule, lam: Tensor, box: list[int],
     return pasted
 
 
-def normalise(pixels: Tensor, source: torch.dtype, mean: list[float] | None, std: list[float] | None) -> Tensor:
+def normalise(pixels: Tensor, source: torch.dtype, norm: Norm | None) -> Tensor:
     """(x - mean) / std per channel, x on the 0 to 1 scale (uint8 sources divided by 255)."""
-    if mean is None or std is None:
+    if norm is None:
         return pixels
     unit = pixels / 255 if source == torch.uint8 else pixels
-    centre = torch.tensor(mean, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
-    spread = torch.tensor(std, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+    centre = torch.tensor(norm.mean, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+    spread = torch.tensor(norm.std, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
     return (unit - centre) / spread
 
 
@@ -77,37 +65,25 @@ def store(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.to(dtype)
 
 
-def mix_backward(
-    grad_mixed: Tensor | None,
-    grad_clean: Tensor | None,
-    rule: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    box: Tensor,
-    mirrored: bool,
-    rules: list[int],
-    std: list[float] | None,
-    grad_images: Tensor,
-    grad_partners: Tensor | None,
-) -> None:
+def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
     """Write the gradients of float images, and of `partners` where they were given: the transpose of `mix`."""
-    work = torch.float64 if grad_images.dtype == torch.float64 else torch.float32
-    own = torch.zeros_like(grad_images, dtype=work)
-    others = own if grad_partners is None else torch.zeros_like(grad_partners, dtype=work)
-    if grad_clean is not None:
-        own += denormalise(grad_clean.to(work), std)
-    if grad_mixed is not None:
-        grads = denormalise(grad_mixed.to(work), std)
-        rows = zip(rule.tolist(), partner.tolist(), box.tolist(), strict=True)
-        for i, (r, j, corner) in enumerate(rows):
-            itself = grad_partners is None and i == j
-            to_own, to_other = mix_row_backward(grads[i], Rule(r), lam[i].to(work), corner, itself)
+    work = torch.float64 if gradients.images.dtype == torch.float64 else torch.float32
+    own = torch.zeros_like(gradients.images, dtype=work)
+    others = own if gradients.partners is None else torch.zeros_like(gradients.partners, dtype=work)
+    if upstream.clean is not None:
+        own += denormalise(upstream.clean.to(work), std)
+    if upstream.mixed is not None:
+        grads = denormalise(upstream.mixed.to(work), std)
+        listed = zip(plan.rule.tolist(), plan.partner.tolist(), plan.box.tolist(), strict=True)
+        for i, (rule, j, box) in enumerate(listed):
+            itself = gradients.partners is None and i == j
+            to_own, to_other = mix_row_backward(grads[i], Rule(rule), plan.lam[i].to(work), box, itself)
             own[i] += to_own
             if to_other is not None:
                 others[j] += to_other
-    grad_images.copy_(own)
-    if grad_partners is not None:
-        grad_partners.copy_(others)
+    gradients.images.copy_(own)
+    if gradients.partners is not None:
+        gradients.partners.copy_(others)
 
 
 def mix_row_backward(

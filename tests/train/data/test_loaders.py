@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sdmp_train.data.views import draw_view
 from torchvision.transforms.v2 import functional as tv
 
 from sdmp_train.data import (
@@ -33,7 +34,6 @@ from sdmp_train.data import (
     steps_per_epoch,
 )
 from sdmp_train.data.images import decode_rgb
-from sdmp_train.data.views import draw_view
 
 HAVE_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAVE_DALI, reason="DALI is not installed")

@@ -7,11 +7,11 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 import torch
+from sdmp_train.data.views import blur_windows, draw_view, eval_params
 from torchvision.transforms import v2
 
 from sdmp_train.data import EvalView, ViewRecipe, byol_views, dino_views, eval_view
 from sdmp_train.data.schedule import epoch_order
-from sdmp_train.data.views import blur_windows, draw_view, eval_params
 
 FULL = byol_views(224)[1]
 

@@ -5,7 +5,8 @@
 
 #include <vector>
 
-#include "augment_job.h"
+#include "augment_cpu.h"
+#include "processor.h"
 
 namespace sdmp {
 namespace {
@@ -52,8 +53,9 @@ void check_boxes(const AugmentJob& job) {
              double(box[0]) + double(box[2]) <= double(p.height) + slack &&
              double(box[1]) + double(box[3]) <= double(p.width) + slack;
     };
-    STD_TORCH_CHECK(job.box != nullptr ? inside(job.box + 4 * i, 0.0)
-                                       : inside(job.fractional_box + 4 * i, 1e-3 * job.pictures[i].height + 1e-3 * job.pictures[i].width),
+    // Fractions are rounded to float32, so that the last of them may end a little outside.
+    const double slack = 1e-3 * static_cast<double>(job.pictures[i].height + job.pictures[i].width);
+    STD_TORCH_CHECK(job.box != nullptr ? inside(job.box + 4 * i, 0.0) : inside(job.fractional_box + 4 * i, slack),
                     "box of row ", i, " does not lie inside its image of ", job.pictures[i].height, " x ",
                     job.pictures[i].width, " pixels");
   }
@@ -64,13 +66,10 @@ using Kernel = decltype(&portable::augment);
 // The one for the best instruction set that was built and that this processor has.
 Kernel kernel() {
 #if defined(SDMP_WITH_AVX512)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi2")) {
-    return avx512::augment;
-  }
+  if (runs_avx512()) return avx512::augment;
 #endif
 #if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return avx2::augment;
+  if (runs_avx2()) return avx2::augment;
 #endif
   return portable::augment;
 }

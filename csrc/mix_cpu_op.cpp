@@ -5,7 +5,10 @@
 #include <memory>
 #include <new>
 
+#include "mix.h"
+#include "mix_cpu.h"
 #include "mix_torch.h"
+#include "processor.h"
 
 namespace sdmp {
 namespace {
@@ -60,28 +63,25 @@ struct Kernels {
 // Those for the best instruction set that was built and that this processor has.
 Kernels kernels() {
 #if defined(SDMP_WITH_AVX512)
-  // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi2")) {
-    return {avx512::mix, avx512::mix_backward};
-  }
+  if (runs_avx512()) return {avx512::mix, avx512::mix_backward};
 #endif
 #if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return {avx2::mix, avx2::mix_backward};
+  if (runs_avx2()) return {avx2::mix, avx2::mix_backward};
 #endif
   return {portable::mix, portable::mix_backward};
 }
 
 void check_plan_values(const PlanView& plan, int64_t n, int64_t partner_rows) {
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(plan.rule[i] <= 3, "rule of row ", i, " is ", static_cast<int>(plan.rule[i]), ", expected 0 to 3");
+    STD_TORCH_CHECK(plan.rule[i] <= static_cast<uint8_t>(kLastRule), "rule of row ", i, " is ",
+                    static_cast<int>(plan.rule[i]), ", expected 0 to ", static_cast<int>(kLastRule));
     STD_TORCH_CHECK(plan.mirrored || (plan.partner[i] >= 0 && plan.partner[i] < partner_rows), "partner of row ", i,
                     " is ", plan.partner[i], ", but there are ", partner_rows, " rows");
   }
 }
 
-bool has_rule(const PlanView& plan, int64_t n, uint8_t rule) {
-  return std::find(plan.rule, plan.rule + n, rule) != plan.rule + n;
+bool has_rule(const PlanView& plan, int64_t n, Rule rule) {
+  return std::find(plan.rule, plan.rule + n, static_cast<uint8_t>(rule)) != plan.rule + n;
 }
 
 void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const Tensor& rule, const Tensor& partner,
@@ -111,7 +111,7 @@ void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const 
   STD_TORCH_CHECK(job.scale == nullptr || job.out != Type::kUint8, "uint8 cannot hold normalised values");
   job.pairs = mirrored && job.own_partners;
   job.in_place = same_place(job.images, job.mixed);
-  STD_TORCH_CHECK(!job.in_place || !job.own_partners || (mirrored && !has_rule(job.plan, job.n, 3)),
+  STD_TORCH_CHECK(!job.in_place || !job.own_partners || (mirrored && !has_rule(job.plan, job.n, Rule::kResizeMix)),
                   "in place works for KEEP, MIXUP and CUTMIX with mirrored partners; give a copy of the images");
   const int64_t bytes = mixed.numel() * static_cast<int64_t>(mixed.element_size()) * (clean.has_value() ? 2 : 1);
   job.stream = !job.in_place && bytes >= kStreamBytes;

@@ -2,7 +2,7 @@
 // their tensors. Nothing is read back from the device.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "mix_torch.h"
+#include "mix_cuda_torch.h"
 
 namespace sdmp {
 namespace {

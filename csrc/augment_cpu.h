@@ -1,4 +1,4 @@
-// What the kernels of `augment` are told: plain structures that `augment.cpp` fills from tensors.
+// What the kernels of `augment` are told: plain structures that `augment_cpu_op.cpp` fills from tensors.
 #pragma once
 
 #include <cstdint>

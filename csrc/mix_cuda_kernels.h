@@ -1,4 +1,4 @@
-// The CUDA kernels of `mix` and the choice between them. No torch and no launch syntax in here: `mix.cu` launches, and
+// The CUDA kernels of `mix` and the choice between them. No torch and no launch syntax in here: mix_cuda.cu launches, and
 // the tests compile this file with a C++ compiler and run the same kernels, thread by thread, on the CPU.
 //
 // Two kernels for each direction. The vector kernel serves dense images: a thread owns 16 bytes of every result, so
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "mix.h"
-#include "mix_job.h"
+#include "mix_cuda.h"
 
 namespace sdmp {
 namespace SDMP_ISA {

@@ -1,7 +1,7 @@
-// Launches the kernels of mix_gpu.h. The torch side is in mix_cuda.cpp, so that nvcc sees no torch header.
+// Launches the kernels of mix_cuda_kernels.h. The torch side is in mix_cuda_op.cpp, so that nvcc sees no torch header.
 #include <cuda_runtime.h>
 
-#include "mix_gpu.h"
+#include "mix_cuda_kernels.h"
 
 namespace sdmp {
 namespace {

@@ -1,0 +1,235 @@
+// Mixing on the CPU: one task after another, both images of a mirrored pair together.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "mix_cpu_tiles.h"
+
+namespace sdmp {
+namespace SDMP_ISA {
+namespace {
+
+class Mixer {
+ public:
+  Mixer(const MixJob& job, char* scratch)
+      : job_(job), g_(job.geometry), scratch_(scratch, job.geometry), in_size_(size_of(job.in)),
+        out_size_(size_of(job.out)) {
+    const Scaled kind = job.scale == nullptr ? Scaled::kNo : g_.interleaved ? Scaled::kPeriod : Scaled::kPlane;
+    write_ = writer_for(job.in, job.out, kind);
+    blend_ = blender_for(job.in, job.out, kind);
+    copies_ = kind == Scaled::kNo && job.in == job.out;
+    plain_float_ = kind == Scaled::kNo && job.out == Type::kFloat;
+    if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
+  }
+
+  void run(int64_t task) {
+    const auto [unit, plane, chunk] = task_of(g_, task);
+    plane_ = plane;
+    if (job_.scale != nullptr && !g_.interleaved) scaling_ = Scaling{job_.centre + plane_, job_.scale + plane_, 1};
+    members_ = 0;
+    add_member(unit);
+    if (job_.pairs && unit != job_.n - 1 - unit) add_member(job_.n - 1 - unit);
+    each_tile(g_, chunk, [this](const Run& run) { tile(run); });
+  }
+
+ private:
+  struct Member {
+    int64_t index, partner;
+    Row row;
+  };
+
+  // A tile of a source image, in its own type and, once asked for, in float32.
+  struct Source {
+    const char* raw;
+    const float* values;
+  };
+
+  void add_member(int64_t index) {
+    const int64_t partner = job_.plan.mirrored ? job_.n - 1 - index : job_.plan.partner[index];
+    const bool itself = job_.own_partners && partner == index;
+    const Row row = read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index, job_.height,
+                             job_.width, itself);
+    if (row.rule == Rule::kResizeMix) {
+      scratch_.x[members_].fill(row.right - row.left, job_.width, row.scale_x, g_.group);
+    }
+    member_[members_++] = Member{index, partner, row};
+  }
+
+  void tile(const Run& run) {
+    run_ = run;
+    source_[0] = read(job_.images, member_[0].index, 0);
+    const Rule rule = member_[0].row.rule;
+    const bool positionwise = rule == Rule::kMixup || rule == Rule::kCutMix;
+    if (members_ == 2) {
+      source_[1] = read(job_.images, member_[1].index, 1);
+    } else if (job_.own_partners && member_[0].partner == member_[0].index) {
+      source_[1] = source_[0];
+    } else if (positionwise) {
+      source_[1] = read(job_.partners, member_[0].partner, 1);
+    }
+    if (job_.clean.data != nullptr) {
+      for (int m = 0; m < members_; ++m) write_clean(m);
+    }
+    if (job_.in_place && members_ == 2) save_first();
+    for (int m = 0; m < members_; ++m) write_mixed(m);
+  }
+
+  Source read(const View& view, int64_t n, int slot) {
+    const Place from = place(view, g_, job_.in, n, plane_, run_.row, run_.x);
+    if (from.step == 1 && (member_[0].row.rule == Rule::kResizeMix || !copies_)) {
+      fetch(from.at + run_.count * in_size_, run_.count * in_size_);
+    }
+    return Source{contiguous(from, job_.in, run_.count, scratch_.raw[slot]), nullptr};
+  }
+
+  void save_first() {
+    std::memcpy(scratch_.saved, source_[0].raw, run_.count * in_size_);
+    source_[0] = Source{scratch_.saved, nullptr};
+  }
+
+  const float* values(int slot) {
+    Source& source = source_[slot];
+    if (source.values == nullptr) {
+      if (job_.in == Type::kFloat) {
+        source.values = reinterpret_cast<const float*>(source.raw);
+      } else {
+        kLoaders[static_cast<int>(job_.in)](source.raw, run_.count, scratch_.values[slot]);
+        source.values = scratch_.values[slot];
+      }
+    }
+    return source.values;
+  }
+
+  Output output(const View& view, int64_t n) {
+    const Place at = place(view, g_, job_.out, n, plane_, run_.row, run_.x);
+    return Output(at, out_size_, job_.stream, scratch_.out);
+  }
+
+  void write_clean(int m) {
+    Output out = output(job_.clean, member_[m].index);
+    copy_part(out, m, 0, run_.count);
+    out.finish();
+  }
+
+  void write_mixed(int m) {
+    const Row& row = member_[m].row;
+    Output out = output(job_.mixed, member_[m].index);
+    if (row.rule == Rule::kCutMix && copies_) {
+      if (char* lines = out.lines(run_.count)) {
+        CutWriter cut(source_[m].raw, source_[1 - m].raw, lines);
+        each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
+          if (part == Part::kOther) cut.box(from * in_size_, (from + n) * in_size_);
+        });
+        cut.finish(run_.count * in_size_);
+        return;
+      }
+    }
+    const bool untouched = job_.in_place && copies_ && out.direct();  // own pixels are where they belong
+    each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
+      if (part == Part::kOwn && untouched) {
+        out.skip(n);
+      } else if (part == Part::kOwn) {
+        copy_part(out, m, from, n);
+      } else if (part == Part::kOther) {
+        copy_part(out, 1 - m, from, n);
+      } else if (part == Part::kBlend) {
+        const float* own = values(m) + from;
+        const float* other = values(1 - m) + from;
+        char* lines = plain_float_ ? out.lines(n) : nullptr;
+        if (lines != nullptr) {
+          stream_blend(own, row.own, other, row.other, n, lines);
+        } else {
+          blend_(own, row.own, other, row.other, n, scaling_, out.piece());
+          out.made(n);
+        }
+      } else {
+        resize_part(m, run_.begin + from, n);
+        if (plain_float_) {
+          out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
+        } else {
+          write_(scratch_.sum, n, scaling_, out.piece());
+          out.made(n);
+        }
+      }
+    });
+    out.finish();
+  }
+
+  // Pixels taken over as they are: bit for bit where nothing is converted.
+  void copy_part(Output& out, int slot, int64_t from, int64_t n) {
+    if (copies_) {
+      out.copy(source_[slot].raw + from * in_size_, n, run_.count - from - n);
+    } else {
+      write_(values(slot) + from, n, scaling_, out.piece());
+      out.made(n);
+    }
+  }
+
+  // `n` elements of the partner's image resized to the box, from flattened position `at` on, all in one row: two rows
+  // of the image blended, and then its columns.
+  void resize_part(int m, int64_t at, int64_t n) {
+    const Member& member = member_[m];
+    const Row& row = member.row;
+    const Taps& taps = scratch_.x[m];
+    const int64_t y = at / g_.length, group = g_.group;
+    const int64_t begin = (at - y * g_.length) / group - row.left, columns = n / group;
+    const Tap tap = box_tap(row, y);
+    const int64_t low = taps.first[begin];
+    const int64_t last = begin + columns - 1;
+    const int64_t count = taps.first[last] + taps.step[last] + group - low;
+    const float* upper = partner_row(member.partner, tap.first, low, count, scratch_.rows[0]);
+    const float* lower = partner_row(member.partner, tap.first + tap.step, low, count, scratch_.rows[1]);
+    float* blended = scratch_.rows[2];
+    int64_t k = 0;
+    if (job_.in == Type::kFloat && y + kRowsAhead < row.bottom) {
+      const int64_t ahead = (box_tap(row, y + kRowsAhead).first - tap.first) * job_.partners.h;
+      for (; k + kFloats <= count; k += kFloats) {
+        fetch(upper + k + ahead);
+        fetch(lower + k + ahead);
+        for (int64_t j = k; j < k + kFloats; ++j) blended[j] = blend(upper[j], tap.w0, lower[j], tap.w1);
+      }
+    }
+#pragma GCC ivdep
+    for (; k < count; ++k) blended[k] = blend(upper[k], tap.w0, lower[k], tap.w1);
+    if (row.right - row.left == job_.width) {
+      for (int64_t k = 0; k < n; ++k) scratch_.sum[k] = blend(blended[k], 1.0f, blended[k], 0.0f);
+      return;
+    }
+    // The last pixel's neighbour is itself: so every second tap is one pixel on.
+    for (int64_t k = 0; k < group; ++k) blended[count + k] = blended[count - group + k];
+    blend_columns(blended - low, taps, begin, columns, group, scratch_.sum);
+  }
+
+  Tap box_tap(const Row& row, int64_t y) const {
+    return resize_tap(static_cast<int32_t>(y - row.top), row.bottom - row.top, static_cast<int32_t>(job_.height),
+                      row.scale_y);
+  }
+
+  const float* partner_row(int64_t n, int64_t y, int64_t x, int64_t count, float* memory) {
+    // A gathered row is turned into float32 from scratch memory that holds a whole row of the widest type.
+    char* gathered = reinterpret_cast<char*>(scratch_.rows[2]);
+    const char* raw = contiguous(place(job_.partners, g_, job_.in, n, plane_, y, x), job_.in, count, gathered);
+    if (job_.in == Type::kFloat && raw != gathered) return reinterpret_cast<const float*>(raw);
+    kLoaders[static_cast<int>(job_.in)](raw, count, memory);
+    return memory;
+  }
+
+  const MixJob& job_;
+  const Geometry& g_;
+  Scratch scratch_;
+  int64_t in_size_, out_size_;
+  Writer write_;
+  Blender blend_;
+  bool copies_, plain_float_;
+  Scaling scaling_;
+  int64_t plane_ = 0;
+  Run run_{};
+  Member member_[2];
+  Source source_[2];
+  int members_ = 0;
+};
+
+}  // namespace
+}  // namespace SDMP_ISA
+}  // namespace sdmp

@@ -1,0 +1,275 @@
+"""What contrastive methods with a momentum encoder share: heads, encoders, keys of all ranks, and the sum of terms.
+
+Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers (2021): heads, symmetric terms,
+the factor 2T. A method on top says which views meet which keys, how they are mixed, and with which targets.
+
+Letters: N rows per rank, M keys (N * ranks), D features, H W pixels. Views are named a, b, c, d; a~ is a mixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tyro.conf import arg
+
+from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
+
+from ..data import Batch, ViewRecipe, byol_views
+from ..distributed import World, distribute, gather_rows
+from ..models import feature_width, start_vit
+from ..optim import key_momentum
+from ..settings import between, require
+from .method import At, Group, Loss, Setup
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Heads, momentum encoder and temperature; the flags keep the names of MoCo v3's reference code."""
+
+    dim: Annotated[int, arg(name="moco-dim")] = 256
+    """Features that are compared."""
+    mlp_dim: Annotated[int, arg(name="moco-mlp-dim")] = 4096
+    """Hidden width of projector and predictor."""
+    momentum: Annotated[float, arg(name="moco-m")] = 0.99
+    """Momentum of the key encoder at the start."""
+    momentum_cosine: Annotated[bool, arg(name="moco-m-cos")] = True
+    """Let that momentum rise to 1 along half a cosine."""
+    temperature: Annotated[float, arg(name="moco-t")] = 0.2
+    """Softmax temperature."""
+    stop_grad_conv1: bool = True
+    """ViT: freeze the patch projection at its random start."""
+
+    def __post_init__(self) -> None:
+        require(self.dim > 0, "moco_dim", self.dim, "a positive whole number")
+        require(self.mlp_dim > 0, "moco_mlp_dim", self.mlp_dim, "a positive whole number")
+        between("moco_m", self.momentum, 0, 1)
+        between("moco_t", self.temperature, 0, 100, above=True)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss: `weight` times the cross-entropy of a query view against the keys of a key view."""
+
+    name: str
+    """Terms of one name are one number in the log."""
+    query: str
+    key: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step mixes: whether views a and b swap, and a `MixPlan` for each view that is mixed."""
+
+    swap: bool
+    mixes: dict[str, MixPlan]
+
+
+class Features(NamedTuple):
+    """Unit vectors by the name of the view: queries (N, D) with gradient, keys (M, D) of all ranks without."""
+
+    queries: dict[str, Tensor]
+    keys: dict[str, Tensor]
+
+
+def mlp_head(sizes: list[int], last_norm: bool) -> nn.Sequential:
+    """Linear layers without bias, BN and ReLU between them; with `last_norm` a last BN without weights."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes[:-1]):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=False))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: what the momentum encoder is a copy of."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+
+class Student(nn.Module):
+    """Encoder and predictor. Each view goes through by itself, with its own batch statistics."""
+
+    def __init__(self, encoder: Encoder, predictor: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        return [self.predictor(self.encoder(view)) for view in views]
+
+
+def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Student:
+    """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
+    is_vit = hasattr(backbone, "patch_embed")
+    width = feature_width(backbone)
+    hidden = [config.mlp_dim] * (2 if is_vit else 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        projector = mlp_head([width, *hidden, config.dim], last_norm=True)
+        predictor = mlp_head([config.dim, config.mlp_dim, config.dim], last_norm=is_vit)
+    return Student(Encoder(backbone, projector), predictor)
+
+
+class Contrast(ABC):
+    """The student, its momentum encoder and the stages of a step. A method adds its terms, plan and targets."""
+
+    def __init__(
+        self,
+        config: ContrastConfig,
+        build_backbone: Callable[..., nn.Module],
+        setup: Setup,
+        terms: Sequence[Term],
+    ) -> None:
+        self.heads = config
+        self.setup = setup
+        self.world: World = setup.world
+        self.terms = tuple(terms)
+        self.query_views = tuple(dict.fromkeys(term.query for term in self.terms))
+        self.key_views = tuple(dict.fromkeys(term.key for term in self.terms))
+        self.view_names = tuple(sorted({name[0] for name in self.query_views + self.key_views}))
+        self.mixed_views = tuple(sorted({name[0] for name in self.query_views + self.key_views if name[-1] == "~"}))
+        backbone = build_backbone(
+            **self.backbone_options(config), start=lambda vit: start_vit(vit, config.stop_grad_conv1)
+        )
+        self.student = build_student(backbone, config, setup.seed).to(self.world.device)
+        self.momentum_encoder = copy.deepcopy(self.student.encoder).requires_grad_(False)
+        self.queries = distribute(self.student, self.world)
+        distribute(self.momentum_encoder, self.world, trained=False)
+        self.state = nn.ModuleDict({"student": self.student, "momentum_encoder": self.momentum_encoder})
+        size = (setup.data.image_px, setup.data.image_px)
+        self.keep = draw_plan(setup.rows, size, prob=0.0, step=0, device=self.world.device)
+
+    @staticmethod
+    def backbone_options(config: Any) -> dict[str, Any]:
+        """MoCo v3's ViT-S and ViT-B have twelve heads both (timm's ViT-S has six)."""
+        return {"heads": 12}
+
+    @property
+    def trained(self) -> nn.Module:
+        """The student."""
+        return self.student
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The student's."""
+        return self.student.encoder.backbone
+
+    @abstractmethod
+    def plan(self, at: At) -> Plan:
+        """What is mixed with what, from the seed and `at` alone."""
+
+    @abstractmethod
+    def target(self, term: Term, plan: Plan) -> TwoHot:
+        """Where the query's probability should lie, from the plan that mixed the pixels."""
+
+    def views(self, at: At) -> list[ViewRecipe]:
+        """BYOL's two recipes, again for a further pair of views."""
+        data = self.setup.data
+        pair = [
+            replace(recipe, gray_prob=data.gray_prob)
+            for recipe in byol_views(data.image_px, data.crop_min_frac, data.blur)
+        ]
+        return pair * (len(self.view_names) // 2)
+
+    def chance(self) -> dict[str, float]:
+        """What every term, and the whole loss, is worth while the softmax is uniform: 2 T ln M per unit of weight."""
+        uniform = 2 * self.heads.temperature * math.log(self.setup.rows * self.world.size)
+        return {term.name: uniform for term in self.terms} | {"loss": uniform * sum(term.weight for term in self.terms)}
+
+    def describe(self) -> str:
+        """The terms with their weights, query and key views, and the chance level of the whole loss."""
+        terms = " + ".join(f"{term.weight:g} {term.name}({term.query} -> {term.key})" for term in self.terms)
+        return f"{terms}; chance level {self.chance()['loss']:.3f}"
+
+    def mix(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
+        """(N, 3, H, W) uint8 views -> the normalised images that an encoder sees, by name; a~ and a from one read."""
+        views = batch.views
+        ordered = (views[1], views[0], *views[2:]) if plan.swap else views
+        data = self.setup.data
+        pixels: dict[str, Any] = {"mean": data.mean, "std": data.std, "dtype": self.setup.dtype}
+        needed = {*self.query_views, *self.key_views}
+        images: dict[str, Tensor] = {}
+        for view, raw in zip(self.view_names, ordered, strict=True):
+            if view not in plan.mixes:
+                images[view] = cast(Tensor, mix(raw, self.keep, **pixels))
+            elif view in needed:
+                images[view], images[view + "~"] = mix(raw, plan.mixes[view], clean=True, **pixels)
+            else:
+                images[view + "~"] = cast(Tensor, mix(raw, plan.mixes[view], **pixels))
+        return images
+
+    def encode(self, images: dict[str, Tensor]) -> Features:
+        """Queries by the student with gradient, keys of all ranks by the momentum encoder without."""
+        bf16 = self.setup.dtype == torch.bfloat16
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
+            queries = self.queries(*(images[name] for name in self.query_views))
+            with torch.no_grad():
+                keys = [self.momentum_encoder(images[name]) for name in self.key_views]
+        unit_queries = [normalize(query.float(), dim=1) for query in queries]
+        unit_keys = [gather_rows(normalize(key.float(), dim=1), self.world) for key in keys]
+        return Features(
+            dict(zip(self.query_views, unit_queries, strict=True)),
+            dict(zip(self.key_views, unit_keys, strict=True)),
+        )
+
+    def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
+        """The weighted sum of the terms, each with MoCo v3's factor 2T; and the mean of each kind of term."""
+        temperature = self.heads.temperature
+        total = torch.zeros((), device=self.world.device)
+        kinds: dict[str, list[Tensor]] = {}
+        for name, query in features.queries.items():
+            terms = [term for term in self.terms if term.query == name]
+            targets = [self.target(term, plan) for term in terms]
+            losses = info_nce(query, [features.keys[term.key] for term in terms], targets, temperature=temperature)
+            for term, value in zip(terms, losses, strict=True):
+                total = total + term.weight * 2 * temperature * value
+                kinds.setdefault(term.name, []).append(2 * temperature * value.detach())
+        return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
+
+    def groups(self) -> list[Group]:
+        """All of the student alike: MoCo v3 decays norms and biases too."""
+        return [Group(list(self.student.parameters()))]
+
+    def after_update(self, at: At, good: Tensor) -> None:
+        """The momentum encoder follows.
+
+        MoCo v3 averages just before it makes a step's keys, with that step's momentum: the same as doing it here with
+        the next step's.
+        """
+        momentum = key_momentum(
+            at.step + 1, start=self.heads.momentum, steps=at.steps, cosine=self.heads.momentum_cosine
+        )
+        self.follow_student((1 - momentum) * good)
+
+    @torch.no_grad()
+    def follow_student(self, share: Tensor) -> None:
+        """Move the momentum encoder's parameters (not its batch statistics) by `share` of the way to the student's."""
+        leaders: list[Tensor] = list(self.student.encoder.parameters())
+        followers: list[Tensor] = list(self.momentum_encoder.parameters())
+        ways = list(torch._foreach_sub(leaders, followers))
+        torch._foreach_mul_(ways, share)
+        torch._foreach_add_(followers, ways)
+
+    def facts(self, plan: Plan) -> dict[str, Tensor]:
+        """The mean of lam."""
+        if not plan.mixes:
+            return {}
+        return {"lam_mean": torch.stack([mixed.lam.mean() for mixed in plan.mixes.values()]).mean()}

@@ -1,0 +1,209 @@
+"""The settings that every run has: frozen dataclasses, a unit in each name, checked on construction.
+
+The fields' docstrings are the help of the command line; `tyro.conf.arg` gives a field the spelling its users know
+(timm's, where timm has one). What one method alone needs is in that method's file; `config.py` puts both together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+
+class ConfigError(ValueError):
+    """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
+
+
+def near(word: object, known: Iterable[str]) -> str:
+    """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
+    return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    try:
+        return one_line(short.repr(value))
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def one_line(text: object) -> str:
+    """What an exception (or a text) says, without line breaks and shortened; its kind where it says nothing."""
+    words = " ".join(str(text).split())
+    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
+
+
+def require(ok: bool, name: str, got: object, expected: str) -> None:
+    """Raise `ConfigError` in the one form all settings use."""
+    if not ok:
+        raise ConfigError(f"{name} is {brief(got)}; expected {expected}")
+
+
+def between(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """Require `low <= value <= high`, or `low < value <= high` with `above`."""
+    ok = math.isfinite(value) and low <= value <= high and not (above and value == low)
+    require(ok, name, value, f"a number {'above' if above else 'from'} {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it is augmented."""
+
+    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
+    """Folder of images, any tree; with one folder per class, kNN is measured. `embedded`: the built-in shapes."""
+    image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
+    """Side of the square views, in pixels."""
+    crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08
+    """Smallest area of a random crop, as a fraction of the image."""
+    gray_prob: float = 0.2
+    """Chance that a view loses its colours (BYOL: 0.2); raise it where colour says nothing about what is shown."""
+    blur: bool = True
+    """Gaussian blur in the views (the BYOL recipe); usual for photographs, off for 32 px images."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue on the 0 to 1 scale."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue on the 0 to 1 scale."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """Who decodes and augments."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """What to do where a file is no readable image: stop and name it, or leave it out (up to 1 % of the files)."""
+    workers: Annotated[int | None, arg(aliases=("-j",))] = None
+    """Decoding threads (DALI) or processes (torchvision) per GPU; None chooses by the number of cores."""
+
+    def __post_init__(self) -> None:
+        require(self.image_px >= 8, "image_px", self.image_px, "at least 8 pixels")
+        between("crop_min", self.crop_min_frac, 0, 1, above=True)
+        between("gray_prob", self.gray_prob, 0, 1)
+        require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "three finite numbers")
+        require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "three numbers above 0")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone, by timm's names."""
+
+    arch: Annotated[str, arg(aliases=("-a", "--model"))] = "vit_small_patch16_224"
+    """Any timm ViT or ResNet; vit_small and vit_base are those of the method's paper (MoCo v3: 12 heads)."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """`cifar` gives a ResNet a 3x3 stride-1 first convolution and no max-pool."""
+    patch_px: int | None = None
+    """ViT: side of a patch in pixels; None keeps the architecture's."""
+    width: int | None = None
+    """ViT: width of the tokens; None keeps the architecture's."""
+    depth: int | None = None
+    """ViT: number of blocks; None keeps the architecture's."""
+    heads: int | None = None
+    """ViT: number of attention heads; None keeps the architecture's (the paper's ViT-S has 12)."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_px", "width", "depth", "heads"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "a positive whole number")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How long, how fast, in what batches."""
+
+    batch_size: Annotated[int, arg(aliases=("-b",))] = 1024
+    """GLOBAL batch, over all GPUs and nodes."""
+    epochs: int = 300
+    """Passes over the data."""
+    warmup_epochs: float = 40
+    """Epochs in which the learning rate rises from 0."""
+    opt: Literal["adamw", "lars"] = "adamw"
+    """Optimiser."""
+    base_lr: Annotated[float, arg(name="lr")] = 1.5e-4
+    """Base learning rate at batch 256; the effective one is lr * batch-size / 256, and printed."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule; effective as it stands, not scaled by the batch."""
+    weight_decay: Annotated[float, arg(aliases=("--wd",))] = 0.1
+    """Weight decay: AdamW on every trained parameter (MoCo v3's), LARS on matrices only."""
+    weight_decay_end: float | None = None
+    """Let the weight decay go to this along half a cosine; None keeps it."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+    clip_mode: Literal["global", "parameter"] = "global"
+    """What that norm is taken over: the whole gradient, or each parameter's by itself (DINO)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    lars_momentum: float = 0.9
+    """LARS's momentum."""
+    lars_trust: float = 0.001
+    """LARS's trust coefficient."""
+    lars_clip: bool = False
+    """LARS: never let a layer step further than the plain learning rate."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (a contrast needs another image)")
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        between("warmup_epochs", self.warmup_epochs, 0, 1e9)
+        require(
+            self.warmup_epochs <= self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"at most epochs, which is {self.epochs} (give both --epochs and --warmup-epochs)",
+        )
+        between("lr", self.base_lr, 0, 1e6, above=True)
+        between("min_lr", self.min_lr, 0, self.lr)
+        between("weight_decay", self.weight_decay, 0, 1e6)
+        if self.weight_decay_end is not None:
+            between("weight_decay_end", self.weight_decay_end, 0, 1e6)
+        if self.clip_grad is not None:
+            between("clip_grad", self.clip_grad, 0, 1e9, above=True)
+        for beta in self.betas:
+            between("betas", beta, 0, 1 - 1e-9)
+        between("lars_momentum", self.lars_momentum, 0, 1 - 1e-9)
+        between("lars_trust", self.lars_trust, 0, 1e6, above=True)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule."""
+        return self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where it runs, what it writes and when."""
+
+    preset: str = "custom"
+    """Recipe to begin from, see `python -m sdmp_train presets`; --config and flags override it."""
+    seed: int = 0
+    """Fixes the start, the order, the augmentation and the plans."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast of the encoders; auto is bf16 on a GPU, fp32 elsewhere. Losses are always fp32."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every_epochs: int = 10
+    """Epochs between checkpoints; one is also written at the start and at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones go once a newer one has been verified."""
+    knn_every_epochs: int = 0
+    """Epochs between kNN measurements; 0 measures before and after training only."""
+    knn_max_images: int = 10_000
+    """Images used for kNN (four fifths bank, one fifth queries); 0 switches kNN off."""
+    max_steps: int | None = None
+    """Stop after this step; the schedules still follow --epochs."""
+    max_bad_steps: int = 20
+    """Give up (exit code 3) after so many non-finite steps in a row."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
+        for name in ("log_every_steps", "save_every_epochs", "keep_checkpoints", "max_bad_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("knn_every_epochs", "knn_max_images"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")

@@ -1,0 +1,94 @@
+"""The heads as MoCo v3 has them, and the momentum encoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import build_method
+from torch import nn
+
+from sdmp_train.config import Config, ConfigError, ModelConfig
+from sdmp_train.methods.contrast import ContrastConfig, build_student, mlp_head
+from sdmp_train.models import build_backbone
+
+
+def layers(head: nn.Sequential) -> list[str]:
+    return [
+        f"{m.in_features}-{m.out_features}" if isinstance(m, nn.Linear) else type(m).__name__ for m in head.children()
+    ]
+
+
+def test_heads_of_a_vit(tiny: Config):
+    student = build_student(build_backbone(tiny.model, 32, seed=0), tiny.method, seed=0)
+    norm = ["BatchNorm1d", "ReLU"]
+    assert layers(student.encoder.projector) == ["32-64", *norm, "64-64", *norm, "64-32", "BatchNorm1d"]
+    assert layers(student.predictor) == ["32-64", *norm, "64-32", "BatchNorm1d"]
+    assert not student.encoder.projector[-1].affine
+    assert student.encoder.projector[1].affine
+    assert all(m.bias is None for m in student.encoder.projector if isinstance(m, nn.Linear))
+
+
+def test_heads_of_a_resnet(tiny_resnet: Config):
+    student = build_student(build_backbone(tiny_resnet.model, 32, seed=0), tiny_resnet.method, seed=0)
+    assert layers(student.encoder.projector) == ["96-64", "BatchNorm1d", "ReLU", "64-32", "BatchNorm1d"]
+    assert layers(student.predictor) == ["32-64", "BatchNorm1d", "ReLU", "64-32"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_px"),
+    [
+        ("deit_tiny_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 32),
+        ("mobilenetv3_small_100", 32),
+        ("convnext_atto", 40),
+        ("test_resnet", 33),
+        ("deit3_small_patch16_224", 32),
+        ("vit_tiny_r_s16_p8_224", 64),
+    ],
+)
+def test_the_heads_fit_whatever_architecture_takes_the_images(arch: str, image_px: int):
+    backbone = build_backbone(ModelConfig(arch=arch), image_px, seed=0)
+    student = build_student(backbone, ContrastConfig(dim=8, mlp_dim=16), seed=0)
+    (queries,) = student(torch.zeros(2, 3, image_px, image_px))
+    assert queries.shape == (2, 8)
+
+
+def test_heads_depend_on_the_seed_alone_and_global_random_state_is_not_moved(tiny: Config):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_student(build_backbone(tiny.model, 32, seed=0), tiny.method, seed=3).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(6)
+    again = build_student(build_backbone(tiny.model, 32, seed=0), tiny.method, seed=3).state_dict()
+    other = build_student(build_backbone(tiny.model, 32, seed=0), tiny.method, seed=4).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["predictor.0.weight"], other["predictor.0.weight"])
+
+
+def test_one_layer_more_for_every_hidden_width():
+    assert layers(mlp_head([3, 5, 7], last_norm=False)) == ["3-5", "BatchNorm1d", "ReLU", "5-7"]
+
+
+def test_moco_widths_are_the_defaults():
+    assert (ContrastConfig().dim, ContrastConfig().mlp_dim) == (256, 4096)
+
+
+def test_the_momentum_encoder_follows_parameters_and_keeps_its_own_statistics(tiny_resnet: Config):
+    method = build_method(tiny_resnet)
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(1.0)
+    before = {name: t.clone() for name, t in method.momentum_encoder.state_dict().items()}
+    method.follow_student(torch.tensor(0.25))
+    student = method.student.encoder.state_dict()
+    parameters = dict(method.momentum_encoder.named_parameters())
+    assert len(parameters) < len(before), "the test needs batch norms"
+    for name, tensor in method.momentum_encoder.state_dict().items():
+        expected = before[name] + 0.25 * (student[name] - before[name]) if name in parameters else before[name]
+        torch.testing.assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"dim": 0}, "moco_dim"), ({"temperature": 0.0}, "moco_t")])
+def test_a_wrong_value_is_refused_by_name(changes: dict, name: str):
+    with pytest.raises(ConfigError, match=name):
+        ContrastConfig(**changes)

@@ -1,0 +1,42 @@
+"""Rules are checked by name; the batches of a step share its one plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import at_step, build_method
+
+from sdmp_train.config import Config, ConfigError
+from sdmp_train.methods.mixing import check_rules, draw_batch_plan, example_plans
+
+
+@pytest.mark.parametrize(
+    ("rules", "alpha", "message"),
+    [
+        ((), 1.0, "rules is"),
+        (("mixup", "mixup"), 1.0, "each rule once"),
+        (("cutmx",), 1.0, "Did you mean cutmix"),
+        (("mixup",), 0.0, "mix_alpha is 0.0"),
+    ],
+)
+def test_wrong_rules_are_refused_by_name(rules: tuple[str, ...], alpha: float, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_rules(rules, alpha)
+
+
+def test_two_batches_of_a_step_have_their_rows_of_the_plan_that_one_batch_of_both_has(tiny: Config):
+    half = build_method(tiny).setup
+    whole = half._replace(rows=2 * half.rows)
+    options = {"rules": ("mixup", "cutmix"), "alpha": 1.0, "per": "batch"}
+    for step in range(4):
+        expected = draw_batch_plan(whole, at_step(step), 1, **options)
+        parts = [draw_batch_plan(half, at_step(step)._replace(part=i, parts=2), 1, **options) for i in (0, 1)]
+        for name in ("rule", "lam", "box"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
+
+
+def test_examples_are_of_each_rule(tiny: Config):
+    plans = example_plans((4, 3, 16, 16), rules=("cutmix", "mixup"), alpha=1.0, seed=3)
+    assert [name for name, _ in plans] == ["cutmix", "mixup"]
+    assert [[rule.name.lower() for rule in plan.rules] for _, plan in plans] == [["cutmix"], ["mixup"]]
+    assert all(plan.size == (16, 16) and len(plan) == 4 for _, plan in plans)

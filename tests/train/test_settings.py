@@ -1,0 +1,33 @@
+"""Settings are validated on construction and named in errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdmp_train.settings import ConfigError, DataConfig, OptimConfig, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: OptimConfig(batch_size=1), "batch_size"),
+        (lambda: OptimConfig(epochs=10, warmup_epochs=40), "warmup_epochs"),
+        (lambda: OptimConfig(base_lr=float("nan")), "lr"),
+        (lambda: OptimConfig(base_lr=0.0), "lr"),
+        (lambda: DataConfig(crop_min_frac=0.0), "crop_min"),
+        (lambda: DataConfig(std=(0.2, 0.0, 0.2)), "std"),
+        (lambda: DataConfig(image_px=4), "image_px"),
+        (lambda: RunConfig(seed=-1), "seed"),
+        (lambda: RunConfig(max_steps=0), "max_steps"),
+        (lambda: OptimConfig(min_lr=1.0), "min_lr"),
+        (lambda: OptimConfig(clip_grad=0.0), "clip_grad"),
+        (lambda: OptimConfig(weight_decay_end=-0.1), "weight_decay_end"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(build, names):
+    with pytest.raises(ConfigError, match=names):
+        build()
+
+
+def test_effective_learning_rate_scales_with_the_global_batch():
+    assert OptimConfig(base_lr=1.5e-4, batch_size=1024).lr == pytest.approx(6e-4)
