@@ -13,32 +13,33 @@ from torch import Tensor
 
 from sdmp_kernels.ops.augment import augment, reference
 from sdmp_kernels.ops.case import Case
-from sdmp_kernels.views import EvalView, Size, ViewDraws, ViewRecipe, draw_views, eval_view, view_size
+from sdmp_kernels.views import EvalView, Interpolation, Size, ViewDraws, ViewRecipe, draw_views, eval_view, view_size
 
 Images = Tensor | list[Tensor]
 
 
-def call(images: Images, draws: ViewDraws, size_px: Size, interpolation: str) -> Tensor:
+def call(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> Tensor:
     """The op."""
     return augment(images, draws, size_px, interpolation=interpolation)
 
 
-def eager(images: Images, draws: ViewDraws, size_px: Size, interpolation: str) -> Tensor:
+def eager(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> Tensor:
     """Plain PyTorch, one image at a time, in float32."""
     return _views(images, draws, size_px, interpolation, torch.float32)
 
 
-def truth(images: Images, draws: ViewDraws, size_px: Size, interpolation: str) -> Tensor:
+def truth(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> Tensor:
     """The definition, in float64."""
     return _views(images, draws, size_px, interpolation, torch.float64)
 
 
-def _views(images: Images, draws: ViewDraws, size_px: Size, interpolation: str, dtype: torch.dtype) -> Tensor:
+def _views(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation, dtype: torch.dtype) -> Tensor:
     size, cubic = torch.Size(view_size(size_px)), interpolation == "bicubic"
     pictures = reference.pictures([images] if isinstance(images, Tensor) else images)
     rows = zip(pictures, *draws.tensors(), strict=True)
-    views = [reference.make_view(image.to(dtype), *drawn, cubic, size).to(torch.uint8) for image, *drawn in rows]
-    return torch.stack(views) if views else torch.empty(0, images.shape[1], *size, dtype=torch.uint8)
+    views = [reference.make_view(image.to(dtype), drawn, cubic, size).to(torch.uint8) for image, *drawn in rows]
+    channels = images.shape[1] if isinstance(images, Tensor) else 3
+    return torch.stack(views) if views else torch.empty(0, channels, *size, dtype=torch.uint8)
 
 
 def largest_term(**inputs: Any) -> float:
@@ -46,7 +47,7 @@ def largest_term(**inputs: Any) -> float:
     return 1.0
 
 
-def bytes_moved(images: Images, draws: ViewDraws, size_px: Size, interpolation: str) -> int:
+def bytes_moved(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> int:
     """The crops read once and the views written once."""
     channels = images.shape[1] if isinstance(images, Tensor) else images[0].shape[2]
     height, width = view_size(size_px)
@@ -72,6 +73,7 @@ EVERYTHING = ViewRecipe(
     solarize_prob=0.3,
 )
 COLOURLESS = replace(EVERYTHING, jitter=(0.4, 0.4, 0.0, 0.0), gray_prob=0.0)
+WIDE_BLUR = replace(EVERYTHING, size_px=5, blur_prob=1.0, blur_sigma_px=(2.0, 3.0))
 SIZES = ((37, 50), (16, 16), (31, 90), (5, 7), (1, 1), (1, 40), (64, 3))
 
 

@@ -1,4 +1,4 @@
-"""What `augment` means: plain PyTorch, one image at a time. Run in float64 it is the truth that every backend is held to.
+"""What `augment` means: plain PyTorch, one image at a time. In float64 it is the truth that backends are held to.
 
 Letters: C channels, H W pixels of the image, h w pixels of the view.
 """
@@ -6,6 +6,7 @@ Letters: C channels, H W pixels of the image, h w pixels of the view.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,24 +32,15 @@ def augment(
     """Write one view of every image into `out`."""
     draws = zip(box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize, strict=True)
     for image, drawn, view in zip(pictures(images), draws, out, strict=True):
-        view.copy_(make_view(image.double(), *drawn, cubic, view.shape[1:]))
+        view.copy_(make_view(image.double(), drawn, cubic, view.shape[1:]))
 
 
-def make_view(
-    image: Tensor,
-    box: Tensor,
-    flip: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    gray: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    cubic: bool,
-    size: torch.Size,
-) -> Tensor:
-    """(C, H, W) on the 0 to 255 scale -> (C, h, w) whole numbers on it, in the dtype of `image`."""
+def make_view(image: Tensor, drawn: Sequence[Tensor], cubic: bool, size: torch.Size) -> Tensor:
+    """(C, H, W) on the 0 to 255 scale -> (C, h, w) whole numbers on it, in the dtype of `image`.
+
+    `drawn`: one row of each tensor of ViewDraws, in their order.
+    """
+    box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize = drawn
     view = crop_and_resize(image, box, size, cubic)
     if flip:
         view = view.flip(2)

@@ -119,6 +119,7 @@ def augment_resize_kernel(
                 g_ptr, b_ptr = image + stride_c, image + 2 * stride_c
                 g += weight * tl.load(g_ptr + place, mask=read, other=0).to(tl.float32)  # narrow: gather of bytes
                 b += weight * tl.load(b_ptr + place, mask=read, other=0).to(tl.float32)  # narrow: gather of bytes
+    total = tl.where(inside, total, 1.0)
     brightness = tl.load(brightness_ptr + n)
     view = view_ptr + unit * GROUP * area + at
     r = _clamped(_clamped(r / total) * brightness)
