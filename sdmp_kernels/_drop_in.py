@@ -89,5 +89,8 @@ def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | N
 
 def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K."""
-    dense = target.dense(num_classes)
-    return dense.mul_(1 - smoothing).add_(smoothing / num_classes) if smoothing else dense
+    # As `TwoHot.dense`, without looking at the columns again.
+    dense = target.weight.new_full((len(target.weight), num_classes), smoothing / num_classes)
+    for column, weight in ((target.first, target.weight), (target.second, 1 - target.weight)):
+        dense.scatter_add_(1, column[:, None], (1 - smoothing) * weight[:, None])
+    return dense

@@ -347,6 +347,8 @@ class MixPlan:
         return TwoHot(labels, others[self.partner.to(others.device)], self.lam.to(labels.device))
 
     def _check_partner_below(self, rows: int, what: str) -> None:
+        if self.mirrored and len(self) <= rows:
+            return
         if len(self) and readable(self.partner) and int(self.partner.max()) >= rows:
             raise ValueError(f"partner holds row {int(self.partner.max())}, but {what} has only {rows} rows")
 
@@ -689,11 +691,13 @@ def draw_boxes(
     clip: bool,
 ) -> np.ndarray:
     """(N, 4) int32 boxes of the CutMix and ResizeMix rows, zeros elsewhere (method: paper Eq. 2, timm for `clip`)."""
+    uniform = rng.random((2, len(rule)))
+    if not boxed(rule).any():
+        return np.zeros((len(rule), 4), dtype=np.int32)
     low, high = lam_range
     squeezed = np.where(rule == _RESIZEMIX, low + (high - low) * drawn, drawn)
-    ratio = np.sqrt(np.clip(1 - squeezed, 0, 1))
+    ratio = np.sqrt(np.maximum(1 - squeezed, 0))
     extent = np.array(size, dtype=np.int64)[:, None]
-    uniform = rng.random((2, len(rule)))
     cut = np.floor(extent * ratio).astype(np.int64)
     if clip:
         centre = np.minimum(np.floor(uniform * extent).astype(np.int64), extent - 1)

@@ -196,8 +196,10 @@ class Mixup:
 
     def _units(self, n: int) -> np.ndarray:
         """(n,) which of the draws each row takes: one for all, one per pair (the middle row its own), one per row."""
+        if self.mode == "batch":
+            return np.zeros(n, dtype=np.int64)
         rows = np.arange(n)
-        return {"batch": 0 * rows, "pair": np.minimum(rows, n - 1 - rows), "elem": rows}[self.mode]
+        return rows if self.mode == "elem" else np.minimum(rows, n - 1 - rows)
 
     def _chances(self) -> dict[Rule, float]:
         """How likely each rule is for what is mixed at all."""
@@ -232,12 +234,15 @@ class Mixup:
         self, rng: np.random.Generator, rule: np.ndarray, drawn: np.ndarray, size: tuple[int, int]
     ) -> np.ndarray:
         """(count, 4) boxes: clipped or min-max ones for CutMix, inside ones for ResizeMix, zeros elsewhere."""
-        boxes = draw_boxes(rng, rule, drawn, _RESIZEMIX_RANGE, size, clip=False)
+        cuts = rule == int(Rule.CUTMIX)
+        boxes = draw_boxes(rng, np.where(cuts, np.uint8(Rule.KEEP), rule), drawn, _RESIZEMIX_RANGE, size, clip=False)
+        if not cuts.any():
+            return boxes
         if self.cutmix_minmax is not None:
             cut = _minmax_boxes(rng, len(rule), self.cutmix_minmax, size)
         else:
             cut = draw_boxes(rng, rule, drawn, _RESIZEMIX_RANGE, size, clip=True)
-        return np.where((rule == Rule.CUTMIX)[:, None], cut, boxes)
+        return np.where(cuts[:, None], cut, boxes)
 
     def _check_target(self, target: Tensor, rows: int) -> Tensor:
         if not self.multi_label:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -65,7 +65,7 @@ class KnnArguments:
     data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
     """Folder of class folders; default: the run's."""
     test_data: str | None = None
-    """Folder of the queries; without it every fifth image of --data is one."""
+    """Folder of the queries; default: the run's, the test split of --data, else every fifth image of --data."""
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours."""
     temperature: float = 0.07
@@ -78,6 +78,10 @@ class KnnArguments:
     """Decoding threads; None chooses by the number of cores."""
     raw_pixels: bool = True
     """Also measure the pixels themselves."""
+    bad_images: Literal["stop", "skip"] | None = None
+    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
+    loader: Literal["auto", "dali", "torchvision"] | None = None
+    """Who decodes; default: the run's choice."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .log import Log
 from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
-from .splits import open_images
+from .splits import describe_split, open_images
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: 75}
@@ -48,7 +48,7 @@ def pretrain(
         log = stack.enter_context(log or Log(quiet=not world.is_first))
         config = resolve(config, world)
         run_folder.check_folder(folder, resume=resume, overwrite=overwrite)
-        index, test_index = open_images(config)
+        index, test_index = open_images(config, say=log.say)
         training = build(config, world, index)
         if resume:
             load_state(training, folder, index, previous=previous)
@@ -59,6 +59,8 @@ def pretrain(
             save_config(config, folder / run_folder.MARKER)
         for line in describe(training, index, loader):
             log.say(line)
+        if config.run.knn_max_images > 0:
+            log.say(f"split    {describe_split(config.data, index, test_index)}")
         log.open(folder, from_step=training.step)
         run = Run(training, index, test_index, folder, log)
         if not resume:
@@ -140,11 +142,13 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         run_folder.check_folder(
             output or run_folder.default_folder(config.run.preset), resume=False, overwrite=overwrite
         )
-        index, _ = open_images(config)
+        index, test_index = open_images(config, say=print)
         training = build(config, world, index)
         with open_loader(training, index) as loader:
             for line in describe(training, index, loader):
                 print(line)
+        if config.run.knn_max_images > 0:
+            print(f"split    {describe_split(config.data, index, test_index)}")
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0

@@ -99,7 +99,7 @@ def with_method(config: Config, name: str) -> Config:
 # Fields that may differ between a run and its resumption: they move no number of the training itself. The data folder
 # may move, but its list of files is digested and compared.
 NOT_MATHS = frozenset(
-    {"data.data", "data.workers"}
+    {"data.data", "data.test_data", "data.workers"}
     | {"run.preset", "run.device", "run.log_every_steps", "run.save_every_epochs", "run.keep_checkpoints"}
     | {"run.knn_every_epochs", "run.knn_max_images", "run.max_steps", "run.max_bad_steps"}
 )

@@ -16,7 +16,7 @@ from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
-from .splits import EMBEDDED
+from .splits import EMBEDDED, NO_CLASSES
 from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
@@ -107,7 +107,9 @@ class Run:
     def no_knn(self) -> str | None:
         """Why the images' classes allow no kNN."""
         if len(self.index.classes) < 2:
-            return "that takes images in at least two folders, one per class"
+            return NO_CLASSES
+        if self.test_index is not None and len(self.test_index) == 0:
+            return self.test_index.notes[-1]
         bank, queries = knn_images(self.index, self.test_index, self.training.config.run.knn_max_images)
         if not set(bank.labels.tolist()) & set(queries.labels.tolist()):
             return f"none of the {len(queries)} queries has a class that is among the {len(bank)} images of the bank"

@@ -61,6 +61,8 @@ class DataConfig:
 
     data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
     """Folder of images, any tree; with one folder per class, kNN is measured. `embedded`: the built-in shapes."""
+    test_data: str | None = None
+    """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
     image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
     """Side of the square views, in pixels."""
     crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08

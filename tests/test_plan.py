@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils import _pytree as pytree
 
+import sdmp_kernels.plan as plan_module
 from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, make_plan, mix
 from sdmp_kernels.plan import _pack, _unpack
 
@@ -728,6 +729,25 @@ DRAW_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_refuses_a_wrong_draw(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with untouched(), pytest.raises(error, match=message):
         draw_plan(**{"n": 3, "size": (8, 8), "step": 0} | changes)
+
+
+def test_what_is_checked_once_is_checked_by_type_too() -> None:
+    for right, wrong in (({"alpha": 1}, {"alpha": True}), ({"rules": {"mixup": 1}}, {"rules": {"mixup": True}})):
+        draw_plan(3, (8, 8), step=0, **right)
+        with pytest.raises(TypeError, match="got bool"):
+            draw_plan(3, (8, 8), step=0, **wrong)
+    rules = ["mixup"]
+    draw_plan(3, (8, 8), step=0, rules=rules)
+    rules.append("mixip")
+    with pytest.raises(ValueError, match="rules names an unknown rule 'mixip'"):
+        draw_plan(3, (8, 8), step=0, rules=rules)
+
+
+def test_a_drawn_plan_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_plan(3, (8, 8), step=0)
+    for name in ("_check_values", "_check_rules", "_check_alpha"):
+        monkeypatch.setattr(plan_module, name, None)
+    assert len(draw_plan(3, (8, 8), step=1)) == 3
 
 
 def test_refuses_to_draw_without_a_step() -> None:

@@ -23,6 +23,7 @@ from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view,
 from .batch import Batch, Loader
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
+from .layout import find_splits, holds_images
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 
@@ -40,6 +41,8 @@ __all__ = [
     "dino_views",
     "eval_loader",
     "eval_view",
+    "find_splits",
+    "holds_images",
     "make_loader",
     "open_folder",
     "shapes_folder",

@@ -1,7 +1,8 @@
 """Decoding and augmentation by NVIDIA DALI: one pipeline definition for the CPU and for NVIDIA GPUs.
 
 DALI reads and decodes the files and carries out the numbers drawn in `views.py`; it draws nothing itself. The numbers
-and the paths, a few hundred bytes per image, come in through `external_source`.
+and the paths, a few hundred bytes per image, come in through `external_source`. Images of kinds that its decoder reads
+otherwise than Pillow come in decoded by Pillow, as PPM files in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -22,8 +25,8 @@ from nvidia.dali import pipeline_def
 from torch import Tensor
 
 from .batch import Batch, Loader
-from .images import DataError
-from .index import bad_files_error, find_bad
+from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .index import Index, bad_files_error, find_bad, open_row
 from .schedule import Schedule
 from .views import EvalParams, EvalView, ViewParams, ViewRecipe, blur_windows
 
@@ -81,7 +84,8 @@ class DaliLoader(Loader):
     def _build(self) -> Any:
         gpu = self._device.type == "cuda"
         return _views_pipeline(
-            feed=_feed(self._schedule),
+            feed=_Feed(self._schedule, self._workers),
+            some_by_pillow=bool(self._schedule.index.pillow.any()),
             recipes=self._schedule.recipes,
             names=[_input_names(recipe) for recipe in self._schedule.recipes],
             gpu=gpu,
@@ -97,6 +101,8 @@ class DaliLoader(Loader):
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             outputs = self._pipeline.run(stream)
+        except DataError:
+            raise
         except RuntimeError as error:
             raise self._explain(error, position) from error
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
@@ -137,21 +143,46 @@ class _Hold:
         return copies
 
 
-def _feed(schedule: Schedule) -> Any:
-    """The source of the pipeline: iteration -> paths, then per view the arrays that `_input_names` lists."""
+class _Feed:
+    """The source of the pipeline: iteration -> files, where some are Pillow's also which, then the views' arrays."""
 
-    def batch(position: int) -> list[Any]:
+    def __init__(self, schedule: Schedule, workers: int) -> None:
+        self._schedule = schedule
+        self._pool = ThreadPoolExecutor(workers)
+
+    def __call__(self, position: int) -> list[Any]:
+        schedule = self._schedule
         if position >= len(schedule):
             raise StopIteration
         rows = schedule.rows(position)
-        paths = [np.frombuffer(os.fsencode(schedule.index.path(int(row))), dtype=np.uint8) for row in rows]
-        arrays = []
+        by_pillow = schedule.index.pillow[rows]
+        arrays: list[Any] = [self._files(rows)]
+        if schedule.index.pillow.any():
+            arrays.append(by_pillow)
         for recipe, drawn in zip(schedule.recipes, schedule.params(position, rows), strict=True):
             inputs = _inputs(drawn)
             arrays += [np.ascontiguousarray(inputs[name]) for name in _input_names(recipe)]
-        return [paths, *arrays]
+        return arrays
 
-    return batch
+    def _files(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Per row its path, or where Pillow decodes the image as the bytes of a PPM file."""
+        index = self._schedule.index
+        each = self._pool.map if index.pillow[rows].any() else map
+        files = list(each(partial(_path_or_ppm, index), rows.tolist()))
+        bad = [file for file in files if isinstance(file, BadFile)]
+        if bad:
+            raise bad_files_error(bad)
+        return [np.frombuffer(file, dtype=np.uint8) for file in files if isinstance(file, bytes)]
+
+
+def _path_or_ppm(index: Index, row: int) -> bytes | BadFile:
+    if not index.pillow[row]:
+        return os.fsencode(index.path(row))
+    try:
+        image = open_row(index, row)
+    except DECODE_ERRORS as error:
+        return BadFile(index.path(row), describe(error))
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 
 def _input_names(recipe: ViewRecipe | EvalView) -> list[str]:
@@ -196,13 +227,18 @@ def _inputs(drawn: ViewParams | EvalParams) -> dict[str, NDArray[Any]]:
 
 @pipeline_def(enable_conditionals=True)
 def _views_pipeline(
-    feed: Any, recipes: tuple[ViewRecipe | EvalView, ...], names: list[list[str]], gpu: bool
+    feed: Any, some_by_pillow: bool, recipes: tuple[ViewRecipe | EvalView, ...], names: list[list[str]], gpu: bool
 ) -> tuple[Node, ...]:
     """DALI rewrites this function, and those it calls, to make an `if` on a node a choice per image."""
-    count = 1 + sum(len(mine) for mine in names)
-    paths, *nodes = fn.external_source(source=feed, num_outputs=count, batch=True)
+    count = 1 + some_by_pillow + sum(len(mine) for mine in names)
+    files, *nodes = fn.external_source(source=feed, num_outputs=count, batch=True)
+    if some_by_pillow:
+        encoded = _encoded(files, nodes[0])
+        nodes = nodes[1:]
+    else:
+        encoded = fn.io.file.read(files)
     image = fn.decoders.image(
-        fn.io.file.read(paths),
+        encoded,
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
@@ -214,6 +250,14 @@ def _views_pipeline(
         _view(image, recipe, {name: next(fed) for name in mine}, gpu)
         for recipe, mine in zip(recipes, names)  # noqa: B905  # DALI's rewriting knows no strict=True
     )
+
+
+def _encoded(files: Node, by_pillow: Node) -> Node:
+    if by_pillow:
+        encoded = files
+    else:
+        encoded = fn.io.file.read(files)
+    return encoded
 
 
 def _view(image: Node, recipe: ViewRecipe | EvalView, fed: dict[str, Node], gpu: bool) -> Node:

@@ -1,30 +1,63 @@
 """The one rule for image files, and Pillow's side of it.
 
-Every file becomes RGB uint8: EXIF orientation ignored, grey replicated, CMYK converted, alpha dropped, palettes looked
-up, 16-bit scaled to 8, the first frame of several. DALI's decoder computes the same bytes (checked by the tests), so
-the index, which reads headers with Pillow, speaks for both loaders.
+Every file becomes RGB uint8: orientation tags ignored, grey replicated, CMYK converted, alpha dropped, palettes looked
+up, 16-bit scaled to 8, the first frame of several. Which files DALI may decode instead, with the same bytes, is said in
+`decoders.py`; the index, which reads headers with Pillow, speaks for both loaders.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin, features
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Suffixes taken for images, in any case. GIF is not among them: DALI does not decode it."""
+# Pillow older than 11.3 has no AVIF, and one built without OpenJPEG no JPEG 2000.
+_AVIF = (".avif",) if "avif" in features.modules and features.check("avif") else ()
+_JPEG_2000 = (".jp2", ".j2k", ".jpx") if features.check("jpg_2000") else ()
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".jfif", ".jpe", ".pbm", ".pnm", ".dib", ".gif"),
+    *_AVIF,
+    *_JPEG_2000,
+)
+"""Suffixes taken for images, in any case. A file without a suffix is one where its first bytes say so."""
 
 MAX_PIXELS = 89_478_485
 """Largest width * height accepted, Pillow's own warning threshold (a quarter of a GiB as RGB)."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF"),
+    *(("AVIF",) if _AVIF else ()),
+    *(("JPEG2000",) if _JPEG_2000 else ()),
+)
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"})
+_DEEP_GREY = ("PNG", "PPM")
+"""Formats whose mode "I" is 16-bit grey from 0 to 65535; in a TIFF it is 32-bit numbers of unknown range."""
 
+DECODE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+    *(struct.error, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError, MemoryError),
+)
+"""What Pillow raises on damaged files (SyntaxError: broken PNG; the second row: headers that contradict themselves)."""
 
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises on damaged files (SyntaxError: broken PNG)."""
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""By orientation tag: what takes Pillow's turn of a TIFF back."""
 
 
 class DataError(ValueError):
@@ -41,15 +74,17 @@ class TooManyBadFiles(DataError):
 
 @dataclass(frozen=True)
 class BadFile:
+    """A file, or a folder, that cannot be used."""
+
     path: str
     reason: str
 
 
 def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) from the header alone; raises one of `DECODE_ERRORS`."""
-    with Image.open(path, formats=_FORMATS) as image:
-        width, height = image.size
-        if image.mode not in _MODES:
+    """(height, width) as stored, from the header alone; raises one of `DECODE_ERRORS`."""
+    with _open_image(path) as image:
+        width, height = stored_size(image)
+        if image.mode not in _MODES and not (image.mode == "I" and image.format in _DEEP_GREY):
             raise ValueError(f"has pixels of type {image.mode}, which has no agreed meaning as RGB")
     if width * height > max_pixels:
         raise ValueError(f"claims {width} x {height} pixels, more than the limit of {max_pixels:,} pixels")
@@ -57,13 +92,75 @@ def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def decode_rgb(path: str) -> Image.Image:
-    """The whole file as an RGB image; raises one of `DECODE_ERRORS` where it is damaged."""
-    with Image.open(path, formats=_FORMATS) as image:
-        if image.mode.startswith("I;16"):
+    """The whole file as an RGB image, as stored; raises one of `DECODE_ERRORS` where it is damaged."""
+    with _open_image(path) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY)
+        pixels = _unturned(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else image
+        if deep:
             # Pillow's own conversion clips at 255, which turns most 16-bit pictures white.
-            scaled = np.rint(np.asarray(image, dtype=np.float32) * np.float32(255 / 65535)).astype(np.uint8)
+            scaled = np.rint(np.asarray(pixels, dtype=np.float32) * np.float32(255 / 65535)).astype(np.uint8)
             return Image.fromarray(scaled).convert("RGB")
-        return image.convert("RGB")
+        return pixels.convert("RGB")
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the pixels in the file: Pillow gives those of a TIFF as its orientation tag turns them."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return int(image.tag_v2[TiffImagePlugin.IMAGEWIDTH]), int(image.tag_v2[TiffImagePlugin.IMAGELENGTH])
+    return image.size
+
+
+def _unturned(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+    """The pixels of a TIFF as stored. Pillow turns TIFFs, alone of all formats, by their tag (or XMP) on loading."""
+    size = stored_size(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    image.load()
+    turned = orientation in _UNDO and image.getexif().get(ExifTags.Base.Orientation) != orientation
+    pixels = image.transpose(_UNDO[orientation]) if turned else image
+    if pixels.size != size:
+        raise ValueError(f"is {pixels.size[0]} x {pixels.size[1]} pixels, but its header says {size[0]} x {size[1]}")
+    return pixels
+
+
+@contextmanager
+def _open_image(path: str) -> Iterator[Image.Image]:
+    with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
+        if min(image.size) < 1:
+            raise ValueError("holds no pixels")
+        yield image
+
+
+def open_regular(path: str) -> io.BufferedReader:
+    """A regular file, for reading. Anything else is refused at once: opening a FIFO would wait for a writer.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        kind = no_regular_file(os.fstat(number).st_mode)
+        if kind:
+            raise ValueError(kind)
+        return open(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def no_regular_file(mode: int) -> str:
+    """What a file's mode says it is, as a reason, where that is no regular file; else an empty text."""
+    if stat.S_ISREG(mode):
+        return ""
+    for holds, kind in (
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISDIR, "a folder"),
+    ):
+        if holds(mode):
+            return f"is {kind}, not a regular file"
+    return "is not a regular file"
 
 
 def describe(error: BaseException) -> str:
@@ -78,4 +175,6 @@ def describe(error: BaseException) -> str:
         return "claims far more pixels than any picture has (a decompression bomb)"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
+    if isinstance(error, MemoryError):
+        return "asks for more memory than there is"
     return str(error) or type(error).__name__

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..text import printable
+from .cache import Cache, Checked, cache_folder
+from .decoders import looks_like_image, needs_pillow
 from .images import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -31,11 +33,13 @@ from .images import (
     describe,
     read_size,
 )
+from .layout import SPELLINGS, find_splits
+from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
+
+__all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
 
 _log = logging.getLogger(__name__)
 
-_SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
-_CACHE_VERSION = 1
 _CHUNK = 64
 """Files per task of the thread pool: enough to hide the pool's own cost."""
 
@@ -76,8 +80,14 @@ class Index:
     """(N,) number of the class folder in `classes`, -1 where there are none."""
     classes: tuple[str, ...]
     """Sorted names of the folders under `root`, when every image lies in one of them; else empty."""
+    pillow: NDArray[np.bool_]
+    """(N,) True where DALI's decoder is not known to agree with Pillow, so that Pillow decodes for both loaders."""
     bad: tuple[BadFile, ...] = field(default=())
-    """Files left out with `on_bad="skip"`."""
+    """Files, and folders that may not be read, left out with `on_bad="skip"`."""
+    faults: str = ""
+    """What `on_bad="stop"` raises on, as a text."""
+    notes: tuple[str, ...] = field(default=())
+    """What was passed over, one phrase each: other kinds of files, folders without an image."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,6 +111,7 @@ class Index:
             heights=self.heights[rows],
             widths=self.widths[rows],
             labels=self.labels[rows],
+            pillow=self.pillow[rows],
         )
 
     def summary(self) -> str:
@@ -108,29 +119,15 @@ class Index:
         classes = f"{len(self.classes)} classes" if self.classes else "no class folders"
         sizes = f"{_middle(self.widths)} x {_middle(self.heights)} px in the median"
         left_out = f", {len(self.bad)} bad files left out" if self.bad else ""
-        return f"{len(self):,} images, {classes}, {sizes}{left_out}: {self.root}"
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str
-    bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class _Checked:
-    height: int
-    width: int
-    decoded: bool
-    """The whole file was decoded without an error, not only its header read."""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{len(self):,} images, {classes}, {sizes}{left_out}: {printable(self.root)}{notes}"
 
 
 def open_folder(
     path: str | os.PathLike[str],
     *,
     split: Literal["train", "val"] | None = "train",
-    on_bad: Literal["stop", "skip"] = "stop",
+    on_bad: Literal["stop", "skip", "list"] = "stop",
     check: Literal["header", "decode"] = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int = MAX_PIXELS,
@@ -140,15 +137,17 @@ def open_folder(
 ) -> Index:
     """Index the images under a folder.
 
-    Any tree is accepted; links are followed, names that begin with a dot are passed over. When every image lies in a
-    subfolder, the first level of subfolders are the classes (as torchvision's ImageFolder). A folder that holds the
-    splits of a data set is understood: `split="train"` goes into `path/train` where that exists, `split="val"` into the
-    first of `path/val`, `path/validation`, `path/test`; where none exists, `path` itself is taken for "train" and
-    refused for "val". `split=None` takes `path` as it is.
+    Any tree is accepted; links are followed. Names that begin with a dot, folders that systems put there (`__MACOSX`)
+    and the folders of runs are passed over. When every image lies in a subfolder, the first level of subfolders are the
+    classes (as torchvision's ImageFolder). Files of other kinds and folders without an image are counted in
+    `Index.notes`; a folder that may be a class and holds not one usable image counts as bad. A folder that holds the
+    splits of a data set is understood (`layout.find_splits`): `split="train"` takes the training split, or `path`
+    itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is.
 
     Args:
-        on_bad: "stop" raises on the first run that meets a file that is no readable image, naming up to ten;
-            "skip" leaves such files out of the index and lists them in `Index.bad`.
+        on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
+            "skip" leaves such files out of the index and lists them in `Index.bad`;
+            "list" leaves out any number of them without a word, for callers that tell of `Index.faults`.
         check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones.
         max_bad_frac: with "skip", the share of bad files above which the folder is refused after all.
         max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded).
@@ -161,20 +160,26 @@ def open_folder(
         DataError: no such folder, no images, or bad files; the message says what was found and what to do.
         TooManyBadFiles: the share of bad files exceeds `max_bad_frac`.
     """
+    if on_bad not in ("stop", "skip", "list"):
+        raise ValueError(f"on_bad must be 'stop', 'skip' or 'list', but is {on_bad!r}")
     root = _resolve(Path(path), split)
-    files, problems, others = _list_files(root)
-    if not files and not problems:
-        raise DataError(_nothing_found(root, others))
-    cache = _Cache(root, cache_dir)
-    known = cache.load()
-    checked, bad = _check_files(root, files, known, check == "decode", max_pixels, workers, progress)
-    bad = sorted(problems + bad, key=lambda file: file.path)
-    if bad:
-        _judge(bad, len(files) + len(problems), root, on_bad, max_bad_frac)
-    files = [file for file in files if file.name in checked]
-    if {file: checked[file.name] for file in files} != known:
-        cache.store(files, checked)
+    listing = list_files(root)
+    cache = Cache(root, cache_dir)
+    with cache.alone() if check == "decode" else nullcontext():
+        known = cache.load()
+        checked, bad = _check_files(root, listing, known, check == "decode", max_pixels, workers, progress)
+        files = [file for file in listing.files if file.name in checked]
+        if {file: checked[file.name] for file in files} != known:
+            cache.store(files, checked)
+    bad += listing.problems
+    if not files and not bad and not listing.closed:
+        raise DataError(_nothing_found(root, listing.by_suffix()))
     classes, labels = _classes([file.name for file in files])
+    missing, harmless = missing_classes(listing, set(classes)) if classes else ([], [])
+    total = len(files) + len(bad)
+    faults = _faults(bad, listing.closed, missing, total, root)
+    if faults:
+        _judge(faults, len(bad), total, on_bad, max_bad_frac)
     return Index(
         root=root,
         paths=Paths(file.name for file in files),
@@ -182,24 +187,36 @@ def open_folder(
         widths=np.array([checked[file.name].width for file in files], dtype=np.int32),
         labels=labels,
         classes=classes,
-        bad=tuple(bad),
+        pillow=np.array([checked[file.name].pillow for file in files], dtype=np.bool_),
+        bad=tuple(sorted(bad + listing.closed, key=lambda file: file.path)),
+        faults=faults,
+        notes=_notes(listing, missing + harmless),
     )
+
+
+def open_row(index: Index, row: int) -> Image.Image:
+    """A row's image as RGB, by Pillow.
+
+    Raises:
+        One of `DECODE_ERRORS`: it cannot be decoded, or is of another size than when the folder was indexed (a crop
+        that leaves the image would be padded with black, without a word).
+    """
+    image = decode_rgb(index.path(row))
+    expected = int(index.widths[row]), int(index.heights[row])
+    if image.size != expected:
+        now, then = (f"{w} x {h}" for w, h in (image.size, expected))
+        raise ValueError(f"is {now} pixels now, but was {then} when the folder was indexed")
+    return image
 
 
 def find_bad(index: Index, rows: Iterable[int]) -> list[BadFile]:
     """Decode rows of an index with Pillow; those that fail, or changed size since then, with the reason."""
     bad = []
     for row in rows:
-        path = index.path(int(row))
         try:
-            image = decode_rgb(path)
+            open_row(index, int(row))
         except DECODE_ERRORS as error:
-            bad.append(BadFile(path, describe(error)))
-            continue
-        expected = int(index.widths[row]), int(index.heights[row])
-        if image.size != expected:
-            now, then = (f"{w} x {h}" for w, h in (image.size, expected))
-            bad.append(BadFile(path, f"is {now} pixels now, but was {then} when the folder was indexed"))
+            bad.append(BadFile(index.path(int(row)), describe(error)))
     return bad
 
 
@@ -207,8 +224,8 @@ def bad_files_error(bad: Sequence[BadFile]) -> DataError:
     """The error that a loader raises when files of its batch cannot be decoded."""
     return DataError(
         f"{len(bad)} image file{'s' if len(bad) > 1 else ''} could not be decoded:\n{_listing(bad)}\n"
-        "Repair or remove them, or leave out all damaged files: check every file once with check='decode' "
-        "and on_bad='skip'"
+        "Repair or remove them, or leave out all damaged files with --bad-images skip, which decodes every file once "
+        "before the start (in a program: check='decode' and on_bad='skip')"
     )
 
 
@@ -218,84 +235,44 @@ def _resolve(path: Path, split: str | None) -> Path:
         near = path
         while not near.exists():
             near = near.parent
-        raise DataError(f"there is no folder {path}; the nearest that exists is {near}")
+        raise DataError(f"there is no folder {printable(path)}; the nearest that exists is {printable(near)}")
     if not path.is_dir():
-        raise DataError(f"{path} is a file, not a folder of images{_unpack_hint(path.name)}")
+        raise DataError(f"{printable(path)} is a file, not a folder of images{_unpack_hint(path.name)}")
     if split is None:
         return path
-    if split not in _SPLITS:
+    if split not in ("train", "val"):
         raise ValueError(f"split must be 'train', 'val' or None, but is {split!r}")
-    for name in _SPLITS[split]:
-        if (path / name).is_dir():
-            return path / name
-    if split == "val":
-        raise DataError(f"{path} holds none of the folders {', '.join(_SPLITS['val'])}: name the folder of test images")
-    return path
-
-
-def _list_files(root: Path) -> tuple[list[_File], list[BadFile], Counter[str]]:
-    """Images and unusable entries in a fixed order, and how often other suffixes occurred."""
-    files: list[_File] = []
-    problems: list[BadFile] = []
-    others: Counter[str] = Counter()
-    for entry, name in _walk(root, "", ()):
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix not in SUFFIXES:
-            others[suffix or "no suffix"] += 1
-            continue
-        try:
-            stat = entry.stat()
-        except OSError as error:
-            problems.append(BadFile(os.path.join(root, name), describe(error)))
-            continue
-        files.append(_File(name, stat.st_size, stat.st_mtime_ns))
-    return files, problems, others
-
-
-def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Every entry that is no folder with its path below `root`; a link to a folder that it lies in is not entered."""
-    folder = os.path.join(root, below)
-    try:
-        here = os.stat(folder)
-        with os.scandir(folder) as entries:
-            listed = sorted(
-                (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
-            )
-    except OSError as error:
-        raise DataError(f"the folder {folder} {describe(error)}") from error
-    above = (*above, (here.st_dev, here.st_ino))
-    for entry in listed:
-        name = f"{below}/{entry.name}" if below else entry.name
-        if not entry.is_dir():
-            yield entry, name
-        elif not entry.is_symlink() or _identity(entry) not in above:
-            yield from _walk(root, name, above)
-
-
-def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
-    stat = entry.stat()
-    return stat.st_dev, stat.st_ino
+    layout = find_splits(path)
+    if split == "train":
+        return layout.train
+    if layout.test is None:
+        raise DataError(f"{printable(path)} holds none of the folders {SPELLINGS}: name the folder of test images")
+    return layout.test
 
 
 def _check_files(
     root: Path,
-    files: list[_File],
-    known: dict[_File, _Checked],
+    listing: Listing,
+    known: dict[File, Checked],
     decode: bool,
     max_pixels: int,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, _Checked], list[BadFile]]:
-    """Sizes by name, from the cache where it knows the file, and the bad files."""
-    checked: dict[str, _Checked] = {}
-    todo: list[_File] = []
-    for file in files:
+) -> tuple[dict[str, Checked], list[BadFile]]:
+    """What is known by name, from the cache where it knows the file, and the bad files.
+
+    Files without a suffix that are no images go to those passed over.
+    """
+    checked: dict[str, Checked] = {}
+    todo: list[File] = []
+    for file in listing.files:
         old = known.get(file)
         if old is None or (decode and not old.decoded) or old.height * old.width > max_pixels:
             todo.append(file)
         else:
             checked[file.name] = old
     bad: list[BadFile] = []
+    done = len(checked)
     chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
     threads = workers or min(32, 4 * (os.cpu_count() or 1))
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
@@ -304,47 +281,86 @@ def _check_files(
         work = partial(_check_chunk, root, decode=decode, max_pixels=max_pixels)
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             for file, result in zip(chunk, results, strict=True):
-                if isinstance(result, BadFile):
+                if result is None:
+                    listing.pass_over(file.name, NO_SUFFIX)
+                elif isinstance(result, BadFile):
                     bad.append(result)
                 else:
                     checked[file.name] = result
+            done += len(chunk)
             if progress is not None:
-                progress(len(checked) + len(bad), len(files))
+                progress(done, len(listing.files))
     return checked, bad
 
 
-def _check_chunk(root: Path, files: list[_File], *, decode: bool, max_pixels: int) -> list[_Checked | BadFile]:
-    return [_check_file(os.path.join(root, file.name), decode, max_pixels) for file in files]
+def _check_chunk(root: Path, files: list[File], *, decode: bool, max_pixels: int) -> list[Checked | BadFile | None]:
+    return [_check_file(root, file, decode, max_pixels) for file in files]
 
 
-def _check_file(path: str, decode: bool, max_pixels: int) -> _Checked | BadFile:
+def _check_file(root: Path, file: File, decode: bool, max_pixels: int) -> Checked | BadFile | None:
+    path = os.path.join(root, file.name)
     try:
+        if not file.has_suffix and not looks_like_image(path):
+            return None
         height, width = read_size(path, max_pixels)
+        pillow = needs_pillow(path)
         if decode:
             decode_rgb(path)
     except DECODE_ERRORS as error:
         return BadFile(path, describe(error))
-    return _Checked(height, width, decode)
+    return Checked(height, width, decode, pillow)
 
 
-def _judge(bad: list[BadFile], total: int, root: Path, on_bad: str, max_bad_frac: float) -> None:
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"on_bad must be 'stop' or 'skip', but is {on_bad!r}")
-    found = f"{len(bad)} of {total} files under {root} are not readable images:\n{_listing(bad)}"
+def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path) -> str:
+    """What cannot be used, with the reasons; empty where all is well."""
+    bad, closed = (sorted(files, key=lambda file: file.path) for files in (bad, closed))
+    found = [
+        f"{count} of {total} files under {printable(root)} are not readable images:\n{_listing(bad)}"
+        for count in (len(bad),)
+        if count
+    ]
+    if closed:
+        found.append(f"{len(closed)} folders under {printable(root)} cannot be read:\n{_listing(closed)}")
+    if missing:
+        found.append(f"{len(missing)} class folders under {printable(root)} have no image:\n{_listing(missing)}")
+    return "\n".join(found)
+
+
+def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) -> None:
+    """Raise where what cannot be used may not be left out; else say what is left out."""
     if on_bad == "stop":
-        raise DataError(f"{found}\nRepair or remove them, or leave them out with on_bad='skip'")
-    if len(bad) == total:
-        raise TooManyBadFiles(f"{found}\nNo usable image is left")
-    if len(bad) > max_bad_frac * total:
+        raise DataError(f"{faults}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
+    if bad == total:
+        raise TooManyBadFiles(f"{faults}\nNo usable image is left")
+    if on_bad == "list":
+        return
+    if bad > max_bad_frac * total:
         raise TooManyBadFiles(
-            f"{found}\nThat is {len(bad) / total:.1%}, more than the {max_bad_frac:.1%} that max_bad_frac allows"
+            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that max_bad_frac allows"
         )
-    _log.warning("%s\nThey are left out.", found)
+    _log.warning("%s\nThey are left out.", faults)
+
+
+def _notes(listing: Listing, empty: list[BadFile]) -> tuple[str, ...]:
+    """Phrases on what is passed over: kinds of files by where they lie, folders without an image."""
+    kinds = listing.by_suffix()
+    notes = []
+    if kinds:
+        places = sorted({folder for folder, _ in listing.others if folder})
+        where = f" (in {_named(places)})" if places else ""
+        notes.append(f"{sum(kinds.values()):,} files passed over: {count_kinds(kinds)}{where}")
+    if empty:
+        notes.append("no image in " + ", ".join(f"{printable(folder.path)} ({folder.reason})" for folder in empty[:10]))
+    return tuple(notes)
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _listing(bad: Sequence[BadFile]) -> str:
     # repr of the path: a name may hold a line break or bytes that are no text.
-    lines = [f"  {file.path!r} {file.reason}" for file in bad[:10]]
+    lines = [f"  {file.path!r} {printable(file.reason)}" for file in bad[:10]]
     if len(bad) > 10:
         lines.append(f"  and {len(bad) - 10} more")
     return "\n".join(lines)
@@ -352,12 +368,11 @@ def _listing(bad: Sequence[BadFile]) -> str:
 
 def _nothing_found(root: Path, others: Counter[str]) -> str:
     if not others:
-        return f"{root} is empty: no image files under it"
-    found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        return f"{printable(root)} is empty: no image files under it"
     packed = [suffix for suffix in others if _unpack_hint(suffix)]
-    return f"no image under {root}: looked for {' '.join(SUFFIXES)}, found {found}" + (
-        _unpack_hint(packed[0]) if packed else ""
-    )
+    return (
+        f"no image under {printable(root)}: looked for {' '.join(SUFFIXES)}, found {printable(count_kinds(others))}"
+    ) + (_unpack_hint(packed[0]) if packed else "")
 
 
 def _unpack_hint(name: str) -> str:
@@ -368,7 +383,7 @@ def _unpack_hint(name: str) -> str:
 def _classes(names: list[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     if any("/" not in name for name in names):
         return (), np.full(len(names), -1, dtype=np.int64)
-    folders = [name.split("/", 1)[0] for name in names]
+    folders = [first_level(name) for name in names]
     classes = tuple(sorted(set(folders)))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[folder] for folder in folders], dtype=np.int64)
@@ -376,61 +391,3 @@ def _classes(names: list[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
 
 def _middle(values: NDArray[np.int32]) -> int:
     return int(np.median(values)) if len(values) else 0
-
-
-class _Cache:
-    """What is known of the files of one folder, in one file named after the folder's path."""
-
-    def __init__(self, root: Path, cache_dir: str | os.PathLike[str] | None) -> None:
-        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
-        self._file = cache_folder(cache_dir) / "index" / f"v{_CACHE_VERSION}-{name}.npz"
-
-    def load(self) -> dict[_File, _Checked]:
-        try:
-            with np.load(self._file, allow_pickle=False) as stored:
-                names = os.fsdecode(stored["names"].tobytes()).split("\0")
-                columns = [stored[key].tolist() for key in ("bytes", "mtimes", "heights", "widths", "decoded")]
-            return {
-                _File(name, size, mtime): _Checked(height, width, bool(decoded))
-                for name, size, mtime, height, width, decoded in zip(names, *columns, strict=True)
-            }
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            _log.warning("the index cache %s cannot be read (%s); it is built anew", self._file, error)
-            return {}
-
-    def store(self, files: list[_File], checked: dict[str, _Checked]) -> None:
-        entries = [checked[file.name] for file in files]
-        columns: dict[str, Any] = {
-            # A path holds no zero byte, so it can separate them.
-            "names": np.frombuffer(os.fsencode("\0".join(file.name for file in files)), dtype=np.uint8),
-            "bytes": np.array([file.bytes for file in files], dtype=np.int64),
-            "mtimes": np.array([file.mtime_ns for file in files], dtype=np.int64),
-            "heights": np.array([entry.height for entry in entries], dtype=np.int32),
-            "widths": np.array([entry.width for entry in entries], dtype=np.int32),
-            "decoded": np.array([entry.decoded for entry in entries], dtype=np.uint8),
-        }
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._file.parent, suffix=".tmp", delete=False) as draft:
-                try:
-                    np.savez(draft, **columns)
-                    draft.close()
-                    os.replace(draft.name, self._file)
-                except BaseException:
-                    os.unlink(draft.name)
-                    raise
-        except OSError as error:
-            _log.warning(
-                "the index cache %s cannot be written (%s); the next start reads all headers again", self._file, error
-            )
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """`cache_dir`, or the user's cache folder for this project (the XDG base directory specification)."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification says that a relative path there is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sdmp"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from .batch import Batch, Loader
-from .images import DECODE_ERRORS, BadFile, decode_rgb, describe
-from .index import bad_files_error
+from .images import DECODE_ERRORS, BadFile, describe
+from .index import bad_files_error, open_row
 from .schedule import Schedule
 from .views import EvalParams, EvalView, ViewParams, ViewRecipe
 
@@ -48,18 +49,18 @@ class TorchvisionLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._batches = iter(
-            DataLoader(
-                _Batches(self._schedule),
-                batch_size=None,
-                num_workers=self._workers,
-                prefetch_factor=_PREFETCH_BATCHES if self._workers else None,
-                pin_memory=self._device.type == "cuda",
-                worker_init_fn=_ignore_signals,
-                # Or torch would take a number from the global generator for seeds that no worker uses.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            _Batches(self._schedule),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=_PREFETCH_BATCHES if self._workers else None,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            # Or torch would take a number from the global generator for seeds that no worker uses.
+            generator=torch.Generator(),
         )
+        with _signals_wait():
+            self._batches = iter(loader)
         mine = self._iteration
         for position in range(len(self)):
             if self._iteration != mine:
@@ -105,17 +106,11 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
 
     def _decode(self, row: int, bad: list[BadFile]) -> Image.Image | None:
         index = self.schedule.index
-        path = index.path(row)
         try:
-            image = decode_rgb(path)
+            return open_row(index, row)
         except DECODE_ERRORS as error:
-            bad.append(BadFile(path, describe(error)))
+            bad.append(BadFile(index.path(row), describe(error)))
             return None
-        if image.size != (index.widths[row], index.heights[row]):
-            # Pillow would pad a crop that leaves the image with black, without a word.
-            bad.append(BadFile(path, "changed its size after the folder was indexed"))
-            return None
-        return image
 
 
 def _make_view(
@@ -156,7 +151,32 @@ def _random_view(image: Image.Image, recipe: ViewRecipe | EvalView, drawn: ViewP
     return np.asarray(view)
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM} | {
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+}
+"""What a terminal or a batch system sends to every process of a group."""
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Processes started in this block begin with these signals blocked: before they ignore them, one would end them.
+
+    The signals that arrive for this process meanwhile are delivered at the end of the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of the group; the main process decides, workers go when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Signals reach every process of the group; the main process decides, and workers go when it does."""
+    for number in _SIGNALS:
+        # This also drops one that has waited since the process began.
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from file_kinds import smooth_picture
 
 from sdmp_train.data import Index, open_folder
 
 SIZES = ((96, 64), (64, 96), (80, 80), (120, 50), (33, 47), (200, 150))
-
-
-def smooth_picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Soft colour gradients: resampling and blurring differ little between libraries, as on photographs."""
-    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

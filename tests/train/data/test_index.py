@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import struct
+import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import sdmp_train.data.index as index_module
 from sdmp_train.data import DataError, Index, TooManyBadFiles, open_folder
 from sdmp_train.data.images import MAX_PIXELS, decode_rgb, read_size
 from sdmp_train.data.index import find_bad
+from sdmp_train.text import printable
 
 
 @pytest.fixture
@@ -131,6 +135,136 @@ def test_an_archive_is_told_to_be_unpacked(tmp_path: Path, cache: Path) -> None:
         open_folder(tmp_path / "data.tar", cache_dir=cache)
 
 
+def test_classes_that_would_vanish_stop_by_name(own: Path, cache: Path) -> None:
+    (own / "quince").mkdir()
+    (own / "cherry").symlink_to(own / "nowhere")
+    for i in range(3):
+        (own / "pear" / f"{i}.heic").write_bytes(b"x")
+        save(own / "fig" / f"{i}.png").rename(own / "fig" / f"{i}.heic")
+    with pytest.raises(DataError) as caught:
+        open_folder(own, cache_dir=cache)
+    for said in (
+        "'quince' is empty",
+        "'fig' holds no usable image, only 3 .heic",
+        "'cherry' is, or holds only, a link",
+    ):
+        assert said in str(caught.value)
+    index = open_folder(own, on_bad="skip", cache_dir=cache)
+    assert index.classes == ("apple", "pear", "plum")
+    assert "7 files passed over: 6 .heic, 1 dead link (in cherry, fig, pear)" in index.summary()
+    assert "no image in cherry" in index.summary()
+    assert "quince (is empty)" in index.summary()
+
+
+def test_papers_beside_classes_are_said_and_stop_nothing(own: Path, cache: Path) -> None:
+    for name in ("meta/a.json", "meta/b.txt", "pear/0.xml", "README.md"):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).write_text("x")
+    index = open_folder(own, cache_dir=cache)
+    assert len(index) == 30
+    assert "4 files passed over" in index.summary()
+    assert "no image in meta" in index.summary()
+
+
+def test_papers_beside_one_folder_of_images(tmp_path: Path, cache: Path) -> None:
+    save(tmp_path / "data" / "images" / "1.jpg")
+    (tmp_path / "data" / "videos").mkdir()
+    assert len(open_folder(tmp_path / "data", cache_dir=cache)) == 1
+    (tmp_path / "data" / "raws").mkdir()
+    (tmp_path / "data" / "raws" / "1.nef").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"'raws' holds no usable image, only 1 \.nef"):
+        open_folder(tmp_path / "data", cache_dir=cache)
+
+
+def test_files_without_a_suffix_are_told_by_their_content(tmp_path: Path, cache: Path) -> None:
+    root = tmp_path / "data"
+    for i, suffix in enumerate(("jpg", "png", "webp", "gif", "tif")):
+        save(root / f"{i}.{suffix}").rename(root / str(i))
+    (root / "README").write_text("BM, P6 and II begin pictures too")
+    (root / "torn").write_bytes((root / "1").read_bytes()[:20])
+    for _ in range(2):
+        index = open_folder(root, on_bad="skip", max_bad_frac=0.2, cache_dir=cache)
+        assert list(index.paths) == ["0", "1", "2", "3", "4"]
+        assert "1 files passed over: 1 no suffix" in index.summary()
+        assert [os.path.basename(bad.path) for bad in index.bad] == ["torn"]
+
+
+def test_folders_of_runs_and_of_systems_are_no_data(own: Path, cache: Path) -> None:
+    before = open_folder(own, cache_dir=cache)
+    for name in (".sdmp-run.json", "config.yaml", "mix.png"):
+        (save(own / "runs" / "new" / "mix.png").parent / name).touch()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/x"):
+        save(own / "old" / "mix.png").parent.joinpath(name).parent.mkdir(exist_ok=True)
+        (own / "old" / name).touch()
+    save(own / "__MACOSX" / "a.png")
+    (own / "lost+found").mkdir()
+    after = open_folder(own, cache_dir=cache)
+    assert after.fingerprint == before.fingerprint
+    assert after.notes == ()
+    with pytest.raises(DataError, match="folder of a run"):
+        open_folder(own / "old", cache_dir=cache)
+
+
+def test_only_regular_files_are_opened(own: Path, cache: Path) -> None:
+    """A FIFO would wait for a writer for ever."""
+    os.mkfifo(own / "pear" / "fifo.jpg")
+    os.mkfifo(own / "pear" / "fifo")
+    (own / "pear" / "self.jpg").symlink_to(own / "pear" / "self.jpg")
+    (own / "pear" / "null.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        try:
+            os.chdir(own / "pear")  # the path of a socket may not be long
+            listener.bind("socket.jpg")
+        finally:
+            os.chdir(here)
+        index = open_folder(own, on_bad="skip", max_bad_frac=0.2, cache_dir=cache)
+    reasons = {os.path.basename(bad.path): bad.reason for bad in index.bad}
+    assert set(reasons) == {"fifo.jpg", "self.jpg", "null.jpg", "socket.jpg"}
+    assert reasons["fifo.jpg"] == "is a FIFO, not a regular file"
+    assert reasons["null.jpg"] == "is a device, not a regular file"
+    with pytest.raises(ValueError, match="FIFO"):
+        decode_rgb(str(own / "pear" / "fifo.jpg"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_closed_folder_is_listed(own: Path, cache: Path) -> None:
+    check_closed_folder(own, cache)
+
+
+def test_a_folder_that_cannot_be_listed_is_left_out(own: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str):
+        if os.path.basename(path) == "plum":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    check_closed_folder(own, cache)
+
+
+def check_closed_folder(own: Path, cache: Path) -> None:
+    (own / "plum").chmod(0)
+    try:
+        with pytest.raises(DataError, match=r"1 folders .*\n.*plum' may not be read by this user"):
+            open_folder(own, cache_dir=cache)
+        index = open_folder(own, on_bad="skip", cache_dir=cache)
+    finally:
+        (own / "plum").chmod(0o755)
+    assert index.classes == ("apple", "pear")
+    assert [(os.path.basename(bad.path), bad.reason) for bad in index.bad] == [("plum", "may not be read by this user")]
+
+
+def test_names_are_printed_without_what_a_terminal_obeys(tmp_path: Path, cache: Path) -> None:
+    root = tmp_path / "da\x1b[2Jta"
+    save(root / os.fsdecode(b"b\xe4r\n") / "1.png")
+    summary = open_folder(root, cache_dir=cache).summary()
+    assert "da\\x1b[2Jta" in summary
+    assert printable(os.fsdecode(b"b\xe4r\n\x9b")) == "b\\xe4r\\n\\x9b"
+    assert printable("ünï \u202e") == "ünï \\u202e"
+
+
 BAD_HEADERS = {
     "empty.jpg": (b"", "not an image"),
     "text.jpg": (b"hello" * 20, "not an image"),
@@ -241,6 +375,58 @@ def test_a_broken_cache_is_rebuilt(own: Path, cache: Path, content: bytes, caplo
     caplog.clear()
     open_folder(own, cache_dir=cache)
     assert caplog.text == ""
+
+
+def store_columns(file: Path, **changes: object) -> None:
+    with np.load(file) as stored:
+        columns = {**stored, **changes}
+    np.savez(file, **columns)
+
+
+def lie_about_length(file: Path) -> None:
+    """The header of a column claims 10 ** 12 rows; the archive's checksums are right."""
+    with zipfile.ZipFile(file) as archive:
+        members = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    members["heights.npy"] = members["heights.npy"].replace(b"(30,), }          ", b"(1000000000000,), }")
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lie_about_length,
+        lambda file: store_columns(file, heights=np.full(30, -8, np.int32)),
+        lambda file: store_columns(file, widths=np.zeros(30, np.int32)),
+        lambda file: store_columns(file, bytes=np.full(30, -1, np.int64)),
+        lambda file: store_columns(file, mtimes=np.zeros(29, np.int64)),
+        lambda file: store_columns(file, heights=np.full(30, 8, np.float64)),
+        lambda file: store_columns(file, names=np.zeros(3, np.uint8)),
+        lambda file: np.savez_compressed(file, names=np.zeros(1 << 22, np.uint8)),
+        lambda file: np.savez(file, names=np.array([{}], dtype=object)),
+        lambda file: (file.unlink(), os.mkfifo(file)),
+    ],
+    ids=["length", "negative", "zero", "bytes", "short", "type", "names", "packed", "object", "fifo"],
+)
+def test_a_cache_that_lies_is_rebuilt(
+    own: Path, cache: Path, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = open_folder(own, cache_dir=cache)
+    (file,) = (cache / "index").iterdir()
+    spoil(file)
+    assert open_folder(own, cache_dir=cache).fingerprint == whole.fingerprint
+    assert "cannot be read" in caplog.text
+
+
+def test_no_home_costs_a_notice(own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert len(open_folder(own)) == 30
+    assert "no home folder" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_costs_a_notice(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from file_kinds import HEIGHT, WIDTH, kinds, smooth_picture, without_segment
 from PIL import Image
 from sdmp_train.data.views import draw_view
 from torchvision.transforms.v2 import functional as tv
@@ -33,6 +34,7 @@ from sdmp_train.data import (
     open_folder,
     steps_per_epoch,
 )
+from sdmp_train.data import torchvision as portable
 from sdmp_train.data.images import decode_rgb
 
 HAVE_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -338,64 +340,90 @@ def test_small_images_are_not_touched_by_evaluation(tmp_path: Path, loader: str)
 # File types
 
 
-def odd_files(folder: Path) -> None:
-    """The golden corpus: one picture in every guise that has a meaning as RGB."""
-    folder.mkdir()
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    rgb = Image.fromarray(coarse).resize((48, 36), Image.Resampling.BICUBIC)
-    exif = Image.Exif()
-    exif[274] = 6
-    fading = rgb.convert("RGBA")
-    fading.putalpha(Image.linear_gradient("L").resize(rgb.size))
-    deep = np.asarray(rgb.convert("L")).astype(np.uint16) * 257 + 3
-    rgb.save(folder / "plain.jpg")
-    rgb.save(folder / "progressive.jpg", progressive=True)
-    rgb.save(folder / "turned.jpg", exif=exif)
-    rgb.convert("L").save(folder / "grey.jpg")
-    rgb.convert("CMYK").save(folder / "cmyk.jpg")
-    rgb.save(folder / "png-inside.jpg", format="PNG")
-    (folder / "trailing.jpg").write_bytes((folder / "plain.jpg").read_bytes() + b"more" * 9)
-    fading.save(folder / "alpha.png")
-    rgb.quantize(32).save(folder / "palette.png")
-    rgb.quantize(32).save(folder / "palette-transparent.png", transparency=3)
-    rgb.convert("LA").save(folder / "grey-alpha.png")
-    rgb.convert("1").save(folder / "black-white.png")
-    Image.fromarray(deep).save(folder / "deep.png")
-    rgb.save(folder / "lossy.webp")
-    fading.save(folder / "lossless.webp", lossless=True)
-    rgb.save(folder / "a.bmp")
-    rgb.save(folder / "a.ppm")
-    rgb.convert("L").save(folder / "a.pgm")
-    rgb.save(folder / "a.tif", compression="tiff_lzw")
-    rgb.resize((1, 1)).save(folder / "one.jpg")
-    rgb.resize((1, 400)).save(folder / "line.png")
+@pytest.fixture(scope="module")
+def guises(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The golden corpus: one picture in every guise that has a meaning as RGB, and two that are narrow."""
+    folder = tmp_path_factory.mktemp("guises")
+    for name, (_, save) in kinds().items():
+        save(folder / name)
+    return open_folder(folder, check="decode", cache_dir=folder / ".cache")
+
+
+def test_every_kind_of_file_is_an_image(guises: Index) -> None:
+    assert set(guises.paths) == set(kinds())
+    for row in range(len(guises)):
+        image = decode_rgb(guises.path(row))
+        assert image.size == (guises.widths[row], guises.heights[row])
+
+
+def test_who_decodes_is_as_documented(guises: Index) -> None:
+    found = {guises.paths[row]: "pillow" if guises.pillow[row] else "dali" for row in range(len(guises))}
+    assert found == {name: who for name, (who, _) in kinds().items()}
 
 
 @needs_dali
-def test_every_kind_of_file_means_the_same_to_both(tmp_path: Path) -> None:
-    odd_files(tmp_path / "odd")
-    index = open_folder(tmp_path / "odd", check="decode", cache_dir=tmp_path / "cache")
-    assert len(index) == 21
+def test_every_kind_of_file_means_the_same_to_both(guises: Index) -> None:
     views = {}
     for name in ("dali", "torchvision"):
         # 36 px is their own height, so that nothing is resampled but the two narrow ones.
-        with eval_loader(index, 36, batch_size=21, device="cpu", loader=name, workers=0) as made:
+        with eval_loader(guises, HEIGHT, batch_size=len(guises), device="cpu", loader=name, workers=2) as made:
             views[name] = next(iter(made)).views[0].float()
     worst = (views["dali"] - views["torchvision"]).abs().amax((1, 2, 3))
-    different = {index.paths[row]: int(value) for row, value in enumerate(worst) if value > 0}
-    assert set(different) <= {"deep.png", "line.png"}
+    different = {guises.paths[row]: int(value) for row, value in enumerate(worst) if value > 0}
+    assert set(different) <= {"line.png"}
     assert max(different.values(), default=0) <= 1
 
 
+@needs_dali
+def test_every_kind_of_file_is_cropped_alike(guises: Index) -> None:
+    mean, worst = differences(guises, (CROP,), batch_size=len(guises), steps=2)
+    assert mean < 0.5
+    assert worst < 2.0
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-def test_exif_orientation_is_ignored(tmp_path: Path, loader: str) -> None:
-    odd_files(tmp_path / "odd")
-    index = open_folder(tmp_path / "odd", cache_dir=tmp_path / "cache")
-    plain, turned = (list(index.paths).index(name) for name in ("plain.jpg", "turned.jpg"))
-    assert index.widths[turned] == 48
-    with eval_loader(index, 24, batch_size=32, device="cpu", loader=loader, workers=0) as made:
+def test_orientation_is_ignored(guises: Index, loader: str) -> None:
+    """In every format, also where Pillow turns the picture on its own (TIFF)."""
+    names = list(guises.paths)
+    with eval_loader(guises, 24, batch_size=len(names), device="cpu", loader=loader, workers=0) as made:
         view = next(iter(made)).views[0]
-    assert torch.equal(view[plain], view[turned])
+    turned = [name for name in names if name.startswith("turned")]
+    assert len(turned) >= 13
+    for name in turned:
+        assert guises.widths[names.index(name)] == WIDTH
+        plain = next(other for other in ("plain", "lossy") if f"{other}.{name.rsplit('.', 1)[1]}" in names)
+        expected = view[names.index(f"{plain}.{name.rsplit('.', 1)[1]}")]
+        assert torch.equal(view[names.index(name)], expected), name
+
+
+def test_an_orientation_in_xmp_is_ignored_too(tmp_path: Path) -> None:
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={700: packet})
+    index = open_folder(tmp_path, cache_dir=tmp_path / ".cache")
+    assert (index.heights[0], index.widths[0]) == (4, 9)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(index.path(0))), pixels)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_no_ink_is_white_with_or_without_an_adobe_marker(tmp_path: Path, loader: str) -> None:
+    Image.new("CMYK", (32, 32)).save(tmp_path / "marked.jpg", quality=100)
+    data = without_segment(0xEE)((tmp_path / "marked.jpg").read_bytes())
+    (tmp_path / "unmarked.jpg").write_bytes(data)
+    index = open_folder(tmp_path, cache_dir=tmp_path / ".cache")
+    with eval_loader(index, 32, batch_size=2, device="cpu", loader=loader, workers=0) as made:
+        assert int(next(iter(made)).views[0].min()) >= 254
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_damaged_file_that_pillow_decodes_is_named(tmp_path: Path, loader: str) -> None:
+    for i in range(6):
+        smooth_picture(np.random.default_rng(i), 40, 30).save(tmp_path / f"{i}.tif")
+    index = open_folder(tmp_path, cache_dir=tmp_path / ".cache")
+    victim = tmp_path / "4.tif"
+    victim.write_bytes(victim.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"1 image file could not be decoded:\n.*4\.tif"):
+        batches(index, batch_size=6, loader=loader)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
@@ -497,6 +525,21 @@ def children() -> Iterator[int]:
                 continue
             if int(fields[1]) == os.getpid() and fields[0] != "Z":
                 yield int(entry.name)
+
+
+def test_a_signal_before_a_worker_is_set_up_waits_and_is_dropped(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window between fork and set-up, in which a worker used to die of it, and the run with the worker."""
+    set_up = portable._ignore_signals
+
+    def struck(worker: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        set_up(worker)
+
+    monkeypatch.setattr(portable, "_ignore_signals", struck)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(batches(index, loader="torchvision", workers=2)) == 3
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
