@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     check.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
     check.add_argument("--json", type=Path, required=True, help="the results file to write into")
+    _one_arm(commands.add_parser("arm", help="one arm of one setting, for the processes that `losses` starts"))
     commands.add_parser("env", help="machine and libraries")
     offline = commands.add_parser("offline", help="carry wheels to an offline host")
     offline.add_argument("action", choices=("pack", "unpack"))
@@ -67,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import question
 
         return question.run(args.command, args)
+    if args.command == "arm":
+        from bench import question
+
+        return question.run_arm(args)
     if args.command == "check":
         from bench import checks, question
         from bench.results import Results
@@ -99,11 +104,25 @@ def run(args: argparse.Namespace) -> int:
 
 def overview() -> int:
     """A short run of the two questions anyone can ask of any machine; each in a process of its own."""
+    from bench.harness import EXIT_ABSENT
+
     for question in ("mix", "losses"):
         done = subprocess.run([sys.executable, "-m", "bench", question, "--quick"], cwd=Path(__file__).parent.parent)
-        if done.returncode:
+        if done.returncode not in (0, EXIT_ABSENT):
             return done.returncode
     return 0
+
+
+def _one_arm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", choices=QUESTIONS)
+    parser.add_argument("--setting", required=True, help="its name")
+    parser.add_argument("--arm", required=True, help="its name")
+    parser.add_argument("--part", choices=("check", "time"), required=True, help="check and weigh it, or time it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--size", choices=("tiny", "quick", "default", "full"), required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="how long to time it")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--json", type=Path, required=True, help="where its entry goes")
 
 
 def _measuring(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from bench.arms import compiled, loss_arm, our_arms
 from bench.harness import Arm, Inputs, Model, Setting, ceiling_copy, model_of, short, with_graph
-from sdmp_kernels import draw_plan
+from bench.large import BEYOND, dtype_of, fits, some_rows, within
+from sdmp_kernels import draw_plan, use_backend
 from sdmp_kernels.ops.distillation import distillation
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
@@ -170,3 +172,27 @@ def _arms(crops: Crops, dtype: torch.dtype, device: torch.device, size: str) -> 
 def _form(name: str, form: Callable[..., Tensor]) -> Arm:
     what = f"torch {torch.__version__} eager: {form.__doc__}"
     return loss_arm(f"eager {name}", what, "eager", lambda given: lambda: form(*_given(given)))
+
+
+# More than 2^31 elements.
+
+
+def large(device: torch.device, tiny: bool, backend: str) -> float:
+    crops, teachers, columns = (3, 2, 32) if tiny else (10, 2, 65536)
+    n = 6 if tiny else BEYOND // (crops * columns) + 1
+    fits(device, 6 * crops * n * columns)
+    student = torch.randn(crops, n, columns, device=device, dtype=dtype_of(tiny)).requires_grad_()
+    teacher = torch.randn(teachers, n, columns, device=device, dtype=dtype_of(tiny))
+    weights = torch.rand(2, crops, teachers, device=device)
+    options: dict[str, Any] = {"own": weights[0], "other": weights[1], "teacher_temperature": 0.5, "reduction": "none"}
+    with use_backend(backend, "distillation"):
+        loss = distillation(student, teacher, **options)
+        assert isinstance(loss, Tensor)
+        (grad,) = torch.autograd.grad(loss.sum(), [student])
+    rows = some_rows(n, device)
+    exact = student.detach()[:, rows].double().requires_grad_()
+    with use_backend("reference", "distillation"):
+        truth = distillation(exact, teacher[:, rows].double(), **options)
+        assert isinstance(truth, Tensor)
+        (truth_grad,) = torch.autograd.grad(truth.sum(), [exact])
+    return within([loss[rows], grad[:, rows]], [truth, truth_grad], student.dtype)

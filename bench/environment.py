@@ -33,6 +33,15 @@ PACKAGES: tuple[str, ...] = (
 )
 
 
+def shared_data(name: str, root: Path = ROOT) -> Path | None:
+    """A file or folder of the shared data, in `shared/data` of the repository or beside it; None where it is absent."""
+    for folder in (root, root.parent):
+        path = folder / "shared" / "data" / name
+        if path.exists():
+            return path
+    return None
+
+
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
     try:

@@ -17,19 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import environment, goals, plots, table
+from bench import environment, goals, matrix, plots, table
+from bench.harness import EXIT_ABSENT
 from bench.results import FOLDER, Results, default_path
 
-MATRIX = "tests/ops/test_every_op.py"
-OPS = ("mix", "soft_cross_entropy", "info_nce", "distillation")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -43,6 +41,7 @@ class Run:
         dry: tiny sizes through the interpreter.
         ends: time.monotonic() at which it must be over.
         failed: names of what failed.
+        absent: names of what could not run here for want of something, and of what.
         children: the processes that run now.
     """
 
@@ -51,6 +50,7 @@ class Run:
     dry: bool
     ends: float
     failed: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -82,11 +82,17 @@ class Run:
         return self.child(sys.executable, "-m", "bench", *words, "--json", str(self.path), seconds=seconds)
 
     def note(self, name: str, status: str, detail: str, seconds: float, **facts: object) -> None:
-        """Record a check, and remember it where it failed."""
+        """Record a check, and remember it where it failed or is absent."""
+        self.told(name, status, detail)
+        Results(self.path).check(name, status, detail, seconds, **facts)
+
+    def told(self, name: str, status: str, detail: str) -> None:
+        """Print the outcome of a check that is recorded, and remember it where it failed or is absent."""
         if status == "failed":
             self.failed.append(name)
+        if status == "absent":
+            self.absent.append(f"{name} ({detail})")
         print(f"  {name}: {status} ({detail})")
-        Results(self.path).check(name, status, detail, seconds, **facts)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -126,11 +132,13 @@ def run(args: argparse.Namespace) -> int:
         try:
             run_stages(state, [stage for stage in STAGES if stage.name in wanted])
         finally:
-            for process in state.children:
+            for process in list(state.children):
                 end(process)
         Results(path, dry_run=args.dry_run).finish("gpu")
         if not args.dry_run:
             print(f"results in {path.relative_to(environment.ROOT) if environment.ROOT in path.parents else path}")
+    if state.absent:
+        print(f"absent: {'; '.join(state.absent)}")
     print(f"failed: {', '.join(state.failed)}" if state.failed else "nothing failed")
     return 1 if state.failed else 0
 
@@ -184,9 +192,15 @@ def check(name: str) -> Callable[[Run, float], None]:
         started = time.monotonic()
         tiny = ["--tiny"] if state.dry else []
         code = state.bench("check", name, "--device", state.device, *tiny, seconds=seconds)
-        _judge(state, name, code, time.monotonic() - started)
+        parts = {part: found for part, found in _checks(state).items() if part.startswith(f"{name} ")}
+        lacking = {part: found["detail"] for part, found in parts.items() if found["status"] == "absent"}
+        _judge(state, name, code, time.monotonic() - started, lacking)
 
     return stage
+
+
+def _checks(state: Run) -> dict[str, Any]:
+    return Results(state.path).document["checks"]
 
 
 def question(name: str) -> Callable[[Run, float], None]:
@@ -198,83 +212,51 @@ def question(name: str) -> Callable[[Run, float], None]:
             ["--tiny", "--threads", "1"] if state.dry else ["--minutes", f"{0.8 * seconds / 60:.2f}", "--seconds", "2"]
         )
         code = state.bench(name, "--device", state.device, *size, seconds=seconds)
-        _judge(state, f"bench {name}", code, time.monotonic() - started)
+        told = Results(state.path).document["runs"].get(name, {})
+        for arm, reason in told.get("lacking", {}).items():
+            state.note(f"bench {name}, {arm}", "absent", reason, 0)
+        if code == 0 and told["skipped"]:
+            left = f"{len(told['skipped'])} settings were not reached: {', '.join(told['skipped'])}"
+            return state.note(f"bench {name}", "out of time", left, time.monotonic() - started)
+        return _judge(state, f"bench {name}", code, time.monotonic() - started, told.get("absent", {}))
 
     return stage
 
 
-def _judge(state: Run, name: str, code: int | None, taken: float) -> None:
+def _judge(state: Run, name: str, code: int | None, taken: float, absent: dict[str, str]) -> None:
+    """Record how a stage's process ended; `absent`: its parts that could not run here, and why."""
     if code is None:
         state.note(name, "out of time", "ended; what it had finished is kept", taken)
+    elif code == EXIT_ABSENT:
+        parts = "; ".join(f"{part}: {reason}" for part, reason in absent.items()) or "it had nothing to run here"
+        state.note(name, "absent", f"not all of it could run here. {parts}", taken)
     elif code:
         state.note(name, "failed", f"ended with exit code {code}", taken)
     else:
         state.note(name, "passed", "ran to its end", taken)
 
 
-def matrix(state: Run, seconds: float) -> None:
-    """The op matrix on this device's compiled backends, one process per op, side by side where there are cores."""
+def op_matrix(state: Run, seconds: float) -> None:
+    """The op matrix on this device, compiled backends first, shared out over the cores."""
     if importlib.util.find_spec("pytest") is None:
         return state.note("op matrix", "absent", "pytest is not installed", 0)
     started = time.monotonic()
-    place = state.device
-    if state.dry:
-        # The interpreter is slow, and CI runs the whole matrix anyway: here the path counts, not the cases.
-        wanted = [
-            (op, f"test_values and [{op}- and float32-triton-{place}]") for op in OPS if op == "soft_cross_entropy"
-        ]
-    else:
-        wanted = [(op, f"[{op}- and -{place}]") for op in OPS]
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        reports = {op: Path(folder) / f"{op}.xml" for op, _ in wanted}
-        commands = {op: _pytest(chosen, reports[op]) for op, chosen in wanted}
-        codes = _side_by_side(state, commands, seconds)
-        counts: Counter[str] = Counter()
-        for op, _ in wanted:
-            found = read_report(reports[op])
-            counts.update(found)
-            failures = found["failed"]
-            if codes[op] is None:
-                status, detail = "out of time", "ended before its end"
-            elif codes[op] == 5:
-                status, detail = "absent", "no case of this op runs here yet"
-            else:
-                status = "failed" if codes[op] or failures else "passed"
-                detail = f"{found['passed']} passed, {failures} failed, {found['skipped']} skipped"
-            state.note(f"op matrix {op}", status, detail, time.monotonic() - started, **dict(found))
-    print(f"  cases per backend: {', '.join(f'{k} {v}' for k, v in sorted(counts.items()) if '-' in k)}")
+    journal = state.path.with_suffix(".matrix.jsonl")
+    # The interpreter is slow, and CI runs the whole matrix anyway: there the path counts, not the cases.
+    shares = 1 if state.dry else min(environment.cores(), matrix.MOST_PROCESSES)
+    options = ["--place", state.device, *(["--one-each"] if state.dry else [])]
+    commands = [matrix.command(journal, *options, "--shard", f"{n + 1}/{shares}") for n in range(shares)]
 
+    def child(words: list[str]) -> int | None:
+        return state.child(*words, seconds=seconds - (time.monotonic() - started), quiet=shares > 1)
 
-def _pytest(chosen: str, report: Path) -> list[str]:
-    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", f"--junitxml={report}", "-k", chosen]
-    return [sys.executable, "-m", "pytest", MATRIX, *options]
+    def say(op: str, status: str, detail: str, facts: dict[str, int]) -> None:
+        Results(state.path).check(f"op matrix {op}", status, detail, time.monotonic() - started, **facts)
 
-
-def _side_by_side(state: Run, commands: dict[str, list[str]], seconds: float) -> dict[str, int | None]:
-    """Exit codes of the commands, as many at a time as there are cores for."""
-    ends = time.monotonic() + seconds
-    if environment.cores() < 8:
-        return {name: state.child(*words, seconds=ends - time.monotonic()) for name, words in commands.items()}
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(commands)) as pool:
-        futures = {name: pool.submit(state.child, *words, seconds=seconds) for name, words in commands.items()}
-        return {name: future.result() for name, future in futures.items()}
-
-
-def read_report(path: Path) -> Counter[str]:
-    """Counts of a JUnit report: "passed", "failed", "skipped", and passed value tests by "backend-device"."""
-    counts: Counter[str] = Counter()
-    if not path.exists():
-        return counts
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        outcomes = {child.tag for child in case}
-        state = "failed" if outcomes & {"failure", "error"} else "skipped" if "skipped" in outcomes else "passed"
-        counts[state] += 1
-        name = case.get("name", "")
-        if state == "passed" and name.startswith("test_values["):
-            counts["-".join(name.removesuffix("]").split("-")[-2:])] += 1
-    return counts
+    print(f"  {shares} processes; outcomes in {journal.name} as they come")
+    for op, (status, detail) in matrix.run(commands, journal, child, say).items():
+        state.told(f"op matrix {op}", status, detail)
+    return None
 
 
 def sanitizer(state: Run, seconds: float) -> None:
@@ -287,7 +269,7 @@ def sanitizer(state: Run, seconds: float) -> None:
     for tool in SANITIZER_TOOLS:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            report = Path(folder) / "report.xml"
+            journal = Path(folder) / "journal.jsonl"
             chosen = "test_values and (triton-cuda or cuda-cuda) and (float32 or bfloat16 or uint8)"
             code = state.child(
                 program,
@@ -295,17 +277,17 @@ def sanitizer(state: Run, seconds: float) -> None:
                 tool,
                 "--error-exitcode",
                 "99",
-                *_pytest(chosen, report),
+                *matrix.command(journal, "-k", chosen, "--place", "cuda"),
                 seconds=seconds / len(SANITIZER_TOOLS),
                 # Tensors of their own allocations, so that a read past one is seen.
                 env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            counts = read_report(report)
+            passed = sum(tally.outcomes["passed"] for tally in matrix.read(journal).values())
         taken = time.monotonic() - started
         if code is None:
-            state.note(f"compute-sanitizer {tool}", "out of time", f"no error within {taken:.0f} s", taken)
+            state.note(f"compute-sanitizer {tool}", "out of time", f"{passed} cases had no error, then ended", taken)
         else:
-            found = "errors found" if code == 99 else f"{counts['passed']} cases, exit code {code}"
+            found = "errors found" if code == 99 else f"{passed} cases, exit code {code}"
             state.note(f"compute-sanitizer {tool}", "passed" if code == 0 else "failed", found, taken)
     return None
 
@@ -322,8 +304,7 @@ def pictures(state: Run, seconds: float) -> None:
     for goal, words in goals.NOT_BUILT.items():
         print(f"  {goal:<4} {words}: not built yet")
     if importlib.util.find_spec("matplotlib") is None:
-        print("  no plots: matplotlib is not installed")
-        return
+        return state.note("plots", "absent", "matplotlib is not installed", 0)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         for path in plots.draw(results.document, Path(scratch) if state.dry else FOLDER):
             print(f"  drew {path.name}")
@@ -331,12 +312,13 @@ def pictures(state: Run, seconds: float) -> None:
         print(f"  the table has {len(table.render([results.document]).splitlines())} lines")
     elif state.path.parent == FOLDER:
         print("  README.md: table written" if table.write_readme() else "  README.md has no markers for the table")
+    return None
 
 
 STAGES = (
     Stage("build", 8, build),
     Stage("ceilings", 3, check("ceilings")),
-    Stage("matrix", 22, matrix),
+    Stage("matrix", 22, op_matrix),
     Stage("large", 6, check("large")),
     Stage("nosync", 5, check("nosync")),
     Stage("mix", 18, question("mix")),

@@ -26,6 +26,9 @@ from bench.memory import extra_peak
 from sdmp_kernels import _backends, use_backend
 
 Inputs = dict[str, Any]
+OURS = ("bench", "sdmp_kernels", "sdmp_train")
+# Exit code of a command of which a part could not run here for want of something: neither passed nor failed.
+EXIT_ABSENT = 3
 
 
 class Absent(Exception):
@@ -188,18 +191,25 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         if not _broke(runner, told, say):
             told[runner.arm.name].update(weighed[runner.arm.name])
     runners = [runner for runner in runners if runner.failure is None]
+    return row_of(setting, device, len(inputs), runners, list(told.values()))
+
+
+def row_of(
+    setting: Setting, device: torch.device, input_copies: int, runners: Sequence[Runner], arms: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A row of the results; `runners`: the arms that have a time."""
     return {
         "op": setting.op,
         "setting": setting.name,
         "config": setting.config,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "input_copies": len(inputs),
+        "input_copies": input_copies,
         "floor_bytes": setting.model.floor_bytes if setting.model else None,
         "kernel_bytes": setting.model.kernel_bytes if setting.model else None,
         "flops": setting.model.flops if setting.model else None,
         "ours": next((r.arm.name for r in runners if r.arm.kind == "ours"), None),
-        "arms": list(told.values()),
+        "arms": arms,
     }
 
 
@@ -256,15 +266,32 @@ def prepare(
             calls = [capture(calls)]
         runner = Runner(arm, calls, errors, paced=setting.paced)
         warm_up(runner, clock_of(device.type), budget)
-    except Absent as absent:
-        return None, entry | {"status": "absent", "reason": str(absent)}
     except Exception as error:
         # Peers are other people's code on machines we have not seen: one that breaks is named, and the rest go on.
+        why = absence(error)
+        if why is not None:
+            return None, entry | {"status": "absent", "reason": why}
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None, entry | {"status": "failed", "reason": words(error)}
     return runner, entry | {"status": "ok"}
+
+
+def absence(error: BaseException | None) -> str | None:
+    """What is not on this machine, where that is what this error comes from; None where something is broken.
+
+    A module of this project that cannot be found is broken, not absent.
+    """
+    while error is not None:
+        if isinstance(error, Absent):
+            return str(error)
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            package = error.name.partition(".")[0]
+            if package not in OURS:
+                return f"{package} is not installed"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def words(error: Exception) -> str:
@@ -428,8 +455,8 @@ def paired(of: Runner, to: Runner) -> dict[str, float]:
     return percentiles([a / b for a, b in zip(of.times[:rounds], to.times[:rounds], strict=True)])
 
 
-def weigh(runner: Runner, runners: list[Runner], setting: Setting, device: torch.device) -> dict[str, Any]:
-    """What a runner's times mean: rates, shares of the ceilings, ratio to ours, memory, launches, host syncs."""
+def rates(runner: Runner, runners: Sequence[Runner], setting: Setting, device: torch.device) -> dict[str, Any]:
+    """What a runner's times mean: rates, shares of the ceilings, ratio to ours."""
     seconds = percentiles(runner.times)
     entry: dict[str, Any] = {"seconds": seconds | {"rounds": len(runner.times), "calls_per_round": runner.inner}}
     if device.type == "cuda":
@@ -448,6 +475,12 @@ def weigh(runner: Runner, runners: list[Runner], setting: Setting, device: torch
     ours = next((r for r in runners if r.arm.kind == "ours" and r.arm.graph == runner.arm.graph), None)
     if ours is not None and runner.arm.kind != "ceiling":
         entry["times_ours"] = paired(runner, ours)
+    return entry
+
+
+def weigh(runner: Runner, runners: Sequence[Runner], setting: Setting, device: torch.device) -> dict[str, Any]:
+    """`rates`, and the memory, launches and host synchronisations of a call."""
+    entry = rates(runner, runners, setting, device)
     if runner.arm.kind == "ceiling" or runner.arm.graph:
         return entry
     call = runner.calls[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 from bench import peers
 from bench.arms import compiled, loss_arm, our_arms
 from bench.harness import Absent, Arm, Call, Inputs, Model, Setting, ceiling_matmul, model_of, short, with_graph
-from sdmp_kernels import draw_plan, info_nce
+from bench.large import BEYOND, dtype_of, fits, some_rows, two_hot, within
+from sdmp_kernels import TwoHot, draw_plan, info_nce, use_backend
 
 TEMPERATURE = 0.2
 
@@ -230,3 +231,27 @@ def _qkt(inputs: Inputs) -> tuple[Any, ...]:
 def _eager_form(name: str, form: Callable[..., Tensor]) -> Arm:
     what = f"torch {torch.__version__} eager: {name}, no dense label"
     return loss_arm(f"eager {name}", what, "eager", lambda given: lambda: form(*_qkt(given)))
+
+
+# More than 2^31 elements.
+
+
+def large(device: torch.device, tiny: bool, backend: str) -> float:
+    """Queries whose own offsets pass 2^31, against few keys."""
+    width, keys = (16, 8) if tiny else (256, 128)
+    n = 6 if tiny else BEYOND // width + 1
+    fits(device, 14 * n * width)
+    q = torch.randn(n, width, device=device, dtype=dtype_of(tiny)).mul_(width**-0.5).requires_grad_()
+    k = (torch.randn(keys, width, device=device) * width**-0.5).to(q.dtype)
+    target = two_hot(n, keys, device)
+    with use_backend(backend, "info_nce"):
+        loss = info_nce(q, k, target, temperature=0.2, reduction="none")
+        assert isinstance(loss, Tensor)
+        (grad,) = torch.autograd.grad(loss.sum(), [q])
+    rows = some_rows(n, device)
+    exact = q.detach()[rows].double().requires_grad_()
+    with use_backend("reference", "info_nce"):
+        truth = info_nce(exact, k.double(), TwoHot(*(t[rows] for t in target)), temperature=0.2, reduction="none")
+        assert isinstance(truth, Tensor)
+        (truth_grad,) = torch.autograd.grad(truth.sum(), [exact])
+    return within([loss[rows], grad[rows]], [truth, truth_grad], q.dtype)

@@ -1,7 +1,7 @@
 """Are the losses faster and leaner than materialised logits and targets? `python -m bench losses`.
 
-What is measured of each stands in the file of its name; here they are put in order, with the default allocator, as a
-user runs them.
+What is measured of each stands in the file of its name; here they are put in order. With the default allocator, and on
+a CPU every arm in processes of its own (bench/apart.py), as a user runs them.
 """
 
 from __future__ import annotations

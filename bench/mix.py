@@ -25,11 +25,13 @@ from bench.harness import (
     backends_of,
     ceiling_copy,
     default_backend,
+    largest_error,
     model_of,
     on_backend,
     short,
     with_graph,
 )
+from bench.large import BEYOND, fits, some_rows
 from sdmp_kernels import MixPlan, Rule, draw_plan, mix, use_backend
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -506,3 +508,41 @@ def bilinear(images: Tensor, box: Tensor) -> Tensor:
     upper = at(y0, x0) * (1 - fx) + at(y0, x1) * fx
     lower = at(y1, x0) * (1 - fx) + at(y1, x1) * fx
     return upper * (1 - fy) + lower * fy
+
+
+# More than 2^31 elements.
+
+
+def large(device: torch.device, tiny: bool, backend: str) -> float:
+    """uint8 images in and out, every rule, the flip; the backward pass is linear in the same offsets."""
+    px = 16 if tiny else 224
+    n = 6 if tiny else BEYOND // (3 * px * px) + 1
+    fits(device, 3 * n * 3 * px * px)
+    images = torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, device=device)
+    plan = draw_plan(n, (px, px), per="sample", seed=0, step=0, device=device)
+    with use_backend(backend, "mix"):
+        mixed = mix(images, plan)
+    assert isinstance(mixed, Tensor)
+    rows = some_rows(n, device)
+    part = _part(plan, rows)
+    with use_backend("reference", "mix"):
+        truth = mix(images[rows], part)
+    assert isinstance(truth, Tensor)
+    # One step of uint8: a tie may round either way.
+    return largest_error(mixed[rows], truth)
+
+
+def _part(plan: MixPlan, rows: Tensor) -> MixPlan:
+    """The plan of some rows that are closed under its pairing."""
+    place = {int(row): i for i, row in enumerate(rows)}
+    partner = torch.tensor([place[int(plan.partner[row])] for row in rows], device=rows.device)
+    return MixPlan(
+        rule=plan.rule[rows],
+        partner=partner,
+        lam=plan.lam[rows],
+        partner_lam=plan.partner_lam[rows],
+        box=plan.box[rows],
+        size=plan.size,
+        mirrored=False,
+        rules=plan.rules,
+    )

@@ -37,7 +37,11 @@ RUN: dict[str, tuple[type, ...]] = {
     "dirty": (bool, MAYBE),
     "threads": (int,),
     "allocator": TEXT,
+    "processes?": TEXT,
     "skipped": (list,),
+    "absent?": (dict,),
+    "broken?": (dict,),
+    "lacking?": (dict,),
 }
 ROW: dict[str, tuple[type, ...]] = {
     "question": TEXT,
@@ -102,8 +106,8 @@ class Results:
             }
         self.document["environment"] = environment.describe()
 
-    def begin(self, question: str, *, threads: int, allocator: str) -> None:
-        """Record who measures what, by which command and at which commit."""
+    def begin(self, question: str, *, threads: int, allocator: str, processes: str = "one") -> None:
+        """Record who measures what, by which command and at which commit, and in how many processes."""
         head, dirty = environment.commit()
         self.document["runs"][question] = {
             "command": environment.command(),
@@ -113,6 +117,7 @@ class Results:
             "dirty": dirty,
             "threads": threads,
             "allocator": allocator,
+            "processes": processes,
             "skipped": [],
         }
         self.write()
@@ -130,6 +135,11 @@ class Results:
     def skip(self, question: str, setting: str) -> None:
         """Name a setting that there was no time for."""
         self.document["runs"][question]["skipped"].append(setting)
+        self.write()
+
+    def gap(self, question: str, kind: str, name: str, reason: str) -> None:
+        """Name what a question did not measure, and why: `kind` is "absent", "broken" or "lacking"."""
+        self.document["runs"][question].setdefault(kind, {})[name] = reason
         self.write()
 
     def check(self, name: str, status: str, detail: str, seconds: float, **facts: Any) -> None:

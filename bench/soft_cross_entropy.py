@@ -13,7 +13,8 @@ from torch import Tensor
 from bench import peers
 from bench.arms import compiled, loss_arm, our_arms
 from bench.harness import Arm, Inputs, Model, Setting, ceiling_copy, model_of, short, with_graph
-from sdmp_kernels import draw_plan, soft_cross_entropy
+from bench.large import BEYOND, dtype_of, fits, some_rows, two_hot, within
+from sdmp_kernels import TwoHot, draw_plan, soft_cross_entropy, use_backend
 
 
 def setting(
@@ -119,3 +120,23 @@ def _given(inputs: Inputs) -> tuple[Any, ...]:
 def _form(name: str, form: Callable[..., Tensor], forward: bool) -> Arm:
     what = f"torch {torch.__version__} eager: {form.__doc__}"
     return loss_arm(f"eager {name}", what, "eager", lambda given: lambda: form(*_given(given)), forward=forward)
+
+
+# More than 2^31 elements.
+
+
+def large(device: torch.device, tiny: bool, backend: str) -> float:
+    columns = 32 if tiny else 65536
+    n = 6 if tiny else BEYOND // columns + 1
+    fits(device, 5 * n * columns)
+    logits = torch.randn(n, columns, device=device, dtype=dtype_of(tiny)).requires_grad_()
+    target = two_hot(n, columns, device)
+    with use_backend(backend, "soft_cross_entropy"):
+        loss = soft_cross_entropy(logits, target, reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), [logits])
+    rows = some_rows(n, device)
+    exact = logits.detach()[rows].double().requires_grad_()
+    with use_backend("reference", "soft_cross_entropy"):
+        truth = soft_cross_entropy(exact, TwoHot(*(t[rows] for t in target)), reduction="none")
+        (truth_grad,) = torch.autograd.grad(truth.sum(), [exact])
+    return within([loss[rows], grad[rows]], [truth, truth_grad], logits.dtype)

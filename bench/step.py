@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.environment import ROOT
+from bench.environment import shared_data
 from bench.harness import Absent, Arm, Call, Inputs, Setting
 from bench.mix import eager_normalise, literal_loop
 from sdmp_kernels import use_backend
+from sdmp_kernels._backends import OPS
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from sdmp_train.methods.mocov3 import MoCoV3
     from sdmp_train.training import Training
 
-PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-sample.tar"
+PHOTOGRAPHS = "imagenet-sample.tar"
 
 
 def settings(device: torch.device, size: str) -> Iterator[Setting]:
@@ -47,10 +48,8 @@ def settings(device: torch.device, size: str) -> Iterator[Setting]:
 
 def config_of(mixing: str, device: torch.device, size: str, batch: int) -> Config:
     """A small ViT on the CPU; ViT-S at 224 px in bf16 on a GPU."""
-    try:
-        from sdmp_train.presets import get_preset
-    except ImportError as error:
-        raise Absent(f"sdmp_train does not import here: {error}") from None
+    from sdmp_train.presets import get_preset
+
     config = get_preset("quickstart" if device.type == "cpu" or size == "tiny" else "table1/mocov3-vit_s-sdmp")
     data, model = config.data, config.model
     if size == "tiny":
@@ -187,7 +186,7 @@ def _step_arm(
         """The first step's loss against the one that the references give from the same start."""
         training = make_training(config_of(mixing, device, size, batch), device)
         with contextlib.ExitStack() as stack:
-            for op in ("mix", "info_nce"):
+            for op in OPS:
                 stack.enter_context(use_backend("reference", op))
             expected = one_step(training, inputs["batch"])
         return float((results[0] - expected).abs())
@@ -205,10 +204,8 @@ DRAINED, TIMED = 4, 4
 @functools.cache
 def pictures(kind: str) -> Any:
     """The index of a folder: "photographs" beside the repository, the embedded "shapes", or a "few" gradients."""
-    try:
-        from sdmp_train.data import open_folder, shapes_folder
-    except ImportError as error:
-        raise Absent(f"sdmp_train.data does not import here: {error}") from None
+    from sdmp_train.data import open_folder, shapes_folder
+
     folder = Path(_scratch().name)
     if kind == "shapes":
         return open_folder(shapes_folder(folder), cache_dir=folder)
@@ -219,12 +216,13 @@ def pictures(kind: str) -> Any:
         for number in range(8):
             Image.linear_gradient("L").rotate(45 * number).convert("RGB").save(folder / "few" / f"{number}.jpg")
         return open_folder(folder / "few", split=None, cache_dir=folder)
-    if not PHOTOGRAPHS.exists():
-        raise Absent("the sample photographs are not beside the repository (../shared/data/imagenet-sample.tar)")
-    with tarfile.open(PHOTOGRAPHS) as archive:
+    found = shared_data(PHOTOGRAPHS)
+    if found is None:
+        raise Absent(f"the sample photographs are not here (shared/data/{PHOTOGRAPHS}, in the repository or beside it)")
+    with tarfile.open(found) as archive:
         archive.extractall(folder / "photographs", filter="data")
-    found = next(d for d in (folder / "photographs").iterdir() if d.is_dir())
-    return open_folder(found, split=None, cache_dir=folder)
+    pictures = next(d for d in (folder / "photographs").iterdir() if d.is_dir())
+    return open_folder(pictures, split=None, cache_dir=folder)
 
 
 @functools.cache
@@ -281,7 +279,7 @@ class Feed:
                     loader=asked,
                 )
             )
-        except (DataError, ImportError) as error:
+        except DataError as error:
             raise Absent(str(error)) from None
 
 

@@ -60,7 +60,7 @@ def existing(gpus: list[dict[str, Any]], cpus: list[dict[str, Any]]) -> str:
     if not cpus:
         lines.append("**No CPU figure exists yet**: `python -m bench mix` and `python -m bench losses` make them.")
     lines.append(
-        "Every ratio is a median of ratios taken round by round in one process, after each answer was checked against "
+        "Every ratio is a median of ratios taken round by round in one run, after each answer was checked against "
         'float64; above 1 the other takes longer ("both in place": the quotient of two such medians). Rows that we '
         "lose are in the table too, in bold. How it is measured: "
         "[docs/benchmarks.md](docs/benchmarks.md)."

@@ -8,7 +8,6 @@ equal within rounding whatever the entry, and writes the file. A change must be 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import time
@@ -56,17 +55,6 @@ class Table(dict[str, Constants]):
         if key not in self.read:
             self.read.append(key)
         return super().get(key, default)
-
-
-@contextlib.contextmanager
-def in_force(table: Table) -> Iterator[Table]:
-    """Within the context every launch reads its constants from `table`."""
-    before = _launch.table
-    _launch.table = lambda arch: table  # type: ignore[assignment]
-    try:
-        yield table
-    finally:
-        _launch.table = before
 
 
 @dataclass
@@ -184,7 +172,8 @@ def bind(setting: Setting, table: dict[str, Constants], device: torch.device) ->
         return None
     inputs = setting.inputs(0)
     try:
-        with in_force(Table(table)) as reading:
+        reading = Table(table)
+        with _launch.table_in_force(reading):
             call = arm.bind(inputs)
             expected = [t.detach().clone() for t in call.run()]
     except Absent:
@@ -262,7 +251,7 @@ def _bound(
         entries = Table({**table, key: entry})
 
         def call() -> Any:
-            with in_force(entries):
+            with _launch.table_in_force(entries):
                 return workload.call.run()
 
         call()

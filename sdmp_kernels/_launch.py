@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 TABLES = Path(__file__).parent / "tables"
 DEFAULT_ARCH = "sm_80"
 _recorders: list[set[str]] = []
+_tables_in_force: list[Mapping[str, dict[str, Any]]] = []
 
 
 class Compile(NamedTuple):
@@ -161,13 +162,30 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
-def table(arch: str) -> dict[str, dict[str, Any]]:
+def table(arch: str) -> Mapping[str, dict[str, Any]]:
     """Launch constants of an architecture: "<op>.<kernel>.<bucket>" -> constants. The stated default is sm_80's."""
+    return _tables_in_force[-1] if _tables_in_force else _stored(arch)
+
+
+@functools.cache
+def _stored(arch: str) -> dict[str, dict[str, Any]]:
     path = TABLES / f"{arch}.json"
     if not path.exists():
         path = TABLES / f"{DEFAULT_ARCH}.json"
     return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def table_in_force(entries: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Within the context every launch reads its constants from `entries`, whatever the architecture: to measure them.
+
+    In all threads: a backward pass runs in autograd's own.
+    """
+    _tables_in_force.append(entries)
+    try:
+        yield
+    finally:
+        _tables_in_force.pop()
 
 
 def constants(arch: str, key: str) -> dict[str, Any]:
@@ -178,4 +196,4 @@ def constants(arch: str, key: str) -> dict[str, Any]:
 
 def table_digest(arch: str) -> str:
     """A short hash of the table in force, for logs and checkpoints."""
-    return hashlib.sha256(json.dumps(table(arch), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(dict(table(arch)), sort_keys=True).encode()).hexdigest()[:12]

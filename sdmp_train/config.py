@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from tyro.conf import AvoidSubcommands, OmitArgPrefixes
 
+from .flags import AvoidSubcommands, OmitArgPrefixes
 from .methods.method import Method
 from .methods.mocov3 import MoCoV3
 from .reading import read_yaml

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from .flags import arg
 
 
 class ConfigError(ValueError):

@@ -19,12 +19,12 @@ from typing import Annotated, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from tyro.conf import arg
 
 from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 
 from ..data import Batch, ViewRecipe, byol_views
 from ..distributed import World, distribute, gather_rows
+from ..flags import arg
 from ..models import feature_width, start_vit
 from ..optim import key_momentum
 from ..settings import between, require

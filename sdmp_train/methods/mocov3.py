@@ -15,11 +15,11 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tyro.conf import arg
 
 from sdmp_kernels import MixPlan, TwoHot
 
 from ..data import Batch
+from ..flags import arg
 from ..settings import between
 from .contrast import Contrast, ContrastConfig, Plan, Term
 from .method import At, Setup

@@ -10,7 +10,7 @@ from ops import matrix
 
 import bench
 from bench import distillation, goals, info_nce, mix, soft_cross_entropy
-from sdmp_kernels import use_backend
+from sdmp_kernels import _backends, use_backend
 
 CPU = torch.device("cpu")
 BENCH = sorted(Path(bench.__file__).parent.glob("*.py"))
@@ -59,6 +59,29 @@ def test_no_benchmark_counts_bytes_by_itself(path):
     """Sizes of elements are read nowhere: what must move is asked of the op."""
     names = [node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
     assert {"itemsize", "element_size", "nbytes"} & set(names) == set()
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
+def test_the_ops_are_listed_in_the_registry_alone(path):
+    """A new op must not be forgotten by a list somewhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
+            parts = node.keys if isinstance(node, ast.Dict) else node.elts
+            found = {inner.value for part in parts for inner in _strings(part)} & set(_backends.OPS)
+            assert len(found) < 2, f"{path.name}, line {node.lineno}: {sorted(found)}"
+
+
+def _strings(part):
+    """The string that an entry is, or begins with."""
+    first = part.elts[0] if isinstance(part, ast.Tuple | ast.List) and part.elts else part
+    return [first] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
+
+
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_every_op_has_a_benchmark_file_with_a_trial_of_large_tensors(op):
+    module = importlib.import_module(f"bench.{op}")
+    assert callable(module.setting)
+    assert callable(module.large)
 
 
 SETTINGS = {

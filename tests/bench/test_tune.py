@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from bench import tune
@@ -54,11 +56,22 @@ def test_a_faster_entry_with_another_answer_is_not_taken(capsys):
 
 
 def test_the_librarys_own_table_is_in_force_again_afterwards():
-    before = _launch.table
-    with tune.in_force(tune.Table({"a.b.c": {"block": 1}})) as table:
-        assert _launch.constants("cpu", "a.b.c") == {"block": 1}
-        assert table.read == ["a.b.c"]
-    assert _launch.table is before
+    """Also after an error, and one table within another; the backward pass's own thread sees it too."""
+    own = dict(_launch.table("sm_80"))
+    table, inner = tune.Table({"a.b.c": {"block": 1}}), tune.Table({"a.b.c": {"block": 2}})
+
+    def fail():
+        with _launch.table_in_force(inner):
+            assert _launch.constants("cpu", "a.b.c") == {"block": 2}
+            raise RuntimeError("no such kernel")
+
+    with _launch.table_in_force(table):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            fail()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(_launch.constants, "cpu", "a.b.c").result() == {"block": 1}
+        assert table.read == inner.read == ["a.b.c"]
+    assert _launch.table("sm_80") == own
 
 
 def test_an_entry_that_is_cached_cannot_be_measured(capsys):
