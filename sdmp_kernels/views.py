@@ -162,6 +162,12 @@ class ViewDraws:
     def __len__(self) -> int:
         return self.box.shape[0]
 
+    def __getitem__(self, rows: slice) -> ViewDraws:
+        """The draws of some of the images, without a copy: `draws[8:16]`."""
+        if not isinstance(rows, slice):
+            raise TypeError(f"draws are taken by slices such as draws[8:16], not by {type(rows).__name__}")
+        return _unflatten([tensor[rows] for tensor in self.tensors()], self.max_sigma)
+
     def __repr__(self) -> str:
         return f"ViewDraws({len(self)} views on {self.device})"
 
@@ -235,7 +241,7 @@ def view_size(size_px: Size) -> tuple[int, int]:
     Raises:
         ValueError: naming size_px, unless both are whole numbers of 1 or more.
     """
-    pair = (size_px, size_px) if isinstance(size_px, int) else tuple(size_px)
+    pair = tuple(size_px) if isinstance(size_px, tuple | list) else (size_px, size_px)
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
         raise ValueError(f"size_px must be a whole number of pixels, 1 or more, or (height, width), but is {size_px!r}")
     return pair
@@ -393,20 +399,29 @@ def _sizes(name: str, sizes: Any) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
-def _eval_draws(view: EvalView, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> ViewDraws:
-    """Torchvision's rounding: the longer side is truncated, the crop's corner rounded half to even."""
+def eval_geometry(
+    view: EvalView, heights: NDArray[np.integer], widths: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N, 2) height and width of the resized images, and (N, 2) top and left of the centre crop in them.
+
+    Torchvision's rounding: the longer side is truncated, the crop's corner rounded half to even.
+    """
+    heights, widths = _sizes("heights", heights), _sizes("widths", widths)
     size = np.array(view_size(view.size_px))
     target = np.array([round(side * view.resize_px / size.min()) for side in size])
-    image = np.stack([heights, widths], axis=1)
-    by_height = image[:, 0] * target[1] <= image[:, 1] * target[0]
+    by_height = heights * target[1] <= widths * target[0]
     resized = np.where(
         by_height[:, None],
         np.stack([np.full_like(heights, target[0]), target[0] * widths // heights], axis=1),
         np.stack([target[1] * heights // widths, np.full_like(widths, target[1])], axis=1),
     )
-    corner = np.rint((resized - size) / 2)
-    scale = image / resized
-    box = np.concatenate([corner * scale, size * scale], axis=1).astype(np.float32)
+    return resized, np.rint((resized - size) / 2).astype(np.int64)
+
+
+def _eval_draws(view: EvalView, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> ViewDraws:
+    resized, corner = eval_geometry(view, heights, widths)
+    scale = np.stack([heights, widths], axis=1) / resized
+    box = np.concatenate([corner * scale, np.array(view_size(view.size_px)) * scale], axis=1).astype(np.float32)
     n = len(heights)
     one, zero, no = torch.ones(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     return ViewDraws(torch.from_numpy(box), no, one, one, one, zero, no, zero, no)
