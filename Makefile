@@ -1,5 +1,5 @@
 # make demo  sets up .venv and runs the main job on embedded data
-# make test  sets up .venv, lints and runs the tests
+# make test  sets up .venv, lints and runs the tests; make test-slow  those of more than 20 seconds
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(shell $(PYTHON) -c 'import platform; print(",dali" if platform.machine() in ("x86_64", "aarch64") else "")'))
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test lint format bench gpu clean
+.PHONY: setup demo test test-slow kills lint format bench gpu clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,13 @@ demo: setup
 
 test: setup lint
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+# Two hundred kills of a run of two processes: the table in docs/promises.md. More than an hour.
+kills: setup
+	$(PY) tests/kill_run.py --kills 200 --seed 0
 
 lint: setup
 	$(PY) -m ruff check .

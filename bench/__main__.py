@@ -15,6 +15,7 @@ python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, 
 python -m bench losses   info_nce, soft_cross_entropy, distillation, beside literal and best eager, torch.compile,
                          SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
 python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
+python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
 python -m bench tune     measure the launch tables of the Triton kernels for this GPU
 python -m bench table    the table of the README, from the newest results of every machine
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for question in QUESTIONS:
         _measuring(commands.add_parser(question, help=f"measure {question}"))
+    overhead = commands.add_parser("overhead", help="what a call costs on the host")
+    overhead.add_argument("--seconds", type=float, default=3.0, help="timed seconds per op (default 3)")
+    overhead.add_argument("--json", type=Path, help="also write the rows to this file")
     gpu = commands.add_parser("gpu", help="the whole proof on a GPU")
     gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
@@ -78,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
         device = question.choose_device(args.device)
         return checks.run(args.name, device, tiny=args.tiny, results=Results(args.json))
+    if args.command == "overhead":
+        from bench import overhead
+
+        return overhead.run(args)
     if args.command == "gpu":
         from bench import gpu
 

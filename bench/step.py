@@ -76,7 +76,7 @@ def as_batch(views: tuple[Tensor, ...]) -> Batch:
     from sdmp_train.data import Batch
 
     ids = torch.arange(len(views[0]))
-    return Batch(views, ids, torch.full_like(ids, -1))
+    return Batch(views, ids, torch.full_like(ids, -1), torch.ones_like(ids, dtype=torch.bool))
 
 
 def one_step(training: Training, batch: Batch) -> Tensor:

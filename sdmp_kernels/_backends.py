@@ -10,18 +10,24 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from sdmp_kernels._checks import check_choice
 
 NAMES = ("reference", "torch", "cpp", "triton", "cuda")
+# These serve every call wherever there is a tensor.
+EVERYWHERE = ("reference", "torch")
 FILES = {"torch": "composed", "cpp": "native", "cuda": "native"}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,17 @@ class Op:
 
     def module(self, backend: str) -> ModuleType:
         """The module that implements `backend`."""
-        return importlib.import_module(f"sdmp_kernels.ops.{self.name}.{FILES.get(backend, backend)}")
+        return _module(self.name, backend)
 
     def serves(self, backend: str) -> bool:
         """Whether the op has this backend at all, on any device."""
         return any(backend in order for order in self.order.values())
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType:
+    """Imported when it is first chosen, so that no call waits for a backend that does not serve it."""
+    return importlib.import_module(f"sdmp_kernels.ops.{op}.{FILES.get(backend, backend)}")
 
 
 OPS: dict[str, Op] = {}
@@ -91,6 +103,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
     """None where `backend` can run on `device_type` on this machine, else the reason in words."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if backend in EVERYWHERE:
+        return None
     if backend == "triton":
         version = _triton_version()
         if version is None:
@@ -112,37 +126,37 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     Args:
         op: the op.
         device: where its tensors are.
-        refuse: says for a backend why it cannot serve this very call (a dtype, a size), or None.
+        refuse: says for a backend, other than those that serve every call, why it cannot serve this very one (a dtype,
+            a size), or None.
 
     Raises:
         RuntimeError: where a backend was asked for by name and cannot run this call, or none can.
     """
 
-    def reason(backend: str) -> str | None:
-        if backend not in NAMES or not op.serves(backend):
-            return f"{op.name} has no {backend} backend"
-        return unavailable(backend, device.type) or (refuse(backend) if refuse else None)
-
     forced = _forced.get(op.name)
-    if forced is not None:
-        why = reason(forced)
-        if why is not None:
-            raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: {why}")
-        return forced
+    if forced is not None and not (forced in NAMES and op.serves(forced)):
+        raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: it has no {forced} backend")
     reasons = []
-    for backend in op.order.get(device.type, ("torch", "reference")):
-        why = reason(backend)
+    for backend in (forced,) if forced is not None else op.order.get(device.type, ("torch", "reference")):
+        if backend in EVERYWHERE:
+            return backend
+        why = unavailable(backend, device.type) or (refuse(backend) if refuse else None)
         if why is None:
             return backend
-        reasons.append(f"{backend}: {why}")
-    raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({'; '.join(reasons)})")
+        reasons.append((backend, why))
+    if forced is not None:
+        raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: {reasons[0][1]}")
+    said = "; ".join(f"{backend}: {why}" for backend, why in reasons)
+    raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({said})")
 
 
 def backends() -> dict[str, dict[str, str]]:
     """What will run: op -> device type -> the implementation, and why not a faster one.
 
-    Example: ``{"mix": {"cpu": "cpp", "cuda": "none (torch sees no CUDA device)"}}``. A call that its usual backend
-    cannot serve (float64, for example) takes the next one in the order shown.
+    A call that its usual backend cannot serve (float64, for example) takes the next one in the order shown.
+
+    Returns:
+        For example ``{"mix": {"cpu": "cpp", "cuda": "none (torch sees no CUDA device)"}}``.
     """
     return {name: {device: _describe(op, device) for device in op.order} for name, op in OPS.items()}
 
@@ -161,42 +175,95 @@ def _describe(op: Op, device_type: str) -> str:
     return f"none ({reasons[0]})" if reasons else "none"
 
 
-@contextmanager
-def use_backend(name: str, ops: Sequence[str] | str | None = None) -> Iterator[None]:
-    """Within the context, run the ops by the backend `name`, or raise; never another one.
+class use_backend:
+    """From now on, run the ops by the backend `name`, or raise; never another one.
+
+    It acts at once, as `torch.set_grad_enabled` does. Used with `with`, the end of the block takes back what it set,
+    and what was set before holds again; used as a decorator, it holds while the function runs.
 
     Args:
-        name: "reference", "torch", "cpp", "triton" or "cuda".
+        name: "reference", "torch", "cpp", "triton" or "cuda"; None for the automatic choice.
         ops: names of the ops it holds for; default all of them. An op that has no such backend raises when called.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: on entering, where the backend cannot run on this machine at all, and on calling an op with
-            arguments that the backend cannot serve.
+        RuntimeError: at once, where the backend cannot run on this machine at all, and on calling an op with arguments
+            that the backend cannot serve.
 
-    The choice holds for the whole process, also for the threads that run a backward pass.
+    The choice holds for the whole process, also for the threads that run a backward pass. Where blocks of several
+    threads overlap, the latest to begin holds, and each takes back only its own: none is left set for good.
     """
+
+    def __init__(self, name: str | None, ops: Sequence[str] | str | None = None) -> None:
+        wanted = tuple(OPS) if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
+        for op in wanted:
+            check_choice("ops", op, tuple(OPS))
+        if name is not None:
+            _check_runs(name, wanted)
+        self._name, self._ops = name, wanted
+        self._choice: _Choice | None = _Choice(name, wanted, weakref.ref(self))
+        _change(add=self._choice)
+
+    def __enter__(self) -> None:
+        if self._choice is None:
+            self._choice = _Choice(self._name, self._ops, weakref.ref(self))
+            _change(add=self._choice)
+
+    def __exit__(self, *_: object) -> None:
+        choice, self._choice = self._choice, None
+        if choice is not None:
+            _change(remove=choice)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate `function`: nothing is set but while it runs."""
+        self.__exit__()
+
+        @functools.wraps(function)
+        def within(*args: P.args, **options: P.kwargs) -> R:
+            with use_backend(self._name, self._ops):
+                return function(*args, **options)
+
+        return within
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What one `use_backend` has set. Once that object is gone, nobody can take it back: it holds for good."""
+
+    name: str | None
+    ops: tuple[str, ...]
+    owner: weakref.ref[use_backend]
+
+
+_choices: list[_Choice] = []
+_lock = threading.Lock()
+
+
+def _change(*, add: _Choice | None = None, remove: _Choice | None = None) -> None:
+    """Add or remove a choice, forget those that can never hold again, and work out what now holds."""
+    with _lock:
+        left = [choice for choice in _choices if choice is not remove] + ([add] if add is not None else [])
+        settled: set[str] = set()
+        _choices.clear()
+        for choice in reversed(left):
+            if choice.owner() is None:
+                if settled.issuperset(choice.ops):
+                    continue
+                settled.update(choice.ops)
+            _choices.insert(0, choice)
+        now = {op: choice.name for choice in _choices for op in choice.ops}
+        # Replaced at once: other threads read it without the lock.
+        global _forced
+        _forced = {op: name for op, name in now.items() if name is not None}
+
+
+def _check_runs(name: str, ops: Sequence[str]) -> None:
+    """Raise unless the backend `name` is known, one of the ops has it, and it can run on this machine."""
     check_choice("name", name, NAMES)
-    wanted = tuple(OPS) if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
-    for op in wanted:
-        check_choice("ops", op, tuple(OPS))
-    having = [op for op in wanted if OPS[op].serves(name)]
-    if not having:
-        raise RuntimeError(f"use_backend({name!r}): none of {', '.join(wanted)} has a {name} backend")
+    if not any(OPS[op].serves(name) for op in ops):
+        raise RuntimeError(f"use_backend({name!r}): none of {', '.join(ops)} has a {name} backend")
     reasons = {device: unavailable(name, device) for device in ("cpu", "cuda")}
     if all(reasons.values()):
-        why = (
-            reasons["cpu"]
-            if name in ("cpp",)
-            else reasons["cuda"]
-            if name == "cuda"
-            else "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
-        )
+        own = {"cpp": reasons["cpu"], "cuda": reasons["cuda"]}
+        why = own.get(name) or "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
         raise RuntimeError(f"use_backend({name!r}) cannot run on this machine: {why}")
-    before = dict(_forced)
-    _forced.update(dict.fromkeys(wanted, name))
-    try:
-        yield
-    finally:
-        _forced.clear()
-        _forced.update(before)

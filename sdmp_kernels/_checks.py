@@ -92,6 +92,9 @@ def check_same_device(**tensors: Tensor | None) -> torch.device:
     return reference.device
 
 
-def readable(tensor: Tensor) -> bool:
-    """True where values can be read without a host synchronisation and exist at all (a real tensor on the CPU)."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+def readable(*tensors: Tensor) -> bool:
+    """True where values can be read without a host synchronisation and exist at all (real tensors on the CPU)."""
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.device.type != "cpu":
+            return False
+    return not torch.compiler.is_compiling()

@@ -30,7 +30,7 @@ from typing import Any
 
 from sdmp_kernels._launch import Compile
 
-OPS = ("mix", "augment", "soft_cross_entropy", "info_nce", "distillation")
+OPS = tuple(sorted(path.parent.name for path in (Path(__file__).parent / "ops").glob("*/op.py")))
 # Shared memory that one program may have, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 FACTS = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma")

@@ -16,8 +16,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from . import run_folder
 from .config import Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, presets
+from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
 
-DONE, BAD_INPUT, BAD_IMAGES, UNWRITABLE = 0, 2, 4, 5
+DONE, BAD_INPUT = 0, 2
 PROGRAM = "python -m sdmp_train"
 ABOUT = f"""\
 {PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
@@ -47,9 +48,11 @@ class PretrainArguments:
     output: str | None = None
     """Run folder; default runs/<date>-<time>-<preset>."""
     resume: str | None = None
-    """Go on with a run: its folder, or nothing where --output names it."""
+    """Go on with a run: its folder, or `auto` with --output: go on with what is there, or start where nothing is."""
     resume_previous: bool = False
     """With --resume: take the checkpoint before the newest."""
+    accept_changed_data: bool = False
+    """With --resume: go on although image files have come or gone."""
     overwrite: bool = False
     """Delete a former run in the output folder."""
 
@@ -121,7 +124,9 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     if first.config:
         base = load_config(Path(first.config), base)
     elif first.resume and not first.preset:
-        base = run_folder.stored_config(resumed_folder(first.resume, first.output))
+        folder = resumed_folder(first.resume, first.output)
+        if (folder / run_folder.SETTINGS).exists():  # not so where a run was killed as it began
+            base = run_folder.stored_config(folder)
     if first.preset:
         base = replace(base, run=replace(base.run, preset=first.preset))
     if first.method:
@@ -149,7 +154,7 @@ def resumed_folder(resume: str, output: str | None) -> Path:
         folder = Path(output)
     else:
         raise ConfigError("--resume without a folder needs --output, the folder of the run to go on with")
-    run_folder.check_folder(folder, resume=True, overwrite=False)
+    run_folder.check_folder(folder, "auto" if resume == "auto" else "resume")
     return folder
 
 
@@ -162,19 +167,27 @@ def take_folder(arguments: PretrainArguments) -> PretrainArguments:
 
 
 def run_pretrain(argv: Sequence[str]) -> int:
-    from .commands import pretrain
+    with StopRequest() as stop:  # before anything that takes its time or leaves something behind
+        from .commands import pretrain
 
-    arguments = parse_pretrain("pretrain", argv)
-    output = Path(arguments.output) if arguments.output else None
-    if arguments.resume:
-        output = resumed_folder(arguments.resume, arguments.output)
-    return pretrain(
-        arguments.config,
-        output,
-        resume=arguments.resume is not None,
-        previous=arguments.resume_previous,
-        overwrite=arguments.overwrite,
-    )
+        arguments = parse_pretrain("pretrain", argv)
+        output = Path(arguments.output) if arguments.output else None
+        if arguments.resume:
+            if arguments.overwrite:
+                raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+            output = resumed_folder(arguments.resume, arguments.output)
+        elif arguments.resume_previous:
+            raise ConfigError("--resume-previous says which checkpoint --resume takes; give --resume too")
+        return pretrain(
+            arguments.config,
+            output,
+            resume=arguments.resume is not None,
+            or_start=arguments.resume == "auto",
+            previous=arguments.resume_previous,
+            overwrite=arguments.overwrite,
+            accept_changed_data=arguments.accept_changed_data,
+            stop=stop,
+        )
 
 
 def run_plan(argv: Sequence[str]) -> int:
@@ -230,9 +243,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run a subcommand; returns the exit code."""
-    from .checkpoint import Unwritable
-    from .data import DataError, TooManyBadFiles
-
     if not argv:
         argv = ["pretrain", "--preset", "quickstart"]
     name, *rest = argv
@@ -243,16 +253,20 @@ def main(argv: Sequence[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError(f"unknown subcommand {name!r}.{near(name, COMMANDS)} Known: {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
-    except (ConfigError, DataError) as error:
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except EndedElsewhere as error:
+        return error.exit_code  # the rank that knows why says so
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except TooManyBadFiles as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_IMAGES
-    except Unwritable as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNWRITABLE
+        return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    ignore_stop_signals()  # what is left is to leave, with this code
+    sys.exit(code)

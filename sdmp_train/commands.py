@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,20 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import Index, Loader, make_loader
-from .distributed import World, join_world, wait_for_all
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
+from .distributed import World, join_world, together
 from .export import export_backbone
-from .guard import StopRequest
+from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
+from .run_folder import RunFolder
 from .splits import describe_split, open_images
+from .stop import Stopped, StopRequest
 from .training import Training, build, load_state, memory_bytes
 
-EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: 75}
+EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
 
 
 def pretrain(
@@ -33,56 +36,129 @@ def pretrain(
     output: Path | None,
     *,
     resume: bool = False,
+    or_start: bool = False,
     previous: bool = False,
     overwrite: bool = False,
+    accept_changed_data: bool = False,
     log: Log | None = None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Run a pretraining to its end, or until it is asked to stop. Returns the exit code.
 
+    `or_start`: with `resume`, begin where there is no run to go on with: one command for a job that is requeued.
+
     Raises:
-        ConfigError, DataError: before anything has been written.
+        ConfigError, DataError: before anything has been written; `DataError` also later, once the run is saved.
+        Stopped: asked for before the first step. What is there can be resumed.
     """
-    folder = output or run_folder.default_folder(config.run.preset)
+    mode: run_folder.Mode = "overwrite" if overwrite else "new"
+    if resume:
+        mode = "auto" if or_start else "resume"
     with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
         world = stack.enter_context(join_world(config.run.device))
+        stop.speaks = world.is_first
         log = stack.enter_context(log or Log(quiet=not world.is_first))
-        config = resolve(config, world)
-        run_folder.check_folder(folder, resume=resume, overwrite=overwrite)
-        index, test_index = open_images(config, say=log.say)
+        asked, config = config, resolve(config, world)
+        folder, claimed = output or run_folder.default_folder(config.run.preset), None
+        with together(world):
+            if output is not None:
+                run_folder.check_folder(output, mode)
+            if resume and run_folder.is_run_folder(folder):
+                claimed = claim(stack, world, folder, mode)
+            index, test_index = open_images(config, stop.check, log.say)
+            stop.check()
         training = build(config, world, index)
-        if resume:
-            load_state(training, folder, index, previous=previous)
-        loader = stack.enter_context(open_loader(training, index))
-        wait_for_all(world)  # no rank has found a fault: only now is anything written
-        if world.is_first:
-            run_folder.create_folder(folder, resume=resume, overwrite=overwrite)
-            save_config(config, folder / run_folder.MARKER)
-        for line in describe(training, index, loader):
+        remarks: list[str] = []
+        with together(world):  # no rank has found a fault: only after this is anything written
+            if resume and (previous or checkpoint.step_folders(folder / run_folder.CHECKPOINTS)):
+                remarks = load_state(
+                    training, folder, index, previous=previous, accept_changed_data=accept_changed_data
+                )
+            loader = stack.enter_context(open_loader(training, index, asked.data.loader))
+            stop.check()
+        with together(world):
+            claimed = claimed or claim(stack, world, folder, mode, may_rename=output is None)
+            folder, run_id = (claimed.path, claimed.run_id) if claimed else (folder, "")
+            if claimed:
+                begin(claimed, config, log, training, index)
+        for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
-        if config.run.knn_max_images > 0:
+        if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
             log.say(f"split    {describe_split(config.data, index, test_index)}")
-        log.open(folder, from_step=training.step)
-        run = Run(training, index, test_index, folder, log)
-        if not resume:
-            run.before_training()
-        stop = stack.enter_context(StopRequest())
-        outcome = train(training, loader, log, stop, run.after_step)
-        log.stop_progress()
-        run.after_training(outcome)
+        run = Run(training, index, test_index, folder, run_id, log, stop)
+        with asking_to_go_on(run):
+            if training.step == 0:
+                with together(world):
+                    run.before_training()
+                    stop.check()
+            outcome = train(training, loader, log, stop, run.after_step)
+            log.stop_progress()
+            with together(world):  # none leaves while the first still saves
+                run.save_last(outcome)
+                if stop.failure is not None:
+                    raise stop.failure
+            if outcome is Outcome.DONE:
+                run.after_training()
         return EXIT_CODES[outcome]
 
 
+def claim(
+    stack: ExitStack, world: World, folder: Path, mode: run_folder.Mode, *, may_rename: bool = False
+) -> RunFolder | None:
+    """The run folder, locked until the run ends; only the first rank has it."""
+    if not world.is_first:
+        return None
+    return stack.enter_context(run_folder.claim(folder, mode, may_rename=may_rename))
+
+
+def begin(claimed: RunFolder, config: Config, log: Log, training: Training, index: Index) -> None:
+    """Put settings, logs and the list of images where they belong, and set aside checkpoints of steps that come again.
+
+    Raises:
+        ConfigError: where that cannot be written.
+    """
+    try:
+        save_config(config, claimed.path / run_folder.SETTINGS)
+        store_file_list(index, claimed.path)
+        log.open(claimed.path, from_step=training.step)
+        lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)
+    except OSError as error:
+        raise ConfigError(f"the run folder {claimed.path} cannot be written: {error}") from error
+    for line in [*lines, *([claimed.unlocked] if claimed.unlocked else [])]:
+        log.say(line)
+
+
+@contextmanager
+def asking_to_go_on(run: Run) -> Iterator[None]:
+    """Where the block is stopped, say how to go on."""
+    try:
+        yield
+    except Stopped:
+        run.log.say(f"stopped on request at step {run.training.step}")
+        run.say_how_to_go_on()
+        raise
+
+
 def resolve(config: Config, world: World) -> Config:
-    """The configuration with its automatic choices made, and checked against the number of processes."""
+    """The configuration with its automatic choices made, and checked against the number of processes.
+
+    What is stored, and compared on resume, are the choices: the loaders make other pixels, the precisions other sums.
+    """
     if config.optim.batch_size % world.size:
         raise ConfigError(f"batch_size is {config.optim.batch_size}; expected a multiple of the {world.size} processes")
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
-    return replace(config, run=replace(config.run, precision=precision))
+    try:
+        loader, _ = choose_loader(config.data.loader, world.device)
+    except DataError as error:
+        raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
+    data = replace(config.data, loader=loader)
+    return replace(config, data=data, run=replace(config.run, precision=precision))
 
 
-def open_loader(training: Training, index: Index) -> Loader:
-    """The views of the steps still to be made."""
+def open_loader(training: Training, index: Index, asked: LoaderName) -> Loader:
+    """The views of the steps still to be made. `asked`: the loader before it was resolved, so that it can say why."""
     config, world = training.config, training.world
     return make_loader(
         index,
@@ -94,7 +170,7 @@ def open_loader(training: Training, index: Index) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        loader=config.data.loader,
+        loader=asked,
         workers=config.data.workers,
     )
 
@@ -138,13 +214,12 @@ def millions(module: nn.Module) -> str:
 def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
     """Check everything that `pretrain` would check, and print what it would do; nothing is written."""
     with join_world(config.run.device) as world:
-        config = resolve(config, world)
-        run_folder.check_folder(
-            output or run_folder.default_folder(config.run.preset), resume=False, overwrite=overwrite
-        )
+        asked, config = config, resolve(config, world)
+        if output is not None:
+            run_folder.check_folder(output, "overwrite" if overwrite else "new")
         index, test_index = open_images(config, say=print)
         training = build(config, world, index)
-        with open_loader(training, index) as loader:
+        with open_loader(training, index, asked.data.loader) as loader:
             for line in describe(training, index, loader):
                 print(line)
         if config.run.knn_max_images > 0:
@@ -165,7 +240,7 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     if output.exists() and output != run / "exported":
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    if "backbone" not in state:
+    if not state.get("backbone"):
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
     part, _, place = state["backbone"].partition(".")
     prefix = f"{place}." if place else ""

@@ -15,9 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from .durable import write_durably
 from .flags import AvoidSubcommands, OmitArgPrefixes
 from .methods.method import Method
 from .methods.mocov3 import MoCoV3
+from .methods.supervised import Supervised
 from .reading import read_yaml
 from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
 
@@ -43,6 +45,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
+    "supervised": Supervised,
 }
 
 # Built from the registry, where mypy cannot follow; tyro reads them at run time.
@@ -99,8 +102,9 @@ def with_method(config: Config, name: str) -> Config:
 # Fields that may differ between a run and its resumption: they move no number of the training itself. The data folder
 # may move, but its list of files is digested and compared.
 NOT_MATHS = frozenset(
-    {"data.data", "data.test_data", "data.workers"}
+    {"data.data", "data.test_data", "data.bad_images", "data.workers"}
     | {"run.preset", "run.device", "run.log_every_steps", "run.save_every_epochs", "run.keep_checkpoints"}
+    | {"run.save_every_minutes"}
     | {"run.knn_every_epochs", "run.knn_max_images", "run.max_steps", "run.max_bad_steps"}
 )
 
@@ -204,8 +208,8 @@ def coerce(value: Any, wanted: Any, name: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the YAML that `--config` accepts."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write the YAML that `--config` accepts; a kill leaves the former file or the new one."""
+    write_durably(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def load_config(path: Path, base: Config) -> Config:

@@ -15,6 +15,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .settings import ConfigError
+from .stop import EndedElsewhere, Stopped
+
+STEP_MINUTES = 30
+"""How long a rank waits for another within a step: the first one may be saving or measuring."""
+HOST_MINUTES = 240
+"""How long ranks wait on the host, for the last checkpoint or the first measurement."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or does not answer. Exit code 1."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    host: dist.ProcessGroup | None = None
+    """All ranks, by gloo: for waiting on the host without a collective pending on the device."""
 
     @property
     def is_first(self) -> bool:
@@ -46,9 +60,10 @@ def join_world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(place)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=STEP_MINUTES))
     try:
-        yield World(place, rank, size)
+        host = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_MINUTES))
+        yield World(place, rank, size, host if isinstance(host, dist.ProcessGroup) else None)
     finally:
         dist.destroy_process_group()
 
@@ -60,6 +75,23 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     gathered = [torch.empty_like(rows) for _ in range(world.size)]
     dist.all_gather(gathered, rows.detach().contiguous())
     return torch.cat(gathered)
+
+
+def mirror_rank(world: World) -> int:
+    """The rank at the other end, W - 1 - r: its row N - 1 - i is the partner of row i under the global flip."""
+    return world.size - 1 - world.rank
+
+
+def mirror_images(images: Tensor, world: World) -> Tensor:
+    """(N, 3, H, W) of the rank at the other end, point to point: no rank ever holds the images of all."""
+    peer = mirror_rank(world)
+    if peer == world.rank:
+        return images
+    sent = images.permute(0, 2, 3, 1).contiguous()
+    received = torch.empty_like(sent)
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
+        work.wait()
+    return received.permute(0, 3, 1, 2)
 
 
 def reduce_max(flags: Tensor, world: World) -> Tensor:
@@ -77,10 +109,37 @@ def reduce_mean(values: Tensor, world: World) -> Tensor:
     return values
 
 
-def wait_for_all(world: World) -> None:
-    """Return once every rank has come here."""
-    if world.size > 1:
-        dist.barrier()
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """A block that all ranks leave at the same time, and in the same way.
+
+    Where one rank raises, the others raise too: `Stopped` where that was asked for, else `EndedElsewhere` with that
+    rank's exit code. So none leaves while another still saves, and none waits for one that has given up. Within the
+    block ranks must not wait for each other: one would never come.
+
+    Raises:
+        ProcessLost: a rank has died, or has not come within `HOST_MINUTES`.
+    """
+    if world.size == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    worst = torch.tensor(0 if failure is None else getattr(failure, "exit_code", 1))
+    try:
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=world.host)
+    except RuntimeError as error:
+        if failure is None:
+            raise ProcessLost(f"another process of this run has ended, or does not answer: {error}") from error
+    if failure is not None:
+        raise failure
+    if int(worst) == Stopped.exit_code:
+        raise Stopped("stopped on request")
+    if int(worst):
+        raise EndedElsewhere(int(worst))
 
 
 def distribute(module: nn.Module, world: World, *, trained: bool = True) -> nn.Module:

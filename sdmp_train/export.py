@@ -12,17 +12,27 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import compare
-from .config import Config, ConfigError
-from .models import timm_arguments, use_cifar_stem
+from .config import Config, ConfigError, DataConfig, ModelConfig, one_line
+from .models import check_name, make_model, timm_arguments
+from .reading import is_whole_number, read_json, read_tensors
+from .settings import require
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+# What a description may pass to timm, and from where to where. timm itself knows arguments that open files.
+MODEL_ARGUMENTS = {
+    "img_size": (8, 2**14),
+    "patch_size": (1, 512),
+    "embed_dim": (1, 2**14),
+    "depth": (1, 256),
+    "num_heads": (1, 256),
+}
 
 
 def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int) -> None:
@@ -61,24 +71,56 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
 def load_exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone in an exported folder, in eval mode on the CPU, and its description.
 
+    The folder may be anybody's: only what `check_description` knows reaches timm, and no memory is taken for weights
+    that the file does not hold.
+
     Raises:
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
     """
-    import timm
-
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        backbone = timm.create_model(description["architecture"], num_classes=0, **description.get("model_args", {}))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{folder} holds no exported backbone: {error}") from error
-    if description.get("stem") == "cifar":
-        with torch.random.fork_rng(devices=[]):
-            use_cifar_stem(backbone)
-    own = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-    compare(str(folder / WEIGHTS), own, {name: tensor.shape for name, tensor in tensors.items()})
+        description = read_json(folder / DESCRIPTION)
+        check_description(description)
+        tensors = read_tensors(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
+    stem: Literal["imagenet", "cifar"] = description.get("stem", "imagenet")
+    model = ModelConfig(arch=description["architecture"], stem=stem)
+    with torch.random.fork_rng(devices=[]):
+        expected = make_model(model, model.arch, description["model_args"], "meta").state_dict()
+        compare(str(folder / WEIGHTS), expected, tensors)
+        backbone = make_model(model, model.arch, description["model_args"], "cpu")
     backbone.load_state_dict(tensors)
     return backbone.eval(), description
+
+
+def check_description(description: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless a config.json says what `export_backbone` writes, with values within reason."""
+    name = description.get("architecture")
+    require(isinstance(name, str), "architecture", name, "the name of a timm model")
+    check_name(cast(str, name))
+    require(
+        description.get("stem", "imagenet") in ("imagenet", "cifar"), "stem", description.get("stem"), "a known one"
+    )
+    arguments = description.setdefault("model_args", {})
+    require(isinstance(arguments, dict), "model_args", arguments, "names and values")
+    for key, value in arguments.items():
+        known = ", ".join(MODEL_ARGUMENTS)
+        require(key in MODEL_ARGUMENTS, "a name in model_args", key, f"one of {known}: others could open files")
+        low, high = MODEL_ARGUMENTS[key]
+        require(is_whole_number(value, low, high), f"model_args: {key}", value, f"a whole number from {low} to {high}")
+    pixels = description.get("pretrained_cfg")
+    require(isinstance(pixels, dict), "pretrained_cfg", pixels, "an object with input_size, mean and std")
+    settings = cast(dict[str, Any], pixels)
+    size = settings.get("input_size")
+    low, high = MODEL_ARGUMENTS["img_size"]
+    fits = isinstance(size, list) and len(size) == 3 and size[0] == 3 and size[1] == size[2]
+    expected = f"[3, S, S] with S from {low} to {high}"
+    require(fits and is_whole_number(cast(list[Any], size)[1], low, high), "input_size", size, expected)
+    for key in ("mean", "std"):
+        values = settings.get(key)
+        three = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+        require(three, key, values, "three numbers")
+    DataConfig(mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # checks their values
 
 
 def check_equal(ours: nn.Module, loaded: nn.Module, image_px: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import deque
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
+
+from .stop import StopRequest as StopRequest
 
 
 class BufferGuard:
@@ -49,9 +48,20 @@ def merge(places: list[tuple[nn.Module, str]]) -> Tensor:
     start = 0
     for (part, name), buffer in zip(places, buffers, strict=True):
         if buffer is not None:
-            part._buffers[name] = storage[start : start + buffer.numel()].view(buffer.shape)
+            # .data: a view would share the storage's count of changes, and autograd would take every other buffer that
+            # it saved (a table of relative positions) for changed as soon as a batch norm counts its batch.
+            part._buffers[name] = storage[start : start + buffer.numel()].view(buffer.shape).data
             start += buffer.numel()
     return storage
+
+
+ASKED, FAILED = 1.0, 2.0
+"""The second flag of a step: a rank was asked to stop; a rank had no batch."""
+
+
+def stop_flag(stop: StopRequest) -> float:
+    """What this rank has to say about going on: 0, `ASKED` or `FAILED`."""
+    return FAILED if stop.failure is not None else ASKED * stop.asked
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class StepReport:
     ids: Tensor
     bad: bool
     stop: bool
+    failed: bool
+    """Some rank had no batch for it: it changed nothing, and is to be made again."""
 
 
 class LateFlags:
@@ -87,27 +99,4 @@ class LateFlags:
         if event is not None:
             event.synchronize()
         bad, stop = flags.tolist()
-        return StepReport(step, ids, bad > 0, stop > 0)
-
-
-class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second signal ends the process at once. A context manager."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        return StepReport(step, ids, bad > 0, stop > 0, stop >= FAILED)

@@ -2,18 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .durable import write_durably
+
 PLAIN_SECONDS = 5.0
+
+
+class Screen:
+    """The standard output, for rich; once it is gone (a closed terminal, a reader that has ended) all is dropped."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        self._try(lambda: self._out().write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        self._try(self._out().flush)
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._out().isatty()
+
+    def fileno(self) -> int:
+        """Its descriptor, from which rich takes the width."""
+        return self._out().fileno()
+
+    def _out(self) -> TextIO:
+        # While a live line is shown, sys.stdout is rich's own, which writes here.
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            action()
+        except OSError:
+            self._gone = True
+            with contextlib.suppress(OSError, ValueError):
+                # What Python still holds goes nowhere: its flush at exit would fail and change the exit code.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._out().fileno())
+
+
+class LineFile:
+    """A text file that lines are appended to, each by one write. One that does not fit on the disk is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dropped = 0
+        self._file = path.open("ab", buffering=0)
+        self._torn = self._file.tell() > 0 and not ends_line(path)
+
+    def write(self, line: str) -> bool:
+        """Append a line; False where that failed."""
+        data = ("\n" * self._torn + line + "\n").encode()
+        try:
+            written = self._file.write(data)
+        except OSError:
+            written = 0
+        if written < len(data):
+            self.dropped += 1
+            self._torn = self._torn or written > 0
+            return False
+        self._torn = False
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def ends_line(path: Path) -> bool:
+    """Whether the last byte of a file ends a line, which it does not where a kill tore the last write."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 class Log:
@@ -21,26 +102,32 @@ class Log:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(file=cast(TextIO, Screen()), highlight=False, soft_wrap=True)
         self._pending: list[str] = []
-        self._text: TextIO | None = None
-        self._metrics: TextIO | None = None
+        self._text: LineFile | None = None
+        self._metrics: LineFile | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed_at = -math.inf
 
     def open(self, folder: Path, *, from_step: int = 0) -> None:
-        """Write to `folder` from now on; drop the metrics of steps that a resumed run will make again."""
+        """Write to `folder` from now on; drop the metrics of steps that a resumed run will make again.
+
+        With `from_step` 0 nothing has been made: all former metrics are dropped.
+
+        Raises:
+            OSError: where the files cannot be opened. Later writes that fail cost a notice and the line.
+        """
         if self.quiet:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if kept(line, from_step)]
-            path.write_text("".join(lines))
-        self._metrics = path.open("a", encoding="utf-8", buffering=1)
-        self._text = (folder / "train.log").open("a", encoding="utf-8", buffering=1)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_durably(path, "".join(line + "\n" for line in lines if from_step and kept(line, from_step)))
+        self._metrics = LineFile(path)
+        self._text = LineFile(folder / "train.log")
         for line in self._pending:
-            self._text.write(line + "\n")
+            self._append(self._text, line)
         self._pending.clear()
 
     def say(self, line: str = "") -> None:
@@ -55,7 +142,7 @@ class Log:
         if self._metrics is None:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._metrics.write(json.dumps(plain) + "\n")
+        self._append(self._metrics, json.dumps(plain))
 
     def start_progress(self, total_steps: int, done_steps: int) -> None:
         """Show the live line, where there is a terminal."""
@@ -102,9 +189,13 @@ class Log:
 
     def _write(self, line: str) -> None:
         if self._text is not None:
-            self._text.write(line + "\n")
+            self._append(self._text, line)
         else:
             self._pending.append(line)
+
+    def _append(self, file: LineFile, line: str) -> None:
+        if not file.write(line) and file.dropped == 1:
+            self.console.print(f"{file.path} cannot be written (is the disk full?); the run goes on", markup=False)
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .data import Batch, Loader
 from .distributed import reduce_max
-from .guard import LateFlags, StopRequest
+from .guard import FAILED, LateFlags, StopRequest, stop_flag
 from .log import Log
 from .meter import Meter
 from .methods.method import Loss, Step
@@ -24,6 +24,7 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request"
     NOT_FINITE = "not finite"
+    FAILED = "a rank had no batch"
 
 
 def train(
@@ -32,15 +33,16 @@ def train(
     """Train from `training.step` to its last step; `after_step` (checkpoints, kNN) runs between steps.
 
     The host never waits for the device within a step: whether a step was finite, and whether any rank was asked to
-    stop, it reads one step late.
+    stop, it reads one step late. Where a rank's loader fails, the steps since then have changed nothing on any rank:
+    `training.step` goes back to the first of them, so that what is saved is whole.
     """
     config = training.config
     flags, meter, bad_steps = LateFlags(), Meter(training.world, config.optim.batch_size), 0
     log.start_progress(training.last_step, training.step)
-    batches = iter(loader)
+    batches, batch = iter(loader), None
     while training.step < training.last_step:
         with meter.waiting():
-            batch = next(batches)  # decode, augment
+            batch = next_batch(batches, batch, stop)  # decode, augment
         made = step(training, [batch], stop)
 
         flags.push(training.step - 1, batch.ids, made.flags)
@@ -51,6 +53,9 @@ def train(
         with meter.paused():
             after_step(training)
         while (report := flags.pop(keep=0 if last else 1)) is not None:
+            if report.failed:
+                training.step = report.step
+                return Outcome.FAILED
             bad_steps = bad_steps + 1 if report.bad else 0
             if report.bad:
                 log.say(f"step {report.step} was not finite and changed nothing; its images: {report.ids.tolist()}")
@@ -60,6 +65,20 @@ def train(
                 return Outcome.STOPPED
         log.advance(training.step)
     return Outcome.DONE
+
+
+def next_batch(batches: Iterator[Batch], former: Batch | None, stop: StopRequest) -> Batch:
+    """The next batch; where there is none, the former again, for steps that every rank makes and none keeps."""
+    if stop.failure is None:
+        try:
+            return next(batches)
+        except Exception as error:
+            if former is None:
+                raise  # nothing has been trained since the last checkpoint
+            stop.failure = error
+    if former is None:
+        raise stop.failure
+    return former
 
 
 def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Step:
@@ -101,7 +120,8 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
     drop_frozen_gradients(optimizer, at)
     grad_norm = clip_gradients([p.grad for p in method.trained.parameters() if p.grad is not None], config)
     bad = ~(loss.total.isfinite() & grad_norm.isfinite())
-    flags = torch.stack([bad.float(), torch.full_like(grad_norm, float(stop.asked))])
+    said = stop_flag(stop)
+    flags = torch.stack([(bad | (said >= FAILED)).float(), torch.full_like(grad_norm, said)])
     bad = reduce_max(flags, training.world)[0]
     set_schedules(optimizer, at, config)
     optimizer.found_inf = bad

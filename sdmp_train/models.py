@@ -25,10 +25,10 @@ SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch
 PLAIN_VITS = ("vit_", "deit_")
 
 
-def timm_arguments(config: ModelConfig, image_px: int, *, heads: int = 12) -> tuple[str, dict[str, Any]]:
+def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12) -> tuple[str, dict[str, Any]]:
     """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem).
 
-    heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12).
+    heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12); None keeps timm's.
     """
     name = SHORT_NAMES.get(config.arch, config.arch)
     check_name(name)
@@ -36,7 +36,7 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int = 12) -> tu
     given = {key: value for key, value in sizes.items() if value is not None}
     if given and not name.startswith(PLAIN_VITS):
         raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
-    by_method = {"num_heads": heads} if config.arch in SHORT_NAMES else {}
+    by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
     size = {"img_size": image_px} if takes_image_size(name, image_px) else {}
     return name, {**size, **by_method, **given}
 
@@ -99,15 +99,15 @@ def build_backbone(
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
     with torch.random.fork_rng(devices=[]):
-        check_forward(make(config, name, arguments, "meta"), name, image_px)
+        check_forward(make_model(config, name, arguments, "meta"), name, image_px)
         torch.manual_seed(seed)
-        backbone = make(config, name, arguments, "cpu")
+        backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:
             start(backbone)
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
 
 
-def make(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
+def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
     """The model that `timm_arguments` describes, with its stem."""
     from timm.models.resnet import ResNet
 

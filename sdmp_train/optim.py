@@ -48,6 +48,7 @@ def key_momentum(step: int, *, start: float, steps: int, cosine: bool) -> float:
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose kernel skips the step (moments and step count too) where `found_inf` is 1."""
 
+    moments = ("step", "exp_avg", "exp_avg_sq")
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
 
@@ -62,6 +63,7 @@ class LARS(torch.optim.Optimizer):
     p -= lr * v. `clip`: the rate of a layer, trust * |p| / |g|, never exceeds lr (solo-learn's form).
     """
 
+    moments = ("momentum_buffer",)
     found_inf: Tensor | None = None
 
     def __init__(

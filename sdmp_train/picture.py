@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sdmp_kernels import MixPlan, mix
 
+from .durable import draft_of
+
 COLUMNS = 4
 CELL_PX = 96
 GAP_PX = 6
@@ -43,7 +45,12 @@ def save_mix_picture(path: Path, examples: Sequence[tuple[str, Tensor, MixPlan]]
                 corner = (x + place * (cell + GAP_PX), top)
                 picture.paste(to_cell(image), corner)
                 pen.text((corner[0], top + cell + 2), caption, fill="black")
-    picture.save(path)
+    draft = draft_of(path)
+    try:
+        picture.save(draft, format="PNG")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def to_cell(image: Tensor) -> Image.Image:

@@ -19,6 +19,7 @@ from .config import (
     near,
 )
 from .methods.mocov3 import MoCoV3Config
+from .methods.supervised import SupervisedConfig
 
 Mixing = Literal["none", "sdmp"]
 
@@ -98,6 +99,16 @@ def quickstart() -> Config:
     )
 
 
+def quickstart_supervised() -> Config:
+    """The quickstart's images and ViT, trained on their labels with mixed images: what labels give within minutes."""
+    base = quickstart()
+    return replace(
+        base,
+        method=SupervisedConfig(),
+        optim=replace(base.optim, base_lr=4e-3, weight_decay=0.05, warmup_epochs=0.5),
+    )
+
+
 def paper(table: int, top1: float, config: Config, data: str = "ImageNet", **ablation: Any) -> Preset:
     """A row of the paper: its linear-evaluation top-1, and the recipe with this row's `ablation` of the method."""
     config = replace(config, method=replace(config.method, **ablation))
@@ -161,6 +172,7 @@ def trials() -> dict[str, Preset]:
     """Small recipes of this project, without a number in the paper."""
     return {
         "quickstart": Preset(quickstart(), "kNN, printed by the run", "this project: embedded data, two CPU cores"),
+        "quickstart-supervised": Preset(quickstart_supervised(), "kNN, printed by the run", "this project"),
         "cifar10-r18": Preset(cifar("resnet18", "none"), "none yet", "this project: CIFAR-10 on one GPU"),
         "cifar10-r18-sdmp": Preset(cifar("resnet18", "sdmp"), "none yet", "this project: CIFAR-10 on one GPU"),
     }

@@ -7,14 +7,12 @@ wrong raises `OSError` or `ValueError` with one line, which the callers put into
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
-from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,7 +24,7 @@ YAML_BYTES = 2**16
 YAML_DEPTH = 8
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """The file, open for reading in binary. A pipe, a device or a folder raises `ValueError` and is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -99,30 +97,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"it is no safetensors file: {error}") from error
 
 
-def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `found` from standing in for `expected` (which may be on the meta device): one text a tensor.
-
-    Names, shapes and dtypes must be equal, and every floating-point number of `found` finite.
-    """
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in expected]
-    for name, tensor in found.items():
-        if name not in expected:
-            continue
-        if tensor.shape != expected[name].shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        elif tensor.dtype != expected[name].dtype:
-            problems.append(f"{name} is {tensor.dtype}, expected {expected[name].dtype}")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name} holds numbers that are not finite")
-    return problems
-
-
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Whether a value read from a file is an int or a float from `low` to `high`."""
-    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-
-def is_whole(value: Any, low: int, high: int) -> bool:
+def is_whole_number(value: Any, low: int, high: int) -> bool:
     """Whether a value read from a file is an int from `low` to `high`."""
     return type(value) is int and low <= value <= high

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
 from .config import ConfigError, to_dict
-from .data import Index, eval_loader
+from .data import DataError, Index, eval_loader
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
 from .splits import EMBEDDED, NO_CLASSES
+from .stop import Stopped, StopRequest
 from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
 SAVE_ATTEMPTS = 3
+RETRY_SECONDS = 2.0
+"""Between attempts at the last checkpoint: a quota or a full disk may give way."""
 
 
 @dataclass
@@ -31,35 +37,57 @@ class Run:
     index: Index
     test_index: Index | None
     folder: Path
+    run_id: str
     log: Log
+    stop: StopRequest
     failed_saves: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
 
     def before_training(self) -> None:
-        """kNN of pixels and of the untrained backbone, the picture of the mixing, a first checkpoint."""
+        """The picture of the mixing, a first checkpoint, kNN of pixels and of the untrained backbone.
+
+        Raises:
+            Stopped: asked for meanwhile. Done again by a run that goes on from step 0.
+        """
         if not self.training.world.is_first:
             return
         self.picture()
+        self.save()  # first of all: a disk that is too small is found now
+        self.stop.check()
         if self.measures():
             self.say_knn("raw pixels", "knn_raw_pixels", None)
             self.say_knn("untrained backbone", "knn", self.training.method.backbone)
         elif self.training.config.run.knn_max_images > 0:
             self.log.say(f"kNN      not measured: {self.no_knn}")
-        self.save()
 
     def after_step(self, training: Training) -> None:
-        """Checkpoint and kNN, at the epochs that the settings name."""
-        if not training.world.is_first or training.step % training.steps_per_epoch:
-            return
-        epoch, run = training.step // training.steps_per_epoch, training.config.run
-        if training.step < training.last_step:
-            if epoch % run.save_every_epochs == 0:
-                self.save()
-            if run.knn_every_epochs and epoch % run.knn_every_epochs == 0 and self.measures():
-                self.say_knn(f"backbone after epoch {epoch}", "knn", training.method.backbone)
+        """Checkpoint and kNN, at the epochs that the settings name; checkpoints also by the clock.
 
-    def after_training(self, outcome: Outcome) -> None:
-        """Last checkpoint; where training is done also kNN, the exported backbone and what to do next."""
+        The first rank alone decides and acts; the others wait for it in their next step.
+        """
+        done = training.step >= training.last_step or self.stop.failure is not None
+        if not training.world.is_first or done:
+            return
+        epoch, within = divmod(training.step, training.steps_per_epoch)
+        run = training.config.run
+        minutes = (time.monotonic() - self.saved_at) / 60
+        if (within == 0 and epoch % run.save_every_epochs == 0) or 0 < run.save_every_minutes <= minutes:
+            self.save()
+        if within == 0 and run.knn_every_epochs and epoch % run.knn_every_epochs == 0 and self.measures():
+            self.measure_meanwhile(epoch)
+
+    def measure_meanwhile(self, epoch: int) -> None:
+        """kNN between two steps: what keeps it from being measured does not end the training."""
+        try:
+            self.say_knn(f"backbone after epoch {epoch}", "knn", self.training.method.backbone)
+        except Stopped:
+            self.log.say(f"kNN      not measured after epoch {epoch}: stopping")
+        except DataError as error:
+            self.log.say(f"kNN      not measured after epoch {epoch}: {error}")
+
+    def save_last(self, outcome: Outcome) -> None:
+        """The last checkpoint, and what ended the training where it is not done."""
         if not self.training.world.is_first:
             return
         self.save(last=True)
@@ -69,35 +97,76 @@ class Run:
             self.log.say(f"{limit} steps in a row were not finite: stopped at step {step}. Try a smaller --lr")
         if outcome is Outcome.STOPPED:
             self.log.say(f"stopped on request after step {step} of {total}")
-            self.log.say(f"go on with: python -m sdmp_train pretrain --resume {self.folder}")
-        if outcome is not Outcome.DONE:
+        if outcome is Outcome.FAILED:
+            self.log.say(f"the images of step {step + 1} of {total} cannot be had; what was trained is saved")
+        if outcome in (Outcome.STOPPED, Outcome.FAILED):
+            self.say_how_to_go_on()
+
+    def say_how_to_go_on(self) -> None:
+        """The command."""
+        self.log.say(f"go on with: python -m sdmp_train pretrain --resume {shlex.quote(str(self.folder))}")
+
+    def after_training(self) -> None:
+        """The exported backbone, kNN, and what to do next.
+
+        Raises:
+            Stopped: asked for meanwhile. Done again by a run that goes on from the last step.
+            Unwritable: the export.
+        """
+        if not self.training.world.is_first:
             return
+        target = self.folder / "exported"
+        try:
+            export_backbone(self.training.method.backbone, self.training.config, target, self.training.step)
+        except (OSError, SafetensorError) as error:
+            raise checkpoint.Unwritable(f"the backbone cannot be exported to {target}: {error}") from error
+        self.stop.check()
         if self.measures():
             self.say_knn("trained backbone", "knn", self.training.method.backbone)
-        export_backbone(self.training.method.backbone, self.training.config, self.folder / "exported", step)
         for line in self.farewell():
             self.log.say(line)
 
     def save(self, *, last: bool = False) -> None:
-        """Write a checkpoint. A failure is reported and survived, unless it is the last or the third in a row."""
-        config = self.training.config
+        """Write a checkpoint, the last one in up to three attempts.
+
+        Raises:
+            Unwritable: three attempts in a row have failed. A failure before that is reported and survived.
+        """
+        while (error := self.try_to_save()) is not None:
+            if self.failed_saves >= SAVE_ATTEMPTS:
+                target = self.folder / "checkpoints"
+                raise checkpoint.Unwritable(
+                    f"checkpoints cannot be written to {target}, {SAVE_ATTEMPTS} attempts in a row have failed: {error}"
+                ) from error
+            if not last:
+                return
+            time.sleep(RETRY_SECONDS)
+
+    def try_to_save(self) -> OSError | None:
+        """Write a checkpoint and delete old ones; a failure is said, counted and returned."""
+        config, target = self.training.config, self.folder / "checkpoints"
         state = {
+            "run": self.run_id,
             "config": to_dict(config),
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
             "backbone": backbone_place(self.training.method),
         }
-        target = self.folder / "checkpoints"
         try:
             checkpoint.save_checkpoint(target, self.training.step, state_parts(self.training), state)
-            checkpoint.delete_old_checkpoints(target, config.run.keep_checkpoints)
-            self.failed_saves = 0
+            for line in checkpoint.set_later_aside(target, self.training.step):
+                self.log.say(line)
+            for line in checkpoint.delete_old_checkpoints(target, config.run.keep_checkpoints):
+                self.log.say(line)
         except OSError as error:
             self.failed_saves += 1
             self.log.say(f"the checkpoint of step {self.training.step} could not be written: {error}")
-            if last or self.failed_saves >= SAVE_ATTEMPTS:
-                raise checkpoint.Unwritable(f"checkpoints cannot be written to {target}: {error}") from error
+            return error
+        finally:
+            self.saved_at = time.monotonic()
+        self.failed_saves = 0
+        return None
 
     def measures(self) -> bool:
         """Whether kNN is measured: it is switched on, and the images have classes that it can tell apart."""
@@ -125,6 +194,7 @@ class Run:
                 config.data,
                 device=self.training.world.device,
                 bf16=config.run.precision == "bf16",
+                between=self.stop.check,
             )
             for images in knn_images(self.index, self.test_index, config.run.knn_max_images)
         )
@@ -142,12 +212,16 @@ class Run:
         self.accuracies[what] = accuracy
 
     def picture(self) -> None:
-        """mix.png, from the first images of the run."""
-        px = self.training.config.data.image_px
+        """mix.png, from the first images of the run; a disk that is full costs the picture alone."""
+        px, path = self.training.config.data.image_px, self.folder / "mix.png"
         with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
             examples = self.training.method.example(next(iter(batches)))
-        if examples:
-            save_mix_picture(self.folder / "mix.png", examples)
+        if not examples:
+            return
+        try:
+            save_mix_picture(path, examples)
+        except OSError as error:
+            self.log.say(f"{path} cannot be written: {error}")
 
     def farewell(self) -> list[str]:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""

@@ -19,6 +19,8 @@ from .flags import arg
 class ConfigError(ValueError):
     """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
 
+    exit_code = 2
+
 
 def near(word: object, known: Iterable[str]) -> str:
     """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
@@ -191,6 +193,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every_epochs: int = 10
     """Epochs between checkpoints; one is also written at the start and at the end."""
+    save_every_minutes: float = 15
+    """Minutes between checkpoints within an epoch; 0 saves at the ends of epochs only."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones go once a newer one has been verified."""
     knn_every_epochs: int = 0
@@ -208,4 +212,5 @@ class RunConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("knn_every_epochs", "knn_max_images"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        between("save_every_minutes", self.save_every_minutes, 0, 1e6)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")

@@ -173,12 +173,12 @@ def no_queries(folder: Path, why: str) -> str:
 def describe_split(data: DataConfig, train: Index, test: Index | None) -> str:
     """Which images are bank and queries of kNN, and why, as one line."""
     if len(train.classes) < 2:
-        return f"kNN is not measured: {NO_CLASSES}"
+        return f"no bank and queries: {NO_CLASSES}"
     if test is None:
         why = find_splits(data_folder(data).expanduser().absolute()).why
         return f"bank and queries from {printable(train.root)}, every fifth image a query: {why}"
     if len(test) == 0:
-        return f"kNN is not measured: {test.notes[-1]}"
+        return f"no bank and queries: {test.notes[-1]}"
     chosen = "named by --test-data"
     if data.test_data is None:
         chosen = find_splits(data_folder(data).expanduser().absolute()).why

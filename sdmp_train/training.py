@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, ConfigError, drift, from_dict
+from .config import Config, ConfigError, brief, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
+from .file_list import changed_files
 from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
@@ -76,11 +78,12 @@ class Training:
         counter = np.array([0, 0, self.world.rank, LAYER_STREAM], np.uint64)
         seed = int(np.random.Philox(key=key, counter=counter).random_raw())
         device = self.world.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
+            # Not torch.manual_seed, which would also seed GPUs that are not put back.
             torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                # Not torch.manual_seed, which would also seed GPUs that are not put back.
-                torch.cuda.default_generators[device.index].manual_seed(seed)
+            for gpu in gpus:
+                torch.cuda.default_generators[gpu].manual_seed(seed)
             yield
 
 
@@ -125,8 +128,12 @@ def parameter_names(method: Method) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in method.trained.named_parameters()}
 
 
-def load_state(training: Training, folder: Path, index: Index, *, previous: bool) -> None:
-    """Put the newest checkpoint (or the one before) into `training`.
+def load_state(
+    training: Training, folder: Path, index: Index, *, previous: bool, accept_changed_data: bool = False
+) -> list[str]:
+    """Put the newest checkpoint (or the one before) into `training`; returns what is otherwise now, in words.
+
+    `accept_changed_data`: image files may have come, gone or changed since then.
 
     Raises:
         ConfigError: where it is damaged, of another model, of other images, or of settings that change the training;
@@ -134,9 +141,16 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
     """
     path = checkpoint.newest_checkpoint(folder / "checkpoints", previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
+    ranks = check_state(state, path, training.total_steps)
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
+    remarks = []
     if state["images"] != index.fingerprint:
-        changes.append(f"images: {state['images']} -> {index.fingerprint}")
+        what = changed_files(state["images"], index, folder)
+        if accept_changed_data:
+            remarks.append(f"changed  {what}")
+        else:
+            changes.append(f"images: {what}; --accept-changed-data goes on with those that are there now")
+    changes = [f"{line} (--loader)" if line.startswith("data.loader:") else line for line in changes]
     if changes:
         raise ConfigError(
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
@@ -150,8 +164,40 @@ def load_state(training: Training, folder: Path, index: Index, *, previous: bool
         )
     for name, module in training.method.state.items():
         checkpoint.load_module(module, parts[name], f"{path}/{name}")
-    checkpoint.load_optimizer(training.optimizer, parts["optim"], parameter_names(training.method))
-    training.step = int(state["step"])
+    last_epoch = (state["step"] - 1) / training.steps_per_epoch
+    names = parameter_names(training.method)
+    checkpoint.load_optimizer(training.optimizer, parts["optim"], names, last_epoch=last_epoch)
+    training.step = state["step"]
+    return [*remarks, *rank_remarks(ranks, training.world.size, training.method.partners_follow_ranks)]
+
+
+def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
+    """Raise `CheckpointError` unless state.json holds what a run writes; returns the processes it was written by."""
+    kinds = {"config": dict, "images": str, "world_size": int}
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            got = brief(state.get(name))
+            raise checkpoint.CheckpointError(f"{path / 'state.json'}: {name} is {got}; expected {kind.__name__}")
+    if state["world_size"] < 1:
+        raise checkpoint.CheckpointError(
+            f"{path / 'state.json'}: world_size is {state['world_size']}; expected 1 or more"
+        )
+    if state["step"] > total_steps:
+        raise checkpoint.CheckpointError(f"{path} is beyond the {total_steps} steps of this run")
+    return int(state["world_size"])
+
+
+def rank_remarks(before: int, now: int, partners_follow_ranks: bool) -> list[str]:
+    """What changes for a run that goes on with another number of processes."""
+    if before == now:
+        return []
+    partners = (
+        "an image is mixed with another partner (--flip global keeps them), and " if partners_follow_ranks else ""
+    )
+    return [
+        f"ranks    {now} in place of {before}: the same images in the same order, with the same views, rules, shares "
+        f"and boxes; but {partners}sums are rounded otherwise, so the bits are not those of the unbroken run"
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -52,7 +52,6 @@ def launches(arch: str, op: str) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_every_declared_fact_holds(reports: list[dict[str, Any]], arch: str) -> None:
     failed = {r["name"]: r["failed"] for r in reports if r["arch"] == arch and r["failed"]}
@@ -60,7 +59,6 @@ def test_every_declared_fact_holds(reports: list[dict[str, Any]], arch: str) -> 
     assert any(r["arch"] == arch for r in reports)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", LIKE_SM_80)
 def test_what_is_launched_as_on_sm_80_fits_into_less_shared_memory(reports: list[dict[str, Any]], arch: str) -> None:
     """The same kernels of the same constants: of these architectures' limits, only that of shared memory is lower."""
@@ -72,7 +70,6 @@ def test_what_is_launched_as_on_sm_80_fits_into_less_shared_memory(reports: list
             assert launch[0] in compiled or (launch in as_on_sm_80 and needs[launch[0]] <= SHARED_LIMIT[arch])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("op", SERVED)
 def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> None:
     module = importlib.import_module(f"sdmp_kernels.ops.{op}.triton")
@@ -84,7 +81,6 @@ def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> Non
         assert arch in LIKE_SM_80 or set(names) <= {r["name"] for r in reports if r["arch"] == arch}
 
 
-@pytest.mark.slow
 def test_bad_facts_are_found(tmp_path: Path) -> None:
     """The checks can fail: a narrow, spilling kernel without tensor cores is reported as all three."""
     (tmp_path / "faulty.py").write_text(FAULTY)

@@ -21,11 +21,12 @@ import torch
 from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
+from .folders import find_splits, holds_images
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
-from .layout import find_splits, holds_images
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
+from .source import Source
 
 __all__ = [
     "BadFile",
@@ -34,9 +35,11 @@ __all__ = [
     "EvalView",
     "Index",
     "Loader",
+    "Source",
     "TooManyBadFiles",
     "ViewRecipe",
     "byol_views",
+    "choose_loader",
     "crop_flip_view",
     "dino_views",
     "eval_loader",
@@ -53,7 +56,7 @@ LoaderName = Literal["auto", "dali", "torchvision"]
 
 
 def make_loader(
-    index: Index,
+    index: Source,
     recipes: Sequence[ViewRecipe],
     *,
     batch_size: int,
@@ -86,7 +89,7 @@ def make_loader(
 
 
 def eval_loader(
-    index: Index,
+    index: Source,
     size_px: int,
     *,
     batch_size: int,
@@ -115,7 +118,7 @@ def _carry_out(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    name, why = _choose(loader, device)
+    name, why = choose_loader(loader, device)
     if workers is None:
         workers = _cores() // max(1, min(world_size, torch.cuda.device_count()))
     if name == "dali":
@@ -127,8 +130,8 @@ def _carry_out(
     return TorchvisionLoader(schedule, device=device, workers=workers, why=why)
 
 
-def _choose(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
-    """The loader to use, and why, as a sentence."""
+def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
+    """The loader to use, and why, as a sentence. `DataError` where the one asked for is missing."""
     if loader not in ("auto", "dali", "torchvision"):
         raise ValueError(f"loader must be 'auto', 'dali' or 'torchvision', but is {loader!r}")
     if loader == "torchvision":

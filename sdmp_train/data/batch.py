@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -18,9 +19,15 @@ class Batch:
     views: tuple[Tensor, ...]
     """Per recipe: (N, 3, S, S) uint8 with channels_last strides, on the loader's device. Safe to keep."""
     ids: Tensor
-    """(N,) int64 on the CPU: rows of the index."""
+    """(N,) int64 on the CPU: rows of the source."""
     labels: Tensor
     """(N,) int64 on the CPU: class number, -1 where the folder has no classes."""
+    valid: Tensor = None  # type: ignore[assignment]  # filled in at once
+    """(N,) bool on the CPU: whether the row is an image of the source; all of them today."""
+
+    def __post_init__(self) -> None:
+        if self.valid is None:
+            object.__setattr__(self, "valid", torch.ones(len(self.ids), dtype=torch.bool))
 
 
 class Loader(ABC):

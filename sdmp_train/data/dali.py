@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,9 @@ from sdmp_kernels.views import EvalView, ViewRecipe, eval_geometry, view_size
 from .ahead import Ahead
 from .batch import Batch, Loader
 from .images import DECODE_ERRORS, BadFile, DataError, describe
-from .index import Index, bad_files_error, find_bad, open_row
+from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
+from .source import Source
 
 _PREFETCH_BATCHES = 2
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -75,17 +76,17 @@ class DaliLoader(Loader):
         return Batch(
             views=tuple(make(position, rows)),
             ids=torch.from_numpy(rows.astype(np.int64)),
-            labels=torch.from_numpy(self._schedule.index.labels[rows]),
+            labels=torch.from_numpy(self._schedule.source.labels[rows]),
         )
 
     def _cut_by_augment(self, position: int, rows: NDArray[np.int64]) -> list[Tensor]:
         schedule = self._schedule
         (decoded,) = self._run(position)
         images = [torch.from_dlpack(decoded[i]) for i in range(len(rows))]
-        index = schedule.index
+        source = schedule.source
         for row, image in zip(rows.tolist(), images, strict=True):
-            if image.shape[:2] != (index.heights[row], index.widths[row]):
-                raise bad_files_error(find_bad(index, [row]))
+            if image.shape[:2] != (source.heights[row], source.widths[row]):
+                raise bad_files_error(find_bad(source, [row]))
         return [
             augment(images, drawn, recipe.size_px, interpolation=recipe.interpolation)
             for recipe, drawn in zip(schedule.recipes, schedule.draws(position, rows), strict=True)
@@ -103,9 +104,10 @@ class DaliLoader(Loader):
 
     def _build(self) -> Any:
         gpu = self._device.type == "cuda"
+        feed = _Feed(self._schedule, self._workers, boxes=gpu)
         return _pipeline(
-            feed=_Feed(self._schedule, self._workers, gpu),
-            some_by_pillow=bool(self._schedule.index.pillow.any()),
+            feed=feed,
+            some_in_memory=feed.some_in_memory,
             recipes=self._schedule.recipes if gpu else (),
             batch_size=self._schedule.batch_size,
             num_threads=self._workers,
@@ -127,12 +129,12 @@ class DaliLoader(Loader):
     def _explain(self, error: RuntimeError, position: int) -> Exception:
         """DALI names the operator that failed but not the file: look for it in this batch and those decoded ahead."""
         ahead = range(position, min(position + _PREFETCH_BATCHES + 1, len(self._schedule)))
-        bad = find_bad(self._schedule.index, [row for step in ahead for row in self._schedule.rows(step)])
+        bad = find_bad(self._schedule.source, [row for step in ahead for row in self._schedule.rows(step)])
         if bad:
             return bad_files_error(bad)
         message = str(error).strip()
         if "decoders.image" in message or "file.read" in message:
-            first = self._schedule.index.path(int(self._schedule.rows(position)[0]))
+            first = self._schedule.source.name(int(self._schedule.rows(position)[0]))
             return DataError(
                 f"DALI could not read or decode an image that Pillow can, in the batch that starts with {first!r}; "
                 f"loader='torchvision' uses Pillow. DALI says:\n{message}"
@@ -160,24 +162,31 @@ class _Hold:
 
 
 class _Feed:
-    """The source of the pipeline: iteration -> files, where some are Pillow's also which, then DALI's boxes."""
+    """The source of the pipeline: iteration -> files, where some are in memory also which, then the boxes DALI cuts.
+
+    Files that DALI cannot read on its own, or that Pillow decodes, are fetched by threads as far ahead as DALI decodes.
+    """
 
     def __init__(self, schedule: Schedule, workers: int, boxes: bool) -> None:
         self._schedule = schedule
         self._boxes = boxes
         self._pool = ThreadPoolExecutor(workers)
+        self._ahead: dict[int, list[Future[bytes | BadFile]]] = {}
+        source = schedule.source
+        self.some_in_memory = bool(source.pillow.any()) or (len(source) > 0 and source.file(0) is None)
 
     def __call__(self, position: int) -> list[Any]:
         schedule = self._schedule
         if position >= len(schedule):
             raise StopIteration
         rows = schedule.rows(position)
-        by_pillow = schedule.index.pillow[rows]
-        arrays: list[Any] = [self._files(rows)]
-        if schedule.index.pillow.any():
-            arrays.append(by_pillow)
+        if self.some_in_memory:
+            in_memory = np.array([_in_memory(schedule.source, int(row)) for row in rows])
+            arrays: list[Any] = [self._fetched(position), in_memory]
+        else:
+            arrays = [[_as_array(_path(schedule.source, int(row))) for row in rows]]
         if self._boxes:
-            sizes = schedule.index.heights[rows], schedule.index.widths[rows]
+            sizes = schedule.source.heights[rows], schedule.source.widths[rows]
             for recipe, drawn in zip(schedule.recipes, schedule.draws(position, rows), strict=True):
                 if isinstance(recipe, EvalView):
                     resized, corner = eval_geometry(recipe, *sizes)
@@ -187,35 +196,52 @@ class _Feed:
                     arrays += [np.ascontiguousarray(box[:, :2]), np.ascontiguousarray(box[:, 2:])]
         return arrays
 
-    def _files(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Per row its path, or where Pillow decodes the image as the bytes of a PPM file."""
-        index = self._schedule.index
-        each = self._pool.map if index.pillow[rows].any() else map
-        files = list(each(partial(_path_or_ppm, index), rows.tolist()))
+    def _fetched(self, position: int) -> list[NDArray[np.uint8]]:
+        """Per row its path, or its file's bytes, or where Pillow decodes it those of a PPM file."""
+        for later in range(position, min(position + 1 + _PREFETCH_BATCHES, len(self._schedule))):
+            if later not in self._ahead:
+                rows = self._schedule.rows(later).tolist()
+                fetch = partial(_fetch, self._schedule.source)
+                self._ahead[later] = [self._pool.submit(fetch, row) for row in rows]
+        files = [future.result() for future in self._ahead.pop(position)]
         bad = [file for file in files if isinstance(file, BadFile)]
         if bad:
             raise bad_files_error(bad)
-        return [np.frombuffer(file, dtype=np.uint8) for file in files if isinstance(file, bytes)]
+        return [_as_array(file) for file in files if isinstance(file, bytes)]
 
 
-def _path_or_ppm(index: Index, row: int) -> bytes | BadFile:
-    if not index.pillow[row]:
-        return os.fsencode(index.path(row))
+def _in_memory(source: Source, row: int) -> bool:
+    return bool(source.pillow[row]) or source.file(row) is None
+
+
+def _fetch(source: Source, row: int) -> bytes | BadFile:
+    if not _in_memory(source, row):
+        return _path(source, row)
     try:
-        image = open_row(index, row)
+        if not source.pillow[row]:
+            return source.read(row)
+        image = open_row(source, row)
     except DECODE_ERRORS as error:
-        return BadFile(index.path(row), describe(error))
+        return BadFile(source.name(row), describe(error))
     return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 
+def _path(source: Source, row: int) -> bytes:
+    return os.fsencode(source.file(row) or "")
+
+
+def _as_array(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8)
+
+
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed: Any, some_by_pillow: bool, recipes: tuple[ViewRecipe | EvalView, ...]) -> Any:
+def _pipeline(feed: Any, some_in_memory: bool, recipes: tuple[ViewRecipe | EvalView, ...]) -> Any:
     """The decoded images; with recipes one batch of crops per recipe instead, made on the GPU.
 
     DALI rewrites this function, and those it calls, to make an `if` on a node a choice per image.
     """
-    files, *nodes = fn.external_source(source=feed, num_outputs=1 + some_by_pillow + 2 * len(recipes), batch=True)
-    if some_by_pillow:
+    files, *nodes = fn.external_source(source=feed, num_outputs=1 + some_in_memory + 2 * len(recipes), batch=True)
+    if some_in_memory:
         encoded = _encoded(files, nodes[0])
         nodes = nodes[1:]
     else:
@@ -234,8 +260,8 @@ def _pipeline(feed: Any, some_by_pillow: bool, recipes: tuple[ViewRecipe | EvalV
     return tuple(_crop(image, recipe, corner, size) for recipe, corner, size in pairs)
 
 
-def _encoded(files: Node, by_pillow: Node) -> Node:
-    if by_pillow:
+def _encoded(files: Node, in_memory: Node) -> Node:
+    if in_memory:
         encoded = files
     else:
         encoded = fn.io.file.read(files)

@@ -79,7 +79,7 @@ def _plain_frame(body: bytes, jfif: bool, transform: int | None) -> bool:
     names = tuple(name for name, _, _ in parts)
     is_ycbcr = transform == 1 or (transform is None and (jfif or names == (1, 2, 3)))
     luma, chroma = parts[0][1:], [part[1:] for part in parts[1:]]
-    return is_ycbcr and luma in ((1, 1), (2, 1), (2, 2), (1, 2)) and chroma == [(1, 1), (1, 1)]
+    return is_ycbcr and luma in ((1, 1), (2, 1), (2, 2)) and chroma == [(1, 1), (1, 1)]
 
 
 def _plain_png(file: BinaryIO) -> bool:

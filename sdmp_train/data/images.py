@@ -80,9 +80,9 @@ class BadFile:
     reason: str
 
 
-def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) as stored, from the header alone; raises one of `DECODE_ERRORS`."""
-    with _open_image(path) as image:
+def read_size(file: str | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) as stored, from the header alone, of a path or a file's bytes; raises one of `DECODE_ERRORS`."""
+    with _open_image(file) as image:
         width, height = stored_size(image)
         if image.mode not in _MODES and not (image.mode == "I" and image.format in _DEEP_GREY):
             raise ValueError(f"has pixels of type {image.mode}, which has no agreed meaning as RGB")
@@ -91,9 +91,9 @@ def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return height, width
 
 
-def decode_rgb(path: str) -> Image.Image:
-    """The whole file as an RGB image, as stored; raises one of `DECODE_ERRORS` where it is damaged."""
-    with _open_image(path) as image:
+def decode_rgb(file: str | bytes) -> Image.Image:
+    """A whole file, by its path or its bytes, as an RGB image as stored; raises one of `DECODE_ERRORS` if damaged."""
+    with _open_image(file) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY)
         pixels = _unturned(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else image
         if deep:
@@ -123,8 +123,9 @@ def _unturned(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
 
 
 @contextmanager
-def _open_image(path: str) -> Iterator[Image.Image]:
-    with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
+def _open_image(file: str | bytes) -> Iterator[Image.Image]:
+    opened = io.BytesIO(file) if isinstance(file, bytes) else open_regular(file)
+    with opened, Image.open(opened, formats=_FORMATS) as image:
         if min(image.size) < 1:
             raise ValueError("holds no pixels")
         yield image

@@ -22,6 +22,7 @@ from PIL import Image
 from ..text import printable
 from .cache import Cache, Checked, cache_folder
 from .decoders import looks_like_image, needs_pillow
+from .folders import SPELLINGS, find_splits
 from .images import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -31,10 +32,11 @@ from .images import (
     TooManyBadFiles,
     decode_rgb,
     describe,
+    open_regular,
     read_size,
 )
-from .layout import SPELLINGS, find_splits
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
+from .source import Source
 
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
 
@@ -95,6 +97,19 @@ class Index:
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.paths[row])
 
+    def file(self, row: int) -> str | None:
+        """The same: every row is a file of its own (see :class:`Source`)."""
+        return self.path(row)
+
+    def name(self, row: int) -> str:
+        """What messages call it: the path."""
+        return self.path(row)
+
+    def read(self, row: int) -> bytes:
+        """The file, undecoded; raises `OSError` or `ValueError`."""
+        with open_regular(self.path(row)) as file:
+            return file.read()
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or resized: tells whether a resumed run sees the same data."""
@@ -141,7 +156,7 @@ def open_folder(
     and the folders of runs are passed over. When every image lies in a subfolder, the first level of subfolders are the
     classes (as torchvision's ImageFolder). Files of other kinds and folders without an image are counted in
     `Index.notes`; a folder that may be a class and holds not one usable image counts as bad. A folder that holds the
-    splits of a data set is understood (`layout.find_splits`): `split="train"` takes the training split, or `path`
+    splits of a data set is understood (`folders.find_splits`): `split="train"` takes the training split, or `path`
     itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is.
 
     Args:
@@ -194,29 +209,29 @@ def open_folder(
     )
 
 
-def open_row(index: Index, row: int) -> Image.Image:
+def open_row(source: Source, row: int) -> Image.Image:
     """A row's image as RGB, by Pillow.
 
     Raises:
         One of `DECODE_ERRORS`: it cannot be decoded, or is of another size than when the folder was indexed (a crop
         that leaves the image would be padded with black, without a word).
     """
-    image = decode_rgb(index.path(row))
-    expected = int(index.widths[row]), int(index.heights[row])
+    image = decode_rgb(source.read(row))
+    expected = int(source.widths[row]), int(source.heights[row])
     if image.size != expected:
         now, then = (f"{w} x {h}" for w, h in (image.size, expected))
         raise ValueError(f"is {now} pixels now, but was {then} when the folder was indexed")
     return image
 
 
-def find_bad(index: Index, rows: Iterable[int]) -> list[BadFile]:
-    """Decode rows of an index with Pillow; those that fail, or changed size since then, with the reason."""
+def find_bad(source: Source, rows: Iterable[int]) -> list[BadFile]:
+    """Decode rows with Pillow; those that fail, or changed size since then, with the reason."""
     bad = []
     for row in rows:
         try:
-            open_row(index, int(row))
+            open_row(source, int(row))
         except DECODE_ERRORS as error:
-            bad.append(BadFile(index.path(int(row)), describe(error)))
+            bad.append(BadFile(source.name(int(row)), describe(error)))
     return bad
 
 
@@ -331,7 +346,8 @@ def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) 
     if on_bad == "stop":
         raise DataError(f"{faults}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
     if bad == total:
-        raise TooManyBadFiles(f"{faults}\nNo usable image is left")
+        kind = DataError if on_bad == "list" else TooManyBadFiles
+        raise kind(f"{faults}\nNo usable image is left")
     if on_bad == "list":
         return
     if bad > max_bad_frac * total:

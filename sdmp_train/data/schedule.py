@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sdmp_kernels.views import EvalView, ViewDraws, ViewRecipe, draw_views
 
 from .images import DataError
-from .index import Index
+from .source import Source
 
 _STREAM = 0x4F524452
 """Highest counter word of the epoch permutations: another stream than those of the views and the mixing plans."""
@@ -21,14 +21,14 @@ _STREAM = 0x4F524452
 class Schedule(Protocol):
     """What a loader needs to know. `position` counts from 0 to `len(schedule) - 1`."""
 
-    index: Index
+    source: Source
     recipes: tuple[ViewRecipe | EvalView, ...]
     batch_size: int
 
     def __len__(self) -> int: ...
 
     def rows(self, position: int) -> NDArray[np.int64]:
-        """(N,) rows of the index, N at most `batch_size`."""
+        """(N,) rows of the source, N at most `batch_size`."""
 
     def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
         """One entry per recipe, on the CPU."""
@@ -59,7 +59,7 @@ def epoch_order(images: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 class TrainSchedule:
     """Steps `start_step` to `steps - 1` as seen by one rank."""
 
-    index: Index
+    source: Source
     recipes: tuple[ViewRecipe | EvalView, ...]
     batch_size: int
     steps: int
@@ -77,7 +77,7 @@ class TrainSchedule:
             raise ValueError(f"seed must be 0 or more, but is {self.seed}")
         if not 0 <= self.start_step <= self.steps:
             raise ValueError(f"start_step must be between 0 and steps ({self.steps}), but is {self.start_step}")
-        self.steps_per_epoch = steps_per_epoch(len(self.index), self.batch_size * self.world_size)
+        self.steps_per_epoch = steps_per_epoch(len(self.source), self.batch_size * self.world_size)
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -85,12 +85,12 @@ class TrainSchedule:
     def rows(self, position: int) -> NDArray[np.int64]:
         epoch, within = divmod(self.start_step + position, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.index), seed=self.seed, epoch=epoch)
+            self._order = epoch, epoch_order(len(self.source), seed=self.seed, epoch=epoch)
         first = (within * self.world_size + self.rank) * self.batch_size
         return self._order[1][first : first + self.batch_size]
 
     def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
-        heights, widths = self.index.heights[rows], self.index.widths[rows]
+        heights, widths = self.source.heights[rows], self.source.widths[rows]
         step, first_row = self.start_step + position, self.rank * self.batch_size
         return [
             draw_views(recipe, heights, widths, step=step, seed=self.seed, view=view, first_row=first_row)
@@ -102,7 +102,7 @@ class TrainSchedule:
 class EvalSchedule:
     """Every row once, in order, as one rank's contiguous part; the last batch may be short."""
 
-    index: Index
+    source: Source
     recipes: tuple[ViewRecipe | EvalView, ...]
     batch_size: int
     rank: int
@@ -110,7 +110,7 @@ class EvalSchedule:
 
     def __post_init__(self) -> None:
         _check_batch(self.batch_size, self.rank, self.world_size)
-        bounds = np.linspace(0, len(self.index), self.world_size + 1).astype(np.int64)
+        bounds = np.linspace(0, len(self.source), self.world_size + 1).astype(np.int64)
         self._first, self._end = int(bounds[self.rank]), int(bounds[self.rank + 1])
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class EvalSchedule:
         return np.arange(first, min(first + self.batch_size, self._end))
 
     def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
-        sizes = self.index.heights[rows], self.index.widths[rows]
+        sizes = self.source.heights[rows], self.source.widths[rows]
         return [draw_views(recipe, *sizes, step=0) for recipe in self.recipes]
 
 

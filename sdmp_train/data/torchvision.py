@@ -21,7 +21,7 @@ from sdmp_kernels import augment
 from sdmp_kernels.views import view_size
 
 from .batch import Batch, Loader
-from .images import DECODE_ERRORS, BadFile, describe
+from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule
 
@@ -58,21 +58,38 @@ class TorchvisionLoader(Loader):
             # Or torch would take a number from the global generator for seeds that no worker uses.
             generator=torch.Generator(),
         )
+        before = signal.getsignal(signal.SIGCHLD)
         with _signals_wait():
             self._batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
+            signal.signal(signal.SIGCHLD, before)
         mine = self._iteration
         for position in range(len(self)):
             if self._iteration != mine:
                 return
-            views, bad = next(self._batches)
+            views, bad = self._next()
             if bad:
                 raise bad_files_error(bad)
             rows = self._schedule.rows(position)
             yield Batch(
                 views=tuple(view.to(self._device, non_blocking=True) for view in views),
                 ids=torch.from_numpy(rows.astype(np.int64)),
-                labels=torch.from_numpy(self._schedule.index.labels[rows]),
+                labels=torch.from_numpy(self._schedule.source.labels[rows]),
             )
+
+    def _next(self) -> tuple[list[Tensor], list[BadFile]]:
+        try:
+            batch: tuple[list[Tensor], list[BadFile]] = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            if ": Caught " in said or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+                raise  # the process lives, and hands on an error of its own
+            raise DataError(
+                f"a decoding process has died ({said}). Where memory ran out (see the kernel's "
+                "log), give fewer --workers; where a file makes the decoder crash, `sdmp_train verify` finds it"
+            ) from error
+        return batch
 
     def close(self) -> None:
         # An iteration still under way sees the new number and ends. Deleting torch's iterator ends its workers.
@@ -109,11 +126,11 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
 
     def _decode(self, row: int, bad: list[BadFile]) -> Tensor:
         """(H, W, 3) uint8; nothing where the file is damaged, which is noted in `bad`."""
-        index = self.schedule.index
+        source = self.schedule.source
         try:
-            return torch.from_numpy(np.array(open_row(index, row)))
+            return torch.from_numpy(np.array(open_row(source, row)))
         except DECODE_ERRORS as error:
-            bad.append(BadFile(index.path(row), describe(error)))
+            bad.append(BadFile(source.name(row), describe(error)))
             return torch.empty(0, 0, 3, dtype=torch.uint8)
 
 

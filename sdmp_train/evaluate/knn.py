@@ -5,7 +5,7 @@ Q queries, B bank rows, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,10 +94,12 @@ def image_features(
     device: torch.device,
     bf16: bool = False,
     batch_size: int = 256,
+    between: Callable[[], None] | None = None,
 ) -> Features:
     """Unit-length features of every image that has a class; of the pixels themselves where `backbone` is None.
 
-    The backbone is in eval mode for the time being. Pixels are averaged down to at most 32 a side.
+    The backbone is in eval mode for the time being. Pixels are averaged down to at most 32 a side. `between` is called
+    before every batch; what it raises ends the measurement.
     """
     was_training = backbone is not None and backbone.training
     rows, labels = [], []
@@ -112,6 +114,8 @@ def image_features(
             backbone.eval()
         try:
             for batch in batches:
+                if between is not None:
+                    between()
                 images = standardise(batch.views[0], data.mean, data.std)
                 features = backbone(images) if backbone is not None else pixels(images)
                 rows.append(normalize(features.float(), dim=1))

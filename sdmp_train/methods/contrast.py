@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 
 from ..data import Batch, ViewRecipe, byol_views
-from ..distributed import World, distribute, gather_rows
+from ..distributed import World, distribute, gather_rows, mirror_images
 from ..flags import arg
 from ..models import feature_width, start_vit
 from ..optim import key_momentum
@@ -137,7 +137,11 @@ class Contrast(ABC):
         build_backbone: Callable[..., nn.Module],
         setup: Setup,
         terms: Sequence[Term],
+        *,
+        global_flip: bool = False,
     ) -> None:
+        """`global_flip`: partners are those of the rank that mirrors this one (`flip="global"` of `draw_plan`)."""
+        self.global_flip = global_flip
         self.heads = config
         self.setup = setup
         self.world: World = setup.world
@@ -171,6 +175,11 @@ class Contrast(ABC):
     def backbone(self) -> nn.Module:
         """The student's."""
         return self.student.encoder.backbone
+
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """Not where nothing is mixed, nor where partners are over all ranks."""
+        return bool(self.mixed_views) and not self.global_flip
 
     @abstractmethod
     def plan(self, at: At) -> Plan:
@@ -210,10 +219,12 @@ class Contrast(ABC):
         for view, raw in zip(self.view_names, ordered, strict=True):
             if view not in plan.mixes:
                 images[view] = cast(Tensor, mix(raw, self.keep, **pixels))
-            elif view in needed:
-                images[view], images[view + "~"] = mix(raw, plan.mixes[view], clean=True, **pixels)
+                continue
+            partners = mirror_images(raw, self.world) if self.global_flip else None
+            if view in needed:
+                images[view], images[view + "~"] = mix(raw, plan.mixes[view], partners=partners, clean=True, **pixels)
             else:
-                images[view + "~"] = cast(Tensor, mix(raw, plan.mixes[view], **pixels))
+                images[view + "~"] = cast(Tensor, mix(raw, plan.mixes[view], partners=partners, **pixels))
         return images
 
     def encode(self, images: dict[str, Tensor]) -> Features:

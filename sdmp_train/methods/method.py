@@ -113,6 +113,10 @@ class Method(Protocol):
     def backbone(self) -> nn.Module:
         """What is evaluated and exported; a part of `state`."""
 
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """Whether another number of processes mixes images with other partners."""
+
     def views(self, at: At) -> Sequence[ViewRecipe]:
         """How the views of a batch are made."""
 

@@ -9,6 +9,7 @@ from sdmp_kernels import MixPlan, draw_plan
 from ..settings import between, near, require
 from .method import At, Setup
 
+Flip = Literal["local", "global"]
 RULES = ("mixup", "cutmix", "resizemix")
 
 
@@ -31,11 +32,16 @@ def draw_batch_plan(
     per: Literal["batch", "sample"],
     prob: float = 1.0,
     shared_lam: bool = False,
+    flip: Flip = "local",
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
 
     Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan.
+
+    Raises:
+        ConfigError: for a global flip of accumulated batches, whose partners would come in another batch.
     """
+    require(flip == "local" or at.parts == 1, "flip", flip, "'local' where gradients accumulate over batches")
     world, px = setup.world, setup.data.image_px
     return draw_plan(
         setup.rows,
@@ -45,6 +51,7 @@ def draw_batch_plan(
         per=per,
         prob=prob,
         shared_lam=shared_lam,
+        flip=flip,
         seed=setup.seed,
         step=at.step,
         view=view,

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from sdmp_kernels import MixPlan, TwoHot
 
 from ..data import Batch
+from ..distributed import mirror_rank
 from ..flags import arg
 from ..settings import between
 from .contrast import Contrast, ContrastConfig, Plan, Term
 from .method import At, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, example_plans
+from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
 SWAP_STREAM = 2**62
@@ -45,6 +46,8 @@ class MoCoV3Config(ContrastConfig):
     """lam is drawn from Beta(alpha, alpha)."""
     shared_lam: bool = False
     """One lam for the whole batch (Table 7)."""
+    flip: Flip = "local"
+    """Partners within a GPU, or over all of them, so that their number changes no partner (images are exchanged)."""
     source_weight: Annotated[Literal["random", "static"], arg(name="source-weight")] = "random"
     """`static` puts 1/2 in place of lam in the source loss (Table 6)."""
     pair_weight: Annotated[Literal["random", "static"], arg(name="pair-weight")] = "random"
@@ -81,7 +84,7 @@ class MoCoV3(Contrast):
     Config: ClassVar[type] = MoCoV3Config
 
     def __init__(self, config: MoCoV3Config, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        super().__init__(config, build_backbone, setup, terms_of(config))
+        super().__init__(config, build_backbone, setup, terms_of(config), global_flip=config.flip == "global")
         self.config = config
 
     def plan(self, at: At) -> Plan:
@@ -96,6 +99,7 @@ class MoCoV3(Contrast):
                 alpha=config.alpha,
                 per=config.per,
                 shared_lam=config.shared_lam,
+                flip=config.flip,
             )
             for view in self.mixed_views
         }
@@ -111,10 +115,12 @@ class MoCoV3(Contrast):
         if term.name == "clean":
             return self.keep.source_target(offset)
         mixed = plan.mixes[term.query[0]]
+        holder = mirror_rank(self.world) if self.global_flip else self.world.rank
+        partner_offset = holder * len(self.keep)
         if term.name == "source":
-            target, static = mixed.source_target(offset), self.config.source_weight == "static"
+            target, static = mixed.source_target(offset, partner_offset), self.config.source_weight == "static"
         else:
-            target = mixed.pair_target(offset, other=plan.mixes[term.key[0]])
+            target = mixed.pair_target(offset, partner_offset, other=plan.mixes[term.key[0]])
             static = self.config.pair_weight == "static"
         return target._replace(weight=torch.full_like(target.weight, 0.5)) if static else target
 

@@ -17,9 +17,9 @@ from ops.losses import quiet_interpreter as quiet_interpreter  # a fixture for a
 from torch import Tensor
 
 from sdmp_kernels import TwoHot, _backends, _launch, draw_plan, info_nce, use_backend
+from sdmp_kernels.ops.case import two_hot as drawn_two_hot
 from sdmp_kernels.ops.info_nce import cases
 from sdmp_kernels.ops.info_nce.op import OP
-from sdmp_kernels.ops.soft_cross_entropy.cases import two_hot as drawn_two_hot
 
 Result = tuple[Tensor, list[Tensor]]
 
@@ -212,14 +212,14 @@ def test_columns_out_of_range_are_left_out(backend, form):
     first, second = torch.tensor([6, 2, -1, 2**40]), torch.tensor([1, -7, 99, 3])
     weight = torch.tensor([0.25, 0.75, 0.5, 1.0])
     with use_backend(backend):
-        losses, _, dq = torch.ops.sdmp.info_nce(q, [k], [first], [second], [weight], 0.2, form, False, True)
+        losses, _, dq = torch.ops.sdmp.info_nce(q, [k], [first], [second], [weight], 0.2, form, "none", True, False)
     log_p = torch.log_softmax(q @ k.T / 0.2, dim=1)
     columns, kept = torch.tensor([1, 2, 0, 0]), torch.tensor([0.75, 0.75, 0.0, 0.0])
     if form == "ce":
         expected, drop = -kept * log_p[range(4), columns], kept
     else:
         expected, drop = -(kept.log() + log_p[range(4), columns]), (kept > 0).float()
-    assert torch.allclose(losses[0], expected, atol=1e-6)
+    assert torch.allclose(losses, expected, atol=1e-6)
     slope = drop[:, None] * (log_p.exp() - F.one_hot(columns, 6))
     assert torch.allclose(dq[0], slope @ k / 0.2, atol=2e-6)
 
@@ -255,7 +255,7 @@ def test_nothing_as_large_as_the_logits_is_allocated():
     backend, two = OP.module("torch"), ([target.first], [target.second], [target.weight])
     with Storages() as seen:
         for need_dq in (True, False):
-            _, rows, dq = backend.forward(q, [k], *two, 0.2, "ce", 1 / n, need_dq)
+            _, rows, dq = backend.forward(q, [k], *two, 0.2, "ce", 1 / n, need_dq, True)
             if need_dq:
                 kept = rows, dq
         backend.backward(torch.ones(1, n), q, [k], *two, *kept, 0.2, "ce", 1 / n, True, [True])

@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from native_trials import FLOATS, SEEDS, Trial, lay_out, make
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import Rule, _backends, draw_plan, mix, use_backend
 from sdmp_kernels.ops.mix import composed, native, reference
@@ -26,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpp", "cpu")
 needs_cpp = pytest.mark.skipif(MISSING is not None, reason=f"cpp: {MISSING}")
 BACKENDS = [pytest.param(native, id="cpp", marks=needs_cpp), pytest.param(composed, id="torch")]
+# On a CPU the composition reads the plan; what it does on a GPU instead runs on a CPU too.
+FORWARD = [
+    pytest.param(native.mix, id="cpp", marks=needs_cpp),
+    pytest.param(composed.mix, id="torch"),
+    pytest.param(composed._mix_masked, id="torch-masked"),
+]
 # How far a result may be from the exact one, in units of its last place at the magnitude of the largest term, on top
 # of twice the reference's own error at that precision.
 ULP = {torch.uint8: 1.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
@@ -57,14 +65,14 @@ def check_close(result: Tensor, expected: Tensor, truth: Tensor, largest: float)
     assert error <= 2 * own + ulp, f"error {error:g}, the reference's {own:g}, one unit {ulp:g}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("forward", FORWARD)
 @pytest.mark.parametrize("part", range(8))
-def test_forward_agrees_with_the_reference(backend: Any, part: int) -> None:
+def test_forward_agrees_with_the_reference(forward: Callable[..., None], part: int) -> None:
     for seed in SEEDS[part::8]:
         trial = make(seed)
         before = trial.images.clone()
         expected = trial.forward(reference.mix, *trial.outputs())
-        results = trial.forward(backend.mix, *trial.outputs())
+        results = trial.forward(forward, *trial.outputs())
         assert equal(trial.images, before), seed
         for result, wanted, exact in zip(results, expected, truth_of(trial), strict=True):
             if trial.exact:
@@ -101,6 +109,51 @@ def test_in_place_gives_what_out_of_place_gives() -> None:
         results = trial.forward(native.mix, trial.images, trial.outputs()[1])
         assert all(map(equal, results, expected)), seed
     assert ran >= 10
+
+
+@pytest.mark.parametrize("forward", FORWARD[1:])
+def test_the_composition_works_in_place(forward: Callable[..., None]) -> None:
+    """For every plan, whatever a row still needs of the images that are overwritten."""
+    ran = 0
+    for seed in SEEDS:
+        trial = make(seed)
+        if trial.dtype != trial.images.dtype:
+            continue
+        ran += 1
+        expected = trial.forward(forward, *trial.outputs())
+        trial.images = trial.images.clone() if seed % 3 else lay_out(trial.images, "stepped")
+        results = trial.forward(forward, trial.images, trial.outputs()[1])
+        assert all(map(equal, results, expected)), seed
+    assert ran >= 40
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that operators write, new tensors included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        if isinstance(result, Tensor) and (alias is None or alias.is_write):
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.parametrize(
+    ("rule", "whole", "boxes"), [("keep", 1, 0), ("cutmix", 1, 1), ("resizemix", 1, 2), ("mixup", 4, 0)]
+)
+def test_the_composition_writes_no_more_than_a_rule_takes(rule: str, whole: int, boxes: int) -> None:
+    """What one would write by hand, in images and boxes: of a blend, the partners, two products and their sum."""
+    images = torch.rand(8, 3, 64, 64)
+    outputs = Outputs(torch.empty_like(images), None)
+    plan = draw_plan(8, (64, 64), rules=(rule,), per="sample", step=0)
+    boxed = 3 * int((plan.box[:, 2] * plan.box[:, 3]).sum())
+    with Written() as written:
+        composed.mix(images, None, PlanRows.of(plan), None, outputs)
+    assert written.elements <= whole * images.numel() + boxes * boxed + 100
 
 
 @needs_cpp

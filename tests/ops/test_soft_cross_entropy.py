@@ -167,8 +167,8 @@ def test_columns_out_of_range_are_left_out(backend, form):
     weight = torch.tensor([0.25, 0.75, 0.5, 1.0])
     one = torch.ones(4)
     with use_backend(backend):
-        losses, rows = torch.ops.sdmp.soft_cross_entropy(logits, first, second, weight, 0.0, form)
-        grad = torch.ops.sdmp.soft_cross_entropy_backward(one, logits, rows, first, second, weight, 0.0, form)
+        losses, stats = torch.ops.sdmp.soft_cross_entropy(logits, first, second, weight, 0.0, form, "none")
+        grad = torch.ops.sdmp.soft_cross_entropy_backward(one, logits, stats, first, second, weight, 0.0, form, "none")
     p = logits.softmax(1)
     if form == "ce":
         kept = torch.tensor([0.75, 0.75, 0.0, 0.0])
@@ -338,7 +338,7 @@ def test_wrong_arguments_are_named(changes, error, message):
 def test_a_backend_asked_for_by_name_runs_or_raises():
     if _backends.unavailable("triton", "cpu"):
         pytest.skip("no interpreter here")
-    with use_backend("triton"), pytest.raises(RuntimeError, match="float64 logits are computed by the torch"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match="float64 is computed by the torch"):
         soft_cross_entropy(torch.zeros(3, 4, dtype=torch.float64), T)
     with use_backend("triton"), pytest.raises(RuntimeError, match="rounds bfloat16 wrongly"):
         soft_cross_entropy(torch.zeros(3, 4, dtype=torch.bfloat16), T)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdmp_train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from sdmp_train.methods.mocov3 import MoCoV3Config
+from sdmp_train.methods.supervised import SupervisedConfig
 
 CLASSES, IMAGES_PER_CLASS = ("bars", "checks", "dots"), 12
 
@@ -49,3 +50,9 @@ def tiny_resnet(tiny: Config) -> Config:
         model=ModelConfig(arch="test_resnet", stem="cifar"),
         optim=replace(tiny.optim, opt="lars", base_lr=1.0, lars_trust=0.02),
     )
+
+
+@pytest.fixture
+def tiny_supervised(tiny: Config) -> Config:
+    """Training on labels, with drop path: a stochastic layer."""
+    return replace(tiny, method=SupervisedConfig(drop_path=0.5))

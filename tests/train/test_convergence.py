@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_loop import Spy
-from tiny_runs import build_training
+from tiny_runs import Spy, build_training
 from torch import Tensor
 
 from sdmp_kernels import TwoHot, _backends, _launch, use_backend
@@ -33,7 +32,7 @@ def batches(config: Config) -> Iterator[Batch]:
         ids = torch.arange(8) + 8 * (step % 2)
         views = (200 * squares[ids] + 55 * torch.rand(8, 3, PX, PX, generator=generator) for _ in range(2))
         pixels = tuple(view.to(torch.uint8).contiguous(memory_format=torch.channels_last) for view in views)
-        yield Batch(pixels, ids, torch.zeros(8, dtype=torch.int64))
+        yield Batch(pixels, ids, torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool))
 
 
 def curve(config: Config, backend: str) -> Tensor:

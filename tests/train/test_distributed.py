@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,24 @@ import torch.multiprocessing as mp
 from tiny_runs import as_batch, build_training, random_views, with_mixing
 from torch import nn
 
-from sdmp_train.config import Config, ModelConfig, OptimConfig
+from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
 from sdmp_train.data import Batch
-from sdmp_train.distributed import CpuSyncBatchNorm, World, gather_rows, join_world, reduce_max, reduce_mean
-from sdmp_train.guard import StopRequest
+from sdmp_train.distributed import (
+    CpuSyncBatchNorm,
+    World,
+    gather_rows,
+    join_world,
+    mirror_images,
+    reduce_max,
+    reduce_mean,
+    together,
+)
+from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
 from sdmp_train.methods.contrast import Features, Plan
 from sdmp_train.methods.method import At, Loss
 from sdmp_train.methods.mocov3 import MoCoV3, MoCoV3Config
+from sdmp_train.stop import Stopped
 
 
 class InFloat64(MoCoV3):
@@ -35,7 +46,7 @@ class InFloat64(MoCoV3):
         return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
 
 
-def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, torch.Tensor]:
+def one_step(config: Config, world: World, poisoned: bool = False, failing: bool = False) -> dict[str, torch.Tensor]:
     """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks."""
     torch.set_default_dtype(torch.float64)
     training = build_training(config, world=world, method_class=InFloat64)
@@ -43,12 +54,24 @@ def one_step(config: Config, world: World, poisoned: bool = False) -> dict[str, 
     training.step, method = 2, training.method
     method.poisoned = poisoned and world.rank == 1
     rows = len(method.keep)
-    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    count = 4 if config.method.variant == "extra" else 2
+    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config, count))
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
-    made = step(training, [as_batch(views)], StopRequest())
+    stop = StopRequest()
+    if failing and world.rank == 1:
+        stop.failure = OSError("no batch")
+    made = step(training, [as_batch(views)], stop)
     state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, before[k]) for k, v in method.student.state_dict().items()))
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
+
+
+VARIANTS = ("replace", "algorithm1", "extra")
+
+
+def flipped(config: Config, variant: str) -> Config:
+    """The configuration with SDMP, whose partners are those of the whole batch."""
+    return with_mixing(config, flip="global", variant=variant)
 
 
 def work(rank: int, port_file: str, config: Config, folder: str) -> None:
@@ -60,11 +83,36 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
         results = {
             "honest": one_step(config, world),
             "poisoned": one_step(config, world, poisoned=True),
+            "failing": one_step(config, world, failing=True),
+            "left": torch.tensor([leave(world, code) for code in (None, 2, 75, 1)]),
+            "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
+            "local": one_step(with_mixing(config), world)["loss"],
+            "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def leave(world: World, code: int | None) -> float:
+    """How this rank leaves a block that rank 1 leaves by an error; rank 0 comes first and has to wait."""
+    errors = {None: None, 2: ConfigError("x"), 75: Stopped("x"), 1: KeyError("x")}
+    began = time.monotonic()
+    try:
+        with together(world):
+            if world.rank == 1:
+                time.sleep(0.3)
+                if (error := errors[code]) is not None:
+                    raise error
+    except Exception as error:
+        kind = type(error).__name__
+        expected = {0: "Stopped" if code == 75 else "EndedElsewhere", 1: type(errors[code]).__name__}[world.rank]
+        assert kind == expected, (kind, expected)
+        return float(getattr(error, "exit_code", 1))
+    finally:
+        assert time.monotonic() - began > 0.2
+    return 0.0
 
 
 def batch_norm(world: World) -> dict[str, torch.Tensor]:
@@ -129,6 +177,26 @@ def test_two_ranks_make_the_step_of_one(two_ranks):
             torch.testing.assert_close(rank["honest"][name], expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_the_global_flip_two_ranks_make_the_step_of_one_also_when_images_are_mixed(two_ranks, variant: str):
+    config, ranks = two_ranks
+    alone = one_step(flipped(config, variant), World(torch.device("cpu")))
+    for rank in ranks:
+        assert not rank["mirrored"][variant]["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(rank["mirrored"][variant][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
+    config, ranks = two_ranks
+    for rank in ranks:
+        assert float(rank["local"]) != pytest.approx(float(rank["mirrored"]["replace"]["loss"]), rel=1e-4)
+    assert [int(rank["exchanged"].unique()) for rank in ranks] == [1, 0]
+    alone = World(torch.device("cpu"))
+    one, other = (one_step(with_mixing(config, flip=flip), alone)["loss"] for flip in ("local", "global"))
+    assert torch.equal(one, other)
+
+
 def test_ranks_stay_bitwise_equal(two_ranks):
     _, (first, second) = two_ranks
     assert all(torch.equal(first["honest"][name], second["honest"][name]) for name in first["honest"])
@@ -138,6 +206,17 @@ def test_a_bad_loss_on_one_rank_changes_nothing_on_any(two_ranks):
     for rank in two_ranks[1]:
         assert rank["poisoned"]["unchanged"]
         assert rank["poisoned"]["flags"].tolist() == [1.0, 0.0]
+
+
+def test_a_rank_without_a_batch_changes_nothing_on_any_and_all_learn_of_it(two_ranks):
+    for rank in two_ranks[1]:
+        assert rank["failing"]["unchanged"]
+        assert rank["failing"]["flags"].tolist() == [1.0, FAILED]
+
+
+def test_all_ranks_leave_together_and_in_the_same_way(two_ranks):
+    for rank in two_ranks[1]:
+        assert rank["left"].tolist() == [0, 2, 75, 1]
 
 
 def test_rows_are_gathered_in_rank_order_and_flags_agree(two_ranks):

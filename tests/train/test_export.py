@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdmp_train import export
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.export import export_backbone, load_exported
 from sdmp_train.models import build_backbone
 
@@ -71,3 +75,128 @@ def test_a_folder_without_an_export_is_refused(tiny: Config, tmp_path: Path):
     save_file(tensors, tmp_path / "exported" / "model.safetensors")
     with pytest.raises(ConfigError, match="missing cls_token"):
         load_exported(tmp_path / "exported")
+
+
+class Bomb:
+    """A pickle of this writes a file where it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def exported(tiny: Config, tmp_path: Path) -> Path:
+    export_backbone(trained(tiny), tiny, tmp_path / "exported", step=8)
+    return tmp_path / "exported"
+
+
+def change(folder: Path, **changes: object) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**description, **changes}))
+
+
+PIXELS = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3}
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "file"])
+def test_a_description_cannot_make_timm_open_a_file(key: str, exported: Path, tmp_path: Path):
+    bomb = tmp_path / "bomb.pth"
+    bomb.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    value = str(bomb) if key in ("checkpoint_path", "file") else {"file": str(bomb)}
+    arguments = json.loads((exported / "config.json").read_text())["model_args"]
+    change(exported, model_args={**arguments, key: value, "pretrained": True})
+    with pytest.raises(ConfigError, match=f"a name in model_args is '{key}'"):
+        load_exported(exported)
+    (exported / "model.safetensors").write_bytes(bomb.read_bytes())
+    change(exported, model_args=arguments)
+    with pytest.raises(ConfigError, match="is no safetensors file"):
+        load_exported(exported)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "plain name"),
+        ({"architecture": "local-dir:/tmp"}, "plain name"),
+        ({"architecture": None}, "architecture is None"),
+        ({"architecture": ["resnet18"]}, "architecture is"),
+        ({"architecture": "resnet18"}, "does not fit this model|timm cannot build"),
+        ({"stem": "paper"}, "stem is 'paper'"),
+        ({"stem": {}}, "stem is"),
+        ({"stem": "cifar"}, "expected a ResNet"),
+        ({"model_args": []}, "model_args is"),
+        ({"model_args": {"depth": 10**9}}, "model_args: depth is"),
+        ({"model_args": {"depth": True}}, "model_args: depth is True"),
+        ({"model_args": {"depth": 2.0}}, "model_args: depth is 2.0"),
+        ({"model_args": {"embed_dim": "32"}}, "model_args: embed_dim is"),
+        ({"model_args": {"depth": 256, "embed_dim": 16384, "num_heads": 256}}, "does not fit this model"),
+        ({"model_args": {"img_size": 16384, "patch_size": 1}}, "does not fit this model"),
+        ({"model_args": {"num_heads": 7}}, "timm cannot build"),
+        ({"model_args": {"in_chans": 1}}, "a name in model_args is 'in_chans'"),
+        ({"pretrained_cfg": None}, "pretrained_cfg is None"),
+        ({"pretrained_cfg": {}}, "input_size is None"),
+        ({"pretrained_cfg": {**PIXELS, "input_size": [3, 32]}}, "input_size is"),
+        ({"pretrained_cfg": {**PIXELS, "input_size": [3, 32, 64]}}, "input_size is"),
+        ({"pretrained_cfg": {**PIXELS, "input_size": [3, 1e9, 1e9]}}, "input_size is"),
+        ({"pretrained_cfg": {**PIXELS, "input_size": [3, -8, -8]}}, "input_size is"),
+        ({"pretrained_cfg": {**PIXELS, "mean": [0.5, 0.5]}}, "mean is"),
+        ({"pretrained_cfg": {**PIXELS, "mean": ["0.5"] * 3}}, "mean is"),
+        ({"pretrained_cfg": {**PIXELS, "mean": [float("nan")] * 3}}, "it holds NaN"),
+        ({"pretrained_cfg": {**PIXELS, "mean": [1e308 * 10] * 3}}, "it holds Infinity"),
+        ({"pretrained_cfg": {**PIXELS, "std": [0, 0.2, 0.2]}}, "std is"),
+        ({"padding": "x" * 2**18}, "larger than"),
+    ],
+)
+def test_a_description_that_says_other_things_is_refused_by_name(changes: dict, message: str, exported: Path):
+    change(exported, **changes)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_exported(exported)
+    assert len(str(error.value)) < 2500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000, '{"architecture": ' + "9" * 5000 + "}", "\x00"])
+def test_a_description_that_is_no_object_is_refused(text: str, exported: Path):
+    (exported / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="holds no exported backbone"):
+        load_exported(exported)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_and_devices_are_not_waited_for(name: str, exported: Path):
+    (exported / name).unlink()
+    os.mkfifo(exported / name)
+    with pytest.raises(ConfigError, match="no regular file"):
+        load_exported(exported)
+    (exported / name).unlink()
+    (exported / name).symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="no regular file"):
+        load_exported(exported)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.full((32,), float("nan")), "holds numbers that are not finite"),
+        (torch.ones(32, dtype=torch.float64), "has dtype torch.float64"),
+        (torch.ones(33), r"has shape \(33,\)"),
+    ],
+)
+def test_exported_weights_are_taken_as_they_are_or_not_at_all(weight: torch.Tensor, message: str, exported: Path):
+    tensors = load_file(exported / "model.safetensors")
+    save_file({**tensors, "norm.weight": weight}, exported / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"norm\.weight {message}"):
+        load_exported(exported)
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny_patch16_224", "mobilenetv3_small_100", "test_vit", "test_convnext"])
+def test_whatever_can_be_trained_comes_back(arch: str, tiny: Config, tmp_path: Path):
+    config = replace(tiny, model=ModelConfig(arch=arch))
+    backbone = trained(config)
+    export_backbone(backbone, config, tmp_path / "exported", step=8)
+    loaded, _ = load_exported(tmp_path / "exported")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in backbone.state_dict().items())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -61,3 +63,55 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys):
         log.metrics({"step": 1})
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_lines_and_one_notice(tmp_path: Path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    screen = io.StringIO()
+    with Log(console=Console(file=screen, width=1000)) as log:
+        log.open(tmp_path)
+        for word in ("one", "two"):
+            log.say(word)
+            log.metrics({"step": 1})
+    notice = f"{tmp_path / 'train.log'} cannot be written (is the disk full?); the run goes on"
+    assert screen.getvalue().splitlines() == ["one", notice, "two"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n' * 2
+
+
+def test_a_line_after_a_torn_one_begins_anew(tmp_path: Path):
+    (tmp_path / "train.log").write_text("whole\nto")
+    with Log(console=Console(file=io.StringIO())) as log:
+        log.open(tmp_path)
+        log.say("next")
+    assert (tmp_path / "train.log").read_text() == "whole\nto\nnext\n"
+
+
+def test_metrics_that_come_again_are_dropped_and_of_step_0_all(tmp_path: Path):
+    lines = ['{"step": 0, "knn": 1}', '{"step": 1}', '{"step": 2}', '{"st']
+    for from_step, left in ((1, 2), (0, 0)):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        with Log(console=Console(file=io.StringIO())) as log:
+            log.open(tmp_path, from_step=from_step)
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    code = (
+        "from sdmp_train.log import Log\n"
+        "import sys, time\n"
+        "log = Log()\n"
+        "log.say('first')\n"
+        "sys.stdin.readline()\n"
+        "for i in range(3): log.say('lost')\n"
+        "sys.exit(75)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    process.stdin.write(b"go on\n")
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 75

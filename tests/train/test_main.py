@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,14 +87,39 @@ def test_preset_then_file_then_flags(tmp_path: Path):
         (["--variant", "extra"], "method", "variant", "extra"),
         (["--rules", "cutmix", "mixup"], "method", "rules", ("cutmix", "mixup")),
         (["--mix-per", "sample"], "method", "per", "sample"),
+        (["--flip", "global"], "method", "flip", "global"),
         (["--shared-lam"], "method", "shared_lam", True),
         (["--source-weight", "static"], "method", "source_weight", "static"),
         (["--pair-weight", "static"], "method", "pair_weight", "static"),
         (["--max-steps", "7"], "run", "max_steps", 7),
+        (["--min-lr", "1e-6"], "optim", "min_lr", 1e-6),
+        (["--weight-decay-end", "0.4"], "optim", "weight_decay_end", 0.4),
+        (["--clip-grad", "3"], "optim", "clip_grad", 3.0),
+        (["--clip-mode", "parameter"], "optim", "clip_mode", "parameter"),
+        (["--method", "mocov3", "--moco-dim", "64"], "method", "dim", 64),
+        (["--method", "supervised", "--drop-path", "0.1"], "method", "drop_path", 0.1),
+        (["--method=supervised", "--mix-prob", "0.5"], "method", "prob", 0.5),
+        (["--preset", "quickstart-supervised", "--mix-alpha", "0.8"], "method", "alpha", 0.8),
     ],
 )
 def test_flags_are_spelled_as_users_know_them(words: list[str], group: str, name: str, value: object):
     assert getattr(getattr(parse_pretrain("pretrain", words).config, group), name) == value
+
+
+def test_a_method_has_its_own_flags_and_takes_its_defaults_and_every_other_setting(tmp_path: Path, capsys):
+    config = parse_pretrain("pretrain", ["--preset", "quickstart", "--method", "supervised"]).config
+    expected = get_preset("quickstart")
+    assert config == replace(expected, method=type(config.method)())
+    assert config.method_name == "supervised"
+    (tmp_path / "c.yaml").write_text("method: {name: supervised, prob: 0.25}\n")
+    from_file = parse_pretrain("pretrain", ["--config", str(tmp_path / "c.yaml"), "--label-smoothing", "0.1"]).config
+    assert (from_file.method.prob, from_file.method.label_smoothing) == (0.25, 0.1)
+    with pytest.raises(ConfigError, match="Did you mean supervised"):
+        parse_pretrain("pretrain", ["--method", "supervisd"])
+    with pytest.raises(SystemExit) as error:
+        parse_pretrain("pretrain", ["--method", "supervised", "--moco-dim", "64"])
+    assert error.value.code == 2
+    assert "--moco-dim" in capsys.readouterr().err
 
 
 def test_a_stored_configuration_is_accepted_back(tmp_path: Path):
@@ -118,6 +145,13 @@ def test_resume_needs_a_run(tmp_path: Path):
         (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
         (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
         (["pretrain", "--preset", "quickstart", "--arch", "vit_smal"], "Did you mean vit_small"),
+        (["pretrain", "--preset", "quickstart", "--arch", "hf-hub:timm/resnet18.a1_in1k"], "plain name"),
+        (
+            ["plan", "--preset", "quickstart", "--arch", "vit_tiny_patch16_224", "--image-px", "42"],
+            "leave 2 of 42 rows",
+        ),
+        (["pretrain", "--config", "/dev/zero"], "no regular file"),
+        (["export", "/dev"], "cannot read the config file"),
         (["pretrain"], "data is missing"),
         (["presets", "x"], "takes no arguments"),
         (["export", "missing"], "cannot read the config file"),
@@ -203,6 +237,44 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["eval", "knn", "--weights", "again", "--data", str(image_folder), "--device", "cpu", "-j", "0"]) == 0
     assert main(["export", "run", "--step", "77"]) == 2
     assert "step-000006" in capsys.readouterr().err
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", str(image_folder), *TINY, "--knn-max-images", "0", "--output", "run", "--resume", "auto"]
+    for steps in ("2", "3", "3"):
+        assert main([*words, "--max-steps", steps]) == 0
+    assert sorted(p.name for p in Path("run/checkpoints").glob("step-*")) == ["step-000002", "step-000003"]
+    assert main(["pretrain", "--output", "run", "--resume"]) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        (["--output", "run", "--resume-previous"], "give --resume too"),
+        (["--output", "run", "--resume", "--overwrite"], "give one of them"),
+        (["--resume", "elsewhere"], "not a run folder"),
+        (["--resume", "auto"], "needs --output"),
+    ):
+        assert main(["pretrain", str(image_folder), *TINY, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_too_many_bad_images_exit_with_four(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "images", 20)
+    (folder / "bad.jpg").write_text("no image")
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run")]
+    assert main([*words, "--bad-images", "skip"]) == 4
+    assert "more than the 1.0% " in capsys.readouterr().err
+    assert main(words) == 2
+
+
+def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "bomb.pth").write_bytes(b"\x80\x04.")
+    description = {"architecture": "test_resnet", "model_args": {"checkpoint_path": str(tmp_path / "bomb.pth")}}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert main(["eval", "knn", "--weights", str(tmp_path), "--data", str(image_folder), "--device", "cpu"]) == 2
+    printed = capsys.readouterr().err
+    assert "a name in model_args is 'checkpoint_path'" in printed
+    assert printed.count("\n") == 1
 
 
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):

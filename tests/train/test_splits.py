@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from sdmp_train.config import Config, ConfigError, DataConfig, OptimConfig
 from sdmp_train.data import DataError
 from sdmp_train.evaluate.command import evaluate_knn, labelled_images, measured_images, verify_folder
-from sdmp_train.splits import describe_split, open_images
+from sdmp_train.splits import describe_split, open_images, reporting
 
 CLASSES = ("bébé", "cat", "dog")
 COUNT = 5
@@ -105,7 +106,7 @@ def test_a_test_split_that_cannot_be_used_is_refused_with_the_reason(root: Path,
     assert len(index) == 15
     assert test is not None
     assert len(test) == 0
-    assert "kNN is not measured" in describe_split(config(root).data, index, test)
+    assert "no bank and queries" in describe_split(config(root).data, index, test)
     assert measured(root / "train")[1] == 0
 
 
@@ -201,6 +202,27 @@ def test_a_list_that_makes_no_sense_is_named(root: Path, content: str) -> None:
     (root / "val" / "val_annotations.txt").write_text(content)
     with pytest.raises(DataError, match=r"annotations .*val_annotations\.txt' cannot be read"):
         labelled_images(DataConfig(data=str(root)), None)
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    told: list[int] = []
+    report = reporting(said.append, lambda done, total: told.append(done))
+    for done in range(1, 13):
+        clock[0] = done
+        report(1000 * done, 12000)
+    assert said == ["data     5,000 of 12,000 files looked at", "data     10,000 of 12,000 files looked at"]
+    assert len(told) == 12
+
+
+def test_verify_refuses_where_nothing_is_an_image(root: Path) -> None:
+    for path in (root / "train").rglob("*.png"):
+        path.write_text("x")
+    with pytest.raises(DataError, match=r"15 of 15 files .*") as caught:
+        verify_folder(str(root / "train"))
+    assert caught.value.exit_code == 2
 
 
 def test_verify_names_a_class_that_would_vanish(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

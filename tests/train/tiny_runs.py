@@ -11,6 +11,7 @@ import torch
 from sdmp_train.config import Config
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
+from sdmp_train.log import Log
 from sdmp_train.methods.method import At, Loss, Method
 from sdmp_train.training import Training, assemble
 
@@ -56,7 +57,7 @@ def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.T
 def as_batch(views: tuple[torch.Tensor, ...], first_id: int = 0) -> Batch:
     """Views as a loader's batch, with labels 0, 1, 2, 0, ..."""
     ids = torch.arange(first_id, first_id + len(views[0]))
-    return Batch(views, ids, ids % CLASSES)
+    return Batch(views, ids, ids % CLASSES, torch.ones(len(ids), dtype=torch.bool))
 
 
 def noise_batches(config: Config, steps: int, views: int = 2) -> Iterator[Batch]:
@@ -77,3 +78,18 @@ def all_tensors(training: Training) -> dict[str, torch.Tensor]:
     for number, (_, moments) in enumerate(training.optimizer.state.items()):
         found |= {f"moments/{number}/{k}": v.clone() for k, v in moments.items()}
     return found
+
+
+class Spy(Log):
+    """A silent log that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+        self.numbers: list[dict] = []
+
+    def say(self, line: str = "") -> None:
+        self.lines.append(line)
+
+    def metrics(self, values) -> None:
+        self.numbers.append(dict(values))

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_same_device, check_tensor, readable
-from sdmp_kernels.ops.distillation import op as _op  # noqa: F401  registers the operators
-from sdmp_kernels.ops.target import REDUCTIONS, reduce
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from sdmp_kernels.ops.distillation import op as _op
+from sdmp_kernels.ops.losses import FLOATS
+from sdmp_kernels.ops.target import REDUCTIONS
 
 
 def distillation(
@@ -68,7 +67,7 @@ def distillation(
     if partner is not None:
         _check_partner(partner, other, student)
     if center is not None:
-        check_tensor("center", center, dtypes=_FLOATS, ndim=1, shape="(K,)")
+        check_tensor("center", center, dtypes=FLOATS, ndim=1, shape="(K,)")
         if len(center) != student.shape[2]:
             raise ValueError(f"center has {len(center)} columns but student has {student.shape[2]}; give it shape (K,)")
         check_same_device(center=center, student=student)
@@ -78,16 +77,15 @@ def distillation(
     ]
     mean_of = _check_mean(teacher_mean, teacher.shape[0])
     check_choice("reduction", reduction, REDUCTIONS)
-    losses, _, _, mean = torch.ops.sdmp.distillation(
-        student, teacher, weights["own"], weights.get("other"), partner, center, *temperatures, mean_of
+    loss, _, _, mean = _op.distillation_op.overload(
+        student, teacher, weights["own"], weights.get("other"), partner, center, *temperatures, mean_of, reduction
     )
-    loss = reduce(losses, reduction)
     return (loss, mean) if mean_of else loss
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    check_tensor("student", student, dtypes=_FLOATS, ndim=3, shape="(V, N, K)")
-    check_tensor("teacher", teacher, dtypes=_FLOATS, ndim=3, shape="(T, N, K)")
+    check_tensor("student", student, dtypes=FLOATS, ndim=3, shape="(V, N, K)")
+    check_tensor("teacher", teacher, dtypes=FLOATS, ndim=3, shape="(T, N, K)")
     for name, logits in (("student", student), ("teacher", teacher)):
         if 0 in (logits.shape[0], logits.shape[2]):
             raise ValueError(f"{name} must have at least one crop and one column, got shape {tuple(logits.shape)}")
@@ -107,7 +105,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
 def _check_weights(name: str, weight: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     """(V, T, N), expanded from (V, T)."""
     per_row = not (isinstance(weight, Tensor) and weight.ndim == 2)
-    check_tensor(name, weight, dtypes=_FLOATS, ndim=3 if per_row else 2, shape="(V, T) or (V, T, N)")
+    check_tensor(name, weight, dtypes=FLOATS, ndim=3 if per_row else 2, shape="(V, T) or (V, T, N)")
     expected = (student.shape[0], teacher.shape[0], student.shape[1])
     if tuple(weight.shape) != expected[: weight.ndim]:
         raise ValueError(

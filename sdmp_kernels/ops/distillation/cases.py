@@ -166,6 +166,7 @@ _IN: dict[str, Any] = {"cast": ("student", "teacher"), "grads": ("student",)}
 
 CASES = [
     Case("dino", _case(4, 2, 6, 40, mixed=False), **_IN),
+    Case("few_rows", _case(4, 2, 8, 16), **_IN),
     Case("mixed", _case(3, 2, 5, 70, reduction="none", teacher_mean=True), **_IN),
     Case("even", _case(2, 2, 4, 64, reduction="sum", centered=False), **_IN),
     Case("gathered", _case(3, 2, 5, 33, anywhere=True, reduction="none", teacher_mean=[1]), **_IN),

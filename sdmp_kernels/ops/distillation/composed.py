@@ -9,14 +9,14 @@ Shapes as in `reference.py`; R rows of a chunk, G crops of a group, P probabilit
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sdmp_kernels._memory import new_empty
-from sdmp_kernels.ops.distillation.reference import SCALE, partner_rows, work_dtype
+from sdmp_kernels.ops.distillation.reference import SCALE, partner_rows
+from sdmp_kernels.ops.losses import full_precision, work_dtype
 
 # Elements of a buffer: on a CPU about what its cache holds, on a GPU enough to be worth the launches.
 _CHUNK = {"cpu": 2**20, "cuda": 2**26}
@@ -43,7 +43,7 @@ def forward(
     chunks = _Chunks(student, teacher, other is not None, partner)
     room = weights.new_empty(chunks.elements)
     probabilities = _Probabilities(chunks, teacher, center, teacher_temperature, weights)
-    with _exact_products(student.device):
+    with full_precision(weights):
         for rows in chunks:
             targets = probabilities.of(rows, teacher_stats, known=False)
             for t in mean_of:
@@ -83,7 +83,7 @@ def backward(
     chunks = _Chunks(student, teacher, other is not None, partner)
     first, second = weights.new_empty(2, chunks.elements)
     probabilities = _Probabilities(chunks, teacher, center, teacher_temperature, weights)
-    with _exact_products(student.device):
+    with full_precision(weights):
         for rows in chunks:
             targets = probabilities.of(rows, teacher_stats, known=True)
             for crops in chunks.crops:
@@ -210,19 +210,3 @@ def _weights(own: Tensor, other: Tensor | None, partner: Tensor | None, work: to
         _, known = partner_rows(partner, own.shape[2], own.device)
         weights = torch.cat([weights, other.to(work) * known], 1)
     return weights.permute(2, 0, 1).contiguous()
-
-
-@contextlib.contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in full precision, whatever autocast and the switches for tf32 and bf16 say outside."""
-    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    outside = setting.fp32_precision
-    switch = outside not in ("ieee", "none")
-    if switch:
-        setting.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if switch:
-            setting.fp32_precision = outside

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.losses import work_dtype
+
 # Logits are multiplied by this power of two before they are subtracted and summed, which rounds nothing and keeps
 # differences, and sums of up to 2**40 of them, from overflowing however large the logits are.
 SCALE = 2.0**-40
@@ -63,11 +65,6 @@ def backward(
     target, total = _combined(teacher_exponentials / teacher_stats[1, ..., None], own, other, partner)
     softmax = exponentials / student_stats[1, ..., None]
     return (grad[:, None] * (total[..., None] * softmax - target) / student_temperature).to(student.dtype)
-
-
-def work_dtype(tensor: Tensor) -> torch.dtype:
-    """float32 for half and single inputs, float64 for double."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def partner_rows(partner: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:

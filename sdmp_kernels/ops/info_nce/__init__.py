@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_number, check_same_device, check_tensor
-from sdmp_kernels.ops.info_nce import op as _op  # noqa: F401  registers the operators
+from sdmp_kernels.ops.info_nce import op as _op
+from sdmp_kernels.ops.losses import FLOATS
 from sdmp_kernels.ops.target import check_options, check_target
 from sdmp_kernels.plan import TwoHot
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def info_nce(
@@ -26,14 +25,22 @@ def info_nce(
 ) -> Tensor | list[Tensor]:
     """Two-hot cross-entropy over the similarities of queries and keys (paper Eq. 3 and 4).
 
-    logits = q @ k.T / temperature, with q and k as given: the caller normalises. With detached keys, loss and
-    gradient come out of one attention-like pass: dLSE/dq = softmax(logits) @ k / temperature.
+    With q and k as given (the caller normalises), z_ij = <q_i, k_j> / temperature, p_i = softmax(z_i), and the target's
+    w_i = weight[i], first_i and second_i:
+
+        "ce":          loss_i = -(w_i log p_i[first_i] + (1 - w_i) log p_i[second_i])
+        "log_mixture": loss_i = -log(w_i p_i[first_i] + (1 - w_i) p_i[second_i])
+
+    With detached keys, loss and gradient come out of one attention-like pass: for "ce"
+    dloss_i / dq_i = (sum_j p_ij k_j - w_i k[first_i] - (1 - w_i) k[second_i]) / temperature.
 
     Args:
         q: (N, D) float16, bfloat16, float32 or float64, any strides, D >= 1. Differentiable.
         k: (M, D) of the dtype of q, M >= 1; a gradient to k only if it requires one. Or a sequence of such key sets
             (their M may differ) that share q: one launch for all.
-        target: columns in [0, M) and weights in [0, 1], each (N,); as many as there are key sets.
+        target: a TwoHot of first, second (N,) int64 in [0, M) and weight (N,) in [0, 1], as `MixPlan.source_target`
+            (Eq. 3) and `MixPlan.pair_target` (Eq. 4) make it for keys in the order of the rows. A sequence of as many
+            as there are key sets, where those are a sequence.
         temperature: above 0.
         form: "ce" or "log_mixture", as in `soft_cross_entropy`.
         reduction: "mean" (NaN for N = 0, as torch), "sum", or "none" for (N,).
@@ -46,7 +53,7 @@ def info_nce(
         TypeError, ValueError: naming the argument. Columns on a GPU are not read back: one out of range is never
             read, and its term of the loss is left out.
     """
-    check_tensor("q", q, dtypes=_FLOATS, ndim=2, shape="(N, D)")
+    check_tensor("q", q, dtypes=FLOATS, ndim=2, shape="(N, D)")
     if q.shape[1] == 0:
         raise ValueError(f"q must have at least one column, got shape {tuple(q.shape)}")
     check_options(form, reduction)
@@ -61,7 +68,8 @@ def info_nce(
         _check_keys(f"k[{t}]" if several else "k", key_set, q)
         name = f"target[{t}]" if several else "target"
         targets.append(check_target(name, two_hot, q.shape[0], key_set.shape[0], q))
-    losses, _, _ = torch.ops.sdmp.info_nce(
+    wanted = torch.is_grad_enabled()
+    loss, _, _ = _op.info_nce_op.overload(
         q,
         keys,
         [t.first for t in targets],
@@ -69,13 +77,12 @@ def info_nce(
         [t.weight for t in targets],
         temperature,
         form,
-        reduction == "mean",
-        torch.is_grad_enabled() and q.requires_grad,
+        reduction,
+        wanted and q.requires_grad,
+        wanted and any(key_set.requires_grad for key_set in keys),
     )
-    if reduction != "none":
-        losses = losses.sum(dim=1) if q.shape[0] or reduction == "sum" else losses.mean(dim=1)
-    results = list(losses.unbind(0))
-    return results if several else results[0]
+    # Of a single key set the loss comes as it is to be, without a first dimension.
+    return loss if not several else [loss] if len(keys) == 1 else list(loss.unbind(0))
 
 
 def _check_lists(k: object, target: object) -> tuple[list[Tensor], list[TwoHot]]:

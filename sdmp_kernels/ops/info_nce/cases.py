@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdmp_kernels.ops.case import Case
-from sdmp_kernels.ops.soft_cross_entropy import cases as cross_entropy
+from sdmp_kernels.ops.case import Case, dense_cross_entropy, two_hot
 from sdmp_kernels.plan import TwoHot, draw_plan
 
 
@@ -23,7 +22,7 @@ def call(q: Tensor, k: Any, target: Any, **options: Any) -> Any:
 def eager(q: Tensor, k: Any, target: Any, temperature: float, form: str = "ce", reduction: str = "mean") -> Any:
     """What a user of plain PyTorch writes: all logits, a dense target, `F.cross_entropy`."""
     if isinstance(k, Tensor):
-        return cross_entropy.eager(q @ k.T / temperature, target, form=form, reduction=reduction)
+        return dense_cross_entropy(q @ k.T / temperature, target, form=form, reduction=reduction)
     return [eager(q, keys, wanted, temperature, form, reduction) for keys, wanted in zip(k, target, strict=True)]
 
 
@@ -85,7 +84,7 @@ def _case(
 
     def inputs(generator: torch.Generator) -> dict[str, Any]:
         q, k = scale * layout(_unit(generator, n, d)), layout(_unit(generator, m, d))
-        return {"q": q, "k": k, "target": cross_entropy.two_hot(generator, n, m), **options}
+        return {"q": q, "k": k, "target": two_hot(generator, n, m), **options}
 
     return inputs
 
@@ -108,6 +107,7 @@ _BOTH: dict[str, Any] = {"cast": ("q", "k"), "grads": ("q", "k")}
 CASES = [
     Case("square", _case(16, 16, 32), **_IN),
     Case("mean", _case(16, 16, 32, reduction="mean"), **_IN),
+    Case("few_rows", _case(8, 8, 16, reduction="mean"), **_IN),
     Case("sum", _case(5, 9, 16, reduction="sum"), **_IN),
     Case("primes", _case(7, 37, 19), **_IN),
     Case("one_of_each", _case(1, 1, 1), **_IN),

@@ -13,14 +13,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdmp_kernels.ops.soft_cross_entropy.composed import take
-from sdmp_kernels.ops.soft_cross_entropy.reference import column, work_dtype
-from sdmp_kernels.ops.target import Shares, half_gap, loss_of, pulls_of, shares
+from sdmp_kernels.ops.losses import (
+    SafeTarget,
+    at_columns,
+    full_precision,
+    half_gaps,
+    loss_of,
+    pulls_of,
+    safe_target,
+    take,
+    work_dtype,
+)
 
 # Logits of a chunk: on a CPU about what its cache holds, on a GPU enough to be worth the launches; but never fewer
 # rows than a matrix product needs to be fast.
 _CHUNK = {"cpu": 2**21, "cuda": 2**26}
 _FEWEST_ROWS = 64
+
+
+class Found(NamedTuple):
+    """What one pass over the keys knows of each query.
+
+    Attributes:
+        attended: (N, D) softmax(q k^T) k, or None where it was not asked for.
+        peak: (N,) the largest product, in products of the operands.
+        log_sum: (N,) log(sum of exp(logit - largest logit)); None where peak is the log-sum-exp itself.
+        halves: (2, N) see `losses.half_gaps`.
+    """
+
+    attended: Tensor | None
+    peak: Tensor
+    log_sum: Tensor | None
+    halves: Tensor
 
 
 class Operands(NamedTuple):
@@ -51,30 +75,44 @@ def forward(
     form: str,
     scale: float,
     need_dq: bool,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (T, N), rows (T, 4, N), dq (T, N, D)) as `reference.forward`."""
+    """(loss (T, N), stats (T, 4, N), dq (T, N, D)) as `reference.forward`."""
+    losses, stats, dqs = [], [], []
     work = work_dtype(q)
-    loss = q.new_empty((len(keys), q.shape[0]), dtype=work)
-    rows = q.new_empty((len(keys), 4, q.shape[0]), dtype=torch.float64)
-    dq = q.new_empty((len(keys), *q.shape) if need_dq else (0,), dtype=work)
-    for t, k in enumerate(keys):
-        operands = _operands(q, k, temperature)
-        target = shares(first[t], second[t], weight[t], len(k), work)
-        small = q.device.type == "cpu" and work == torch.float32 and operands.gain == 1
-        if need_dq and small:
-            attended, stats = _by_attention(operands, target)
-        else:
-            attended, stats = _by_chunks(operands, target, need_dq)
-        peak, log_sum, half_first, half_second = stats
-        loss[t] = loss_of(log_sum, half_first, half_second, target, form, scale)
-        at_first, at_second = pulls_of(half_first, half_second, target, form)
-        torch.stack((peak * operands.unit, log_sum.double(), at_first.double(), at_second.double()), out=rows[t])
-        if attended is not None:
-            drawn = operands.k[target.first].mul_(at_first[:, None])
-            drawn.addcmul_(operands.k[target.second], at_second[:, None])
-            attended.mul_((at_first + at_second)[:, None])
-            torch.sub(attended, drawn, out=dq[t]).mul_(operands.k_factor).mul_(scale)
-    return loss, rows, dq
+    with full_precision(q):
+        for k, u, v, w in zip(keys, first, second, weight, strict=True):
+            operands, target = _operands(q, k, temperature), safe_target(u, v, w, len(k), work)
+            chosen = _rows_at(operands.k, target.columns) if need_dq else None
+            # Small enough that no product can overflow.
+            if chosen is not None and q.is_cpu and work == torch.float32 and isinstance(operands.unit, float):
+                found = _by_attention(operands, chosen)
+            else:
+                found = _by_chunks(operands, target, need_dq)
+            losses.append(loss_of(found.log_sum, found.halves, target, form, scale))
+            pulls = pulls_of(found.halves, target, form)
+            if need_stats:
+                log_sum = torch.zeros_like(found.peak) if found.log_sum is None else found.log_sum
+                stats.append(torch.stack((found.peak * operands.unit, log_sum, *pulls.unbind())).double())
+            if chosen is not None and found.attended is not None:
+                dqs.append(_query_gradient(found.attended, chosen, pulls, operands.k_factor, scale))
+    nothing = q.new_empty(0)
+    return (
+        _stacked(losses),
+        _stacked(stats) if need_stats else nothing.double(),
+        _stacked(dqs) if need_dq else nothing.to(work),
+    )
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _query_gradient(attended: Tensor, chosen: Tensor, pulls: Tensor, factor: Tensor | float, scale: float) -> Tensor:
+    """(N, D) scale * factor * (total pull * attended - what is drawn to the chosen keys), over the arguments."""
+    (k_first, k_second), (at_first, at_second) = chosen.unbind(), pulls.unbind()
+    drawn = k_first.mul_(at_first.unsqueeze(1)).addcmul_(k_second, at_second.unsqueeze(1))
+    return attended.mul_(pulls.sum(dim=0).unsqueeze(1)).sub_(drawn).mul_(factor).mul_(scale)
 
 
 def backward(
@@ -84,7 +122,7 @@ def backward(
     first: list[Tensor],
     second: list[Tensor],
     weight: list[Tensor],
-    rows: Tensor,
+    stats: Tensor,
     dq: Tensor,
     temperature: float,
     form: str,
@@ -95,16 +133,17 @@ def backward(
     """(dq (N, D), [dk_t (M_t, D)]) as `reference.backward`."""
     total = q.new_empty(0)
     if need_q:
-        total = torch.mul(dq[0], grad[0][:, None])
+        total = torch.mul(dq[0], grad[0].unsqueeze(1))
         for t in range(1, len(dq)):
             total.addcmul_(dq[t], grad[t][:, None])
-    dks = [
-        _key_gradient(grad[t], _operands(q, k, temperature), shares(first[t], second[t], weight[t], len(k), dq.dtype),
-                      rows[t], scale).to(k.dtype)
-        if need_k[t]
-        else k.new_empty(0)
-        for t, k in enumerate(keys)
-    ]  # fmt: skip
+    dks = [k.new_empty(0) for k in keys]
+    if any(need_k):
+        with full_precision(q):
+            for t, k in enumerate(keys):
+                if need_k[t]:
+                    operands = _operands(q, k, temperature)
+                    target = safe_target(first[t], second[t], weight[t], len(k), dq.dtype)
+                    dks[t] = _key_gradient(grad[t], operands, target, stats[t, 2:], scale).to(k.dtype)
     return total.to(q.dtype), dks
 
 
@@ -142,57 +181,51 @@ def _shrunk(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * torch.exp2(-excess).to(x.dtype), torch.exp2(excess)
 
 
-def _by_attention(operands: Operands, target: Shares) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(softmax(q k^T) k (N, D), (peak, log_sum, half gaps)) from the fused attention of the CPU.
+def _rows_at(k: Tensor, columns: Tensor) -> Tensor:
+    """(2, N, D): the keys at the target's columns."""
+    return k.index_select(0, columns.view(-1)).view(*columns.shape, k.shape[1])
+
+
+def _by_attention(operands: Operands, chosen: Tensor) -> Found:
+    """From the fused attention of the CPU. chosen (2, N, D): the keys at the target's columns.
 
     It returns the log-sum-exp itself, which then is the peak, with nothing left for log_sum.
     """
-    q, k = operands.q[None, None], operands.k[None, None]
-    attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, False, scale=1.0)
-    lse = lse.reshape(-1)
-    halves = (half_gap(lse, _dot(operands.q, operands.k[column])) for column in (target.first, target.second))
-    return attended[0, 0], (lse, torch.zeros_like(lse), *halves)
+    q, k = operands.q, operands.k
+    heads = (q.view(1, 1, *q.shape), k.view(1, 1, *k.shape))
+    attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(*heads, heads[1], scale=1.0)
+    lse = lse.view(-1)
+    # Sums of products of rows, rounded once.
+    logits = (q.double() * chosen).sum(dim=2).to(lse.dtype)
+    return Found(attended.view(q.shape), lse, None, half_gaps(lse, logits))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(N,) sums of products of rows, rounded once."""
-    return (a.double() * b).sum(dim=1).to(a.dtype)
-
-
-def _by_chunks(
-    operands: Operands, target: Shares, need_dq: bool
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """As `_by_attention`; the first is None unless `need_dq`. peak is in products of the operands."""
+def _by_chunks(operands: Operands, target: SafeTarget, need_dq: bool) -> Found:
+    """Through a buffer of some rows of the products."""
     q, k = operands.q, operands.k
     attended = torch.empty_like(q) if need_dq else None
-    stats = q.new_empty((4, q.shape[0]))
+    peaks, sums = q.new_empty((2, q.shape[0])).unbind()
+    halves = q.new_empty((2, q.shape[0]))
     for start, stop, z in _products(q, k):
-        peak = z.amax(dim=1)
-        stats[0, start:stop] = peak
-        for row, index in ((2, target.first), (3, target.second)):
-            stats[row, start:stop] = half_gap(peak, column(z, index[start:stop]))
+        peak = torch.amax(z, dim=1, out=peaks[start:stop])
+        halves[:, start:stop] = half_gaps(peak, at_columns(z, target.columns[:, start:stop]))
         _below(z, peak, operands.gain).exp_()
-        total = torch.sum(z, dim=1, out=stats[1, start:stop])
+        total = torch.sum(z, dim=1, out=sums[start:stop])
         if attended is not None:
             torch.mm(z, k, out=attended[start:stop]).div_(total[:, None])
-    stats[1].log_()
-    stats[2:].mul_(operands.gain)
-    peak, log_sum, half_first, half_second = stats
-    return attended, (peak, log_sum, half_first, half_second)
+    return Found(attended, peaks, sums.log_(), halves.mul_(operands.gain))
 
 
-def _key_gradient(grad: Tensor, operands: Operands, target: Shares, rows: Tensor, scale: float) -> Tensor:
-    """(M, D) sum over i of grad_i * scale * d loss_i / dk, in the dtype of the arithmetic."""
+def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: Tensor, scale: float) -> Tensor:
+    """(M, D) sum over i of grad_i * scale * d loss_i / dk, in the dtype of the arithmetic. pulls (2, N)."""
     q, k = operands.q, operands.k
-    grad = grad.to(q.dtype)
-    at_first, at_second = (grad * pull.to(q.dtype) for pull in (rows[2], rows[3]))
-    total = (at_first + at_second)[:, None]
+    pulls = grad.to(q.dtype) * pulls.to(q.dtype)
+    total = pulls.sum(dim=0).unsqueeze(1)
     dk = torch.zeros_like(k)
     for start, stop, z in _products(q, k):
         _below(z, z.amax(dim=1), operands.gain)
         torch.softmax(z, dim=1, out=z).mul_(total[start:stop])
-        take(z, target.first[start:stop], at_first[start:stop])
-        take(z, target.second[start:stop], at_second[start:stop])
+        take(z, target.columns[:, start:stop], pulls[:, start:stop])
         dk.addmm_(z.T, q[start:stop])
     return dk.mul_(operands.q_factor).mul_(scale)
 

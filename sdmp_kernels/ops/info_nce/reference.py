@@ -7,8 +7,7 @@ Shapes: q (N, D); for every key set t of T: keys[t] (M_t, D), first[t], second[t
 import torch
 from torch import Tensor
 
-from sdmp_kernels.ops.soft_cross_entropy.reference import dense_target, pulls, two_hot_loss, work_dtype
-from sdmp_kernels.ops.target import shares
+from sdmp_kernels.ops.losses import dense_target, pulls, safe_target, two_hot_loss, work_dtype
 
 
 def forward(
@@ -21,26 +20,29 @@ def forward(
     form: str,
     scale: float,
     need_dq: bool,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (T, N), rows (T, 4, N), dq (T, N, D)); loss and dq in float32 (float64 for float64 q), rows in float64.
+    """(loss (T, N), stats (T, 4, N), dq (T, N, D)); loss and dq in float32 (float64 for float64 q), stats in float64.
 
     loss[t, i] is `scale` times the cross-entropy of row i with key set t, and dq[t, i] its gradient to q[i] with the
-    keys held fixed; empty unless `need_dq`. rows[t] are, for the gradient of the keys: the row's largest product
-    q k^T, log(sum of exp(logit - largest logit)), and what the target draws to `first` and to `second`.
+    keys held fixed, empty unless `need_dq`. stats[t], empty unless `need_stats`, are for the gradient of the keys: the
+    row's largest product q k^T, log(sum of exp(logit - largest logit)), and what the target draws to `first` and to
+    `second`.
     """
-    losses, rows, dqs = [], [], []
+    losses, stats, dqs = [], [], []
     for k, u, v, w in zip(keys, first, second, weight, strict=True):
         log_p, peak = _log_softmax(q, k, temperature)
-        losses.append(scale * two_hot_loss(log_p, u, v, w, form))
-        at_first, at_second = pulls(log_p, shares(u, v, w, len(k), log_p.dtype), form)
-        rows.append(torch.stack((peak[:, 0], -log_p.amax(dim=1), at_first, at_second)))
+        target = safe_target(u, v, w, len(k), log_p.dtype)
+        losses.append(scale * two_hot_loss(log_p, target, form))
+        stats.append(torch.stack((peak[:, 0], -log_p.amax(dim=1), *pulls(log_p, target, form))))
         if need_dq:
-            target = dense_target(log_p, u, v, w, form)
-            d_logits = target.sum(dim=1, keepdim=True) * log_p.exp() - target
+            dense = dense_target(log_p, target, form)
+            d_logits = dense.sum(dim=1, keepdim=True) * log_p.exp() - dense
             dqs.append(scale * (d_logits @ k.double()) / temperature)
     work = work_dtype(q)
     dq = torch.stack(dqs).to(work) if need_dq else q.new_empty(0, dtype=work)
-    return torch.stack(losses).to(work), torch.stack(rows), dq
+    saved = torch.stack(stats) if need_stats else q.new_empty(0, dtype=torch.float64)
+    return torch.stack(losses).to(work), saved, dq
 
 
 def backward(
@@ -50,7 +52,7 @@ def backward(
     first: list[Tensor],
     second: list[Tensor],
     weight: list[Tensor],
-    rows: Tensor,
+    stats: Tensor,
     dq: Tensor,
     temperature: float,
     form: str,
@@ -60,7 +62,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of sum_ti grad[t, i] * loss[t, i]: (dq (N, D), [dk_t (M_t, D)]), in the dtypes of q and the keys.
 
-    Empty where not needed. `rows` and `dq` are what `forward` returned.
+    Empty where not needed. `stats` and `dq` are what `forward` returned.
     """
     total = (grad.double()[:, :, None] * dq.double()).sum(dim=0).to(q.dtype) if need_q else q.new_empty(0)
     dks = []
@@ -69,8 +71,8 @@ def backward(
             dks.append(k.new_empty(0))
             continue
         log_p, _ = _log_softmax(q, k, temperature)
-        target = dense_target(log_p, u, v, w, form)
-        d_logits = grad[t].double()[:, None] * (target.sum(dim=1, keepdim=True) * log_p.exp() - target)
+        dense = dense_target(log_p, safe_target(u, v, w, len(k), log_p.dtype), form)
+        d_logits = grad[t].double()[:, None] * (dense.sum(dim=1, keepdim=True) * log_p.exp() - dense)
         dks.append((scale * (d_logits.T @ q.double()) / temperature).to(k.dtype))
     return total, dks
 

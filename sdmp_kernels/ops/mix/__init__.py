@@ -82,6 +82,7 @@ def _is_real(tensor: Tensor) -> bool:
 
 
 def _check_plan(images: Tensor, plan: MixPlan, partners: Tensor | None) -> None:
+    """Raise where plan, images (N, C, H, W) and partners (M, C, H, W) do not fit together."""
     if not isinstance(plan, MixPlan):
         raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; draw one with draw_plan")
     if len(plan) != images.shape[0]:
@@ -113,6 +114,7 @@ def _check_plan(images: Tensor, plan: MixPlan, partners: Tensor | None) -> None:
 def _check_normalisation(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]] | None:
+    """(mean, std) as C floats each, or None where neither is given; raises where they are anything else."""
     if mean is None and std is None:
         return None
     if mean is None or std is None:
@@ -143,6 +145,7 @@ def _result_dtype(
     out: Tensor | tuple[Tensor, Tensor] | None,
     clean: bool,
 ) -> torch.dtype:
+    """The dtype of the result: as asked for, that of `out`, or the default; raises where none can hold it."""
     given = out[1] if isinstance(out, (tuple, list)) and len(out) == 2 else out
     if dtype is None and isinstance(given, Tensor):
         dtype = given.dtype

@@ -1,12 +1,18 @@
-"""`mix` as a composition of PyTorch's own operators: no loop over rows and no host synchronisation.
+"""`mix` as a composition of PyTorch's own operators, for machines without a compiler and GPUs without Triton.
 
-It serves GPUs without Triton and machines without a compiler, and computes in float64 where images are float64.
+On a CPU the plan can be read, and each row takes what its rule needs: rows that are treated alike go together, as many
+as stay in the cache between one operator and the next. On a GPU reading would make the host wait, so there all rows go
+through every rule that may occur, and a mask chooses; and so do gradients, on either.
+
+It computes in float32, in float64 where images are float64.
 Letters: N rows, M partners, H W pixels of an image, (top, left, height, width) a row's box.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
@@ -16,6 +22,9 @@ from sdmp_kernels.plan import Rule
 # A source pixel lies between at most this many pixels of a box that is not larger than the image: two in exact
 # arithmetic, and one more on either side for the rounding of the float32 tap positions.
 _CANDIDATES = 4
+# Elements that a thread works on at once: with what is made of them on the way, they stay in its second-level cache.
+_AT_ONCE = 2**17
+_ALL = slice(None)
 
 
 class _Rows(NamedTuple):
@@ -39,7 +48,96 @@ class _Taps(NamedTuple):
 
 
 def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
-    """Write the mixed images and, where they are wanted, the unmixed ones."""
+    """Write the mixed images and, where they are wanted, the unmixed ones. `outputs.mixed` may be `images` itself."""
+    if images.device.type == "cpu":
+        _mix_rows(images, partners, plan, norm, outputs)
+    else:
+        _mix_masked(images, partners, plan, norm, outputs)
+
+
+def _mix_rows(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+    work, (mixed, clean) = _work_dtype(images), outputs
+    in_place = mixed.data_ptr() == images.data_ptr() and mixed.stride() == images.stride()
+    own = images.clone() if in_place else images
+    sources = own if partners is None else partners
+    share = _column(plan.lam.to(work))
+    partner_share = 1 - share
+
+    def finished(pixels: Tensor) -> Tensor:
+        if norm is None and pixels.dtype == mixed.dtype:
+            return pixels
+        return store(_normalise(pixels.to(work), images.dtype, norm), mixed.dtype)
+
+    treatments = _treatments(plan, partners is None)
+    blended = [rule == Rule.MIXUP for rule, _ in treatments]
+    most = _AT_ONCE * torch.get_num_threads() // own[0].numel()
+    for rows, blend in _runs(blended, range(len(own)), most):
+        if clean is not None:
+            clean[rows].copy_(finished(own[rows]))
+        if blend:
+            given = _partners_of(sources, plan, rows).to(work) * partner_share[rows]
+            target = mixed[rows] if norm is None and mixed.dtype == images.dtype == work else None
+            result = torch.mul(own[rows].to(work), share[rows], out=target).add_(given)
+            if target is None:
+                mixed[rows].copy_(finished(result))
+            continue
+        if not (in_place and norm is None):
+            mixed[rows].copy_(finished(own[rows]) if clean is None else clean[rows])
+        for some, (rule, box) in _runs(treatments, range(rows.start, rows.stop), len(own)):
+            if rule != Rule.KEEP:
+                patch = _patch(sources, plan, some, rule, box, work)
+                mixed[some, :, *_sides(box)].copy_(finished(patch))
+
+
+def _patch(sources: Tensor, plan: PlanRows, rows: slice, rule: Rule, box: list[int], work: torch.dtype) -> Tensor:
+    """(rows, C, height, width): what CUTMIX and RESIZEMIX rows of one box paste into it."""
+    if rule == Rule.CUTMIX:
+        return _partners_of(sources, plan, rows, *_sides(box))
+    others = _partners_of(sources, plan, rows).to(work)
+    return F.interpolate(others, size=(box[2], box[3]), mode="bilinear", align_corners=False)
+
+
+def _sides(box: list[int]) -> tuple[slice, slice]:
+    """The rows and the columns of a box."""
+    top, left, height, width = box
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[Rule, list[int]]]:
+    """For every row its rule, KEEP where that leaves nothing to do, and of CUTMIX and RESIZEMIX the box."""
+    found: list[tuple[Rule, list[int]]] = []
+    for i, (rule, j, lam, box) in enumerate(zip(*(column.tolist() for column in plan[:4]), strict=True)):
+        if rule == Rule.MIXUP:
+            copied = lam == 1 or (own_partners and i == j)
+            found.append((Rule.KEEP if copied else Rule.MIXUP, []))
+        elif rule == Rule.KEEP or box[2] * box[3] == 0:
+            found.append((Rule.KEEP, []))
+        else:
+            found.append((Rule(rule), box))
+    return found
+
+
+def _runs(keys: list[Any], rows: range, most: int) -> Iterator[tuple[slice, Any]]:
+    """The rows cut into runs of equal keys, of at most `most` rows or of one, with their keys."""
+    start = rows.start
+    for row in rows:
+        if row + 1 == rows.stop or keys[row + 1] != keys[start] or row + 1 - start >= most:
+            yield slice(start, row + 1), keys[start]
+            start = row + 1
+
+
+def _partners_of(sources: Tensor, plan: PlanRows, rows: slice, down: slice = _ALL, across: slice = _ALL) -> Tensor:
+    """A part of the images of the rows' partners; without a copy for a row alone."""
+    if plan.mirrored:
+        found = sources[len(sources) - rows.stop : len(sources) - rows.start, :, down, across]
+        return found if len(found) == 1 else found.flip(0)
+    if rows.stop - rows.start > 1:
+        return sources[:, :, down, across][plan.partner[rows]]
+    j = int(plan.partner[rows.start])
+    return sources[j : j + 1, :, down, across]
+
+
+def _mix_masked(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
     own = images.to(_work_dtype(images))
     others = _taken(own if partners is None else partners, plan).to(own.dtype)
     rows = _rows(plan, own, partners is None)
@@ -84,7 +182,7 @@ def _normalise(pixels: Tensor, source: torch.dtype, norm: Norm | None) -> Tensor
     if norm is None:
         return pixels
     unit = pixels / 255 if source == torch.uint8 else pixels
-    return (unit - _channels(norm.mean, pixels)) / _channels(norm.std, pixels)
+    return (unit - _channels(norm.mean, pixels)).div_(_channels(norm.std, pixels))
 
 
 def _denormalise(grads: Tensor, std: list[float] | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
 from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
 
@@ -29,7 +30,7 @@ def _run(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | N
     if images.numel() == 0:
         return
     whole_pairs = plan.mirrored and partners is None and Rule.RESIZEMIX not in plan.rules
-    in_place = whole_pairs and backend not in ("torch", "reference")
+    in_place = backend == "torch" or (whole_pairs and backend != "reference")
     if same_memory(images, outputs.mixed) and not in_place:
         images = images.clone()
     if partners is not None and any(out is not None and overlaps(partners, out) for out in outputs):
@@ -53,7 +54,7 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
     return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
-@torch.library.custom_op("sdmp::mix", mutates_args=())
+@operator("mix")
 def mix_op(
     images: Tensor,
     partners: Optional[Tensor],
@@ -85,7 +86,7 @@ def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, dty
     return _outputs(images, dtype, clean)
 
 
-@torch.library.custom_op("sdmp::mix_out", mutates_args=("mixed", "kept"))
+@operator("mix_out", mutates=("mixed", "kept"))
 def mix_out_op(
     images: Tensor,
     partners: Optional[Tensor],
@@ -110,7 +111,7 @@ def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mix
     return None
 
 
-@torch.library.custom_op("sdmp::mix_", mutates_args=("images", "kept"))
+@operator("mix_", mutates=("images", "kept"))
 def mix_in_place_op(
     images: Tensor,
     partners: Optional[Tensor],
@@ -134,7 +135,7 @@ def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, kep
     return None
 
 
-@torch.library.custom_op("sdmp::mix_backward", mutates_args=())
+@operator("mix_backward")
 def mix_backward_op(
     grad_mixed: Optional[Tensor],
     grad_clean: Optional[Tensor],
@@ -181,13 +182,12 @@ def _backward(ctx, grad_mixed, grad_kept):
     rule, partner, lam, box = ctx.saved_tensors
     mirrored, rules, std, dtype, partner_rows, clean = ctx.host
     grad_kept = grad_kept if clean else None
-    none = (None,) * 10
     if grad_mixed is None and grad_kept is None:
-        return None, None, *none
+        return None, None
     grad_images, grad_partners = torch.ops.sdmp.mix_backward(
         grad_mixed, grad_kept, rule, partner, lam, box, mirrored, rules, std, dtype, partner_rows
     )
-    return grad_images, grad_partners if partner_rows >= 0 else None, *none
+    return grad_images, grad_partners if partner_rows >= 0 else None
 
 
-mix_op.register_autograd(_backward, setup_context=_save)
+mix_op.register_autograd(_backward, setup_context=_save, of=("images", "partners"))

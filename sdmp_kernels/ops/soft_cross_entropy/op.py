@@ -1,19 +1,16 @@
 """The registered operators of `soft_cross_entropy`: schemas, fakes, autograd, backends."""
 
-import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
+from sdmp_kernels.ops.losses import reduced, refuse_triton, upstream, work_dtype
 
 OP = _backends.register("soft_cross_entropy", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
 
 
 def _refuse(backend: str, logits: Tensor) -> str | None:
-    if backend == "triton" and logits.dtype == torch.float64:
-        return "float64 logits are computed by the torch and reference backends"
-    if backend == "triton" and logits.device.type == "cpu" and logits.dtype == torch.bfloat16:
-        return "triton's interpreter rounds bfloat16 wrongly"
-    return None
+    return refuse_triton(logits) if backend == "triton" else None
 
 
 def _module(logits: Tensor):
@@ -21,62 +18,67 @@ def _module(logits: Tensor):
 
 
 def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = work_dtype(logits)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty((2, logits.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("sdmp::soft_cross_entropy", mutates_args=())
+@operator("soft_cross_entropy")
 def soft_cross_entropy_op(
-    logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, label_smoothing: float, form: str
+    logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, label_smoothing: float, form: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """(loss (N,), rows (2, N)): what the backward pass needs to know of each row, see `reference.forward`."""
+    """(loss, (N,) or reduced to (), stats (2, N)): what the backward pass needs to know of each row, see
+    `reference.forward`.
+    """
     if logits.shape[0] == 0:
-        return _empty(logits)
-    return _module(logits).forward(logits, first, second, weight, label_smoothing, form)
+        losses, stats = _empty(logits)
+    else:
+        losses, stats = _module(logits).forward(logits, first, second, weight, label_smoothing, form)
+    return reduced(losses, reduction), stats
 
 
 @soft_cross_entropy_op.register_fake
-def _(logits, first, second, weight, label_smoothing, form):
-    return _empty(logits)
+def _(logits, first, second, weight, label_smoothing, form, reduction):
+    losses, stats = _empty(logits)
+    return reduced(losses, reduction), stats
 
 
-@torch.library.custom_op("sdmp::soft_cross_entropy_backward", mutates_args=())
+@operator("soft_cross_entropy_backward")
 def soft_cross_entropy_backward_op(
     grad: Tensor,
     logits: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     first: Tensor,
     second: Tensor,
     weight: Tensor,
     label_smoothing: float,
     form: str,
+    reduction: str,
 ) -> Tensor:
     """(N, K) gradient of the logits."""
     if logits.numel() == 0:
         return logits.new_empty(logits.shape)
-    return _module(logits).backward(grad, logits, rows, first, second, weight, label_smoothing, form)
+    grad = upstream(grad, logits.shape[0], reduction)
+    return _module(logits).backward(grad, logits, stats, first, second, weight, label_smoothing, form)
 
 
 @soft_cross_entropy_backward_op.register_fake
-def _(grad, logits, rows, first, second, weight, label_smoothing, form):
+def _(grad, logits, stats, first, second, weight, label_smoothing, form, reduction):
     return logits.new_empty(logits.shape)
 
 
 def _save(ctx, inputs, output):
-    logits, first, second, weight, label_smoothing, form = inputs
-    _, rows = output
-    ctx.save_for_backward(logits, rows, first, second, weight)
-    ctx.options = (label_smoothing, form)
-    ctx.mark_non_differentiable(rows)
+    logits, first, second, weight, *options = inputs
+    _, stats = output
+    ctx.save_for_backward(logits, stats, first, second, weight)
+    ctx.options = options
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_rows):
+def _backward(ctx, grad, _grad_stats):
     if grad is None:
-        return (None,) * 6
-    logits, rows, first, second, weight = ctx.saved_tensors
-    grad_logits = torch.ops.sdmp.soft_cross_entropy_backward(grad, logits, rows, first, second, weight, *ctx.options)
-    return grad_logits, None, None, None, None, None
+        return (None,)
+    return (soft_cross_entropy_backward_op.overload(grad, *ctx.saved_tensors, *ctx.options),)
 
 
-soft_cross_entropy_op.register_autograd(_backward, setup_context=_save)
+soft_cross_entropy_op.register_autograd(_backward, setup_context=_save, of=("logits",))

@@ -60,6 +60,33 @@ def with_chunk(kind: bytes, body: bytes) -> Callable[[bytes], bytes]:
     return lambda data: data[:33] + chunk + data[33:]
 
 
+def sampled(factors: int) -> Callable[[bytes], bytes]:
+    """A baseline JPEG whose first component claims these sampling factors (4 bits across, 4 bits down)."""
+
+    def edit(data: bytes) -> bytes:
+        at = data.index(b"\xff\xc0") + 11
+        return data[:at] + bytes([factors]) + data[at + 1 :]
+
+    return edit
+
+
+def raw_png(colour: int, depth: int, interlaced: bool) -> Save:
+    """A PNG of kinds that Pillow does not write: grey (colour 0) or RGB (2) of any depth, also interlaced."""
+    samples = 3 if colour == 2 else 1
+    values = np.random.default_rng(1).integers(0, 2**depth, (HEIGHT, WIDTH, samples), dtype=np.uint8)
+    adam7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    body = b""
+    for top, left, down, across in adam7 if interlaced else ((0, 0, 1, 1),):
+        for row in values[top::down, left::across].reshape(-1, len(range(left, WIDTH, across)) * samples):
+            bits = np.unpackbits(row[:, None], axis=1)[:, 8 - depth :]
+            body += b"\0" + np.packbits(bits).tobytes()
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, interlaced)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b"")):
+        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return lambda path: path.write_bytes(data)
+
+
 def adobe(transform: int) -> bytes:
     return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
 
@@ -93,6 +120,8 @@ def kinds() -> dict[str, tuple[str, Save]]:
         "png-inside.jpg": ("dali", save(rgb, format="PNG")),
         "trailing.jpg": ("dali", edited(jpeg, lambda data: data + b"more" * 9)),
         "no-jfif.jpg": ("dali", edited(jpeg, without_segment(0xE0))),
+        "extended.jpg": ("dali", edited(jpeg, lambda data: data.replace(b"\xff\xc0", b"\xff\xc1", 1))),
+        "sampled.jpg": ("pillow", edited(save(grey), sampled(0x22))),
         "rgb.jpg": ("pillow", save(rgb, keep_rgb=True)),
         "rgb-adobe.jpg": ("pillow", edited(jpeg, lambda data: data[:2] + adobe(0) + data[2:])),
         "ycbcr-adobe.jpg": ("dali", edited(jpeg, lambda data: data[:2] + adobe(1) + data[2:])),
@@ -110,6 +139,9 @@ def kinds() -> dict[str, tuple[str, Save]]:
         "transparent.png": ("dali", save(rgb, transparency=rgb.getpixel((3, 3)))),
         "grey-transparent.png": ("dali", save(grey, transparency=grey.getpixel((3, 3)))),
         "black-white.png": ("dali", save(rgb.convert("1"))),
+        **{f"grey-{depth}-bits.png": ("dali", raw_png(0, depth, False)) for depth in (1, 2, 4)},
+        "interlaced.png": ("dali", raw_png(2, 8, True)),
+        "interlaced-grey.png": ("dali", raw_png(0, 8, True)),
         "gamma.png": ("dali", edited(png, with_chunk(b"gAMA", struct.pack(">I", 100_000)))),
         "profile.png": ("dali", save(rgb, icc_profile=b"no profile" * 9)),
         "turned.png": ("pillow", save(rgb, exif=oriented(6))),

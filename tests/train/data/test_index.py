@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -471,6 +473,23 @@ def test_progress_is_told(own: Path, cache: Path) -> None:
     told: list[tuple[int, int]] = []
     open_folder(own, cache_dir=cache, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (30, 30)
+
+
+def test_one_process_at_a_time_decodes_and_the_next_finds_its_work(
+    own: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def slow(path: str) -> Image.Image:
+        decoded.append(path)
+        time.sleep(0.01)
+        return decode_rgb(path)
+
+    monkeypatch.setattr(index_module, "decode_rgb", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(open_folder, own, check="decode", cache_dir=cache, workers=1) for _ in range(3)]
+        assert [len(future.result()) for future in found] == [30, 30, 30]
+    assert len(decoded) == 30
 
 
 @pytest.mark.parametrize(("name", "value"), [("split", "tset"), ("on_bad", "ignore")])

@@ -71,6 +71,7 @@ def test_batch(index: Index, loader: str) -> None:
             assert view.is_contiguous(memory_format=torch.channels_last)
         assert batch.ids.dtype == batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == index.labels[batch.ids.numpy()].tolist()
+        assert batch.valid.dtype == torch.bool and batch.valid.tolist() == [True] * len(batch.ids)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -505,3 +506,48 @@ def test_workers_ignore_signals_and_end_with_the_loader(index: Index) -> None:
     assert set(children()) - before == set()
     with pytest.raises(StopIteration):
         next(iterator)
+
+
+# Other sources than folders
+
+
+class Shard:
+    """Images in memory, as an archive would hold them: none is a file of its own."""
+
+    def __init__(self, index: Index) -> None:
+        self.files = [Path(index.path(row)).read_bytes() for row in range(len(index))]
+        self.heights, self.widths, self.labels = index.heights, index.widths, index.labels
+        self.classes, self.pillow, self.fingerprint = index.classes, index.pillow, index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> bytes:
+        return self.files[row]
+
+    def name(self, row: int) -> str:
+        return f"shard 0, image {row}"
+
+    def file(self, row: int) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_source_without_files_gives_the_batches_of_the_folder(index: Index, guises: Index, loader: str) -> None:
+    for folder in (index, guises):
+        assert_same(batches(Shard(folder), loader=loader), batches(folder, loader=loader))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_damaged_image_of_a_source_is_called_by_its_name(index: Index, loader: str) -> None:
+    shard = Shard(index)
+    shard.files[11] = shard.files[11][:-20]
+    with pytest.raises(DataError, match=r"shard 0, image 11' .*truncated"):
+        batches(shard, loader=loader)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_row_is_valid(index: Index, loader: str) -> None:
+    for batch in batches(index, loader=loader):
+        assert batch.valid.dtype == torch.bool
+        assert batch.valid.tolist() == [True] * 8

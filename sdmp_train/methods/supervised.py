@@ -1,0 +1,165 @@
+"""Training on labels, with mixed images and mixed labels: cross-entropy with Mixup, CutMix and ResizeMix.
+
+Zhang et al., mixup (2018); Yun et al., CutMix (2019); Qin et al., ResizeMix (2020): the target of a mixed image is its
+two labels, weighted by their shares of the pixels.
+
+Letters: N rows per rank, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sdmp_kernels import MixPlan, mix, soft_cross_entropy
+
+from ..data import Batch, ViewRecipe, crop_flip_view
+from ..distributed import distribute
+from ..flags import arg
+from ..models import feature_width
+from ..settings import ConfigError, between
+from .method import At, Group, Loss, Setup
+from .mixing import RULES, check_rules, draw_batch_plan, example_plans
+
+HEAD_STD = 0.01
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Cross-entropy on the classes of the folders, with mixed images and labels."""
+
+    rules: tuple[str, ...] = RULES
+    """Mixing rules drawn from, uniformly: mixup, cutmix, resizemix."""
+    per: Annotated[Literal["batch", "sample"], arg(name="mix-per")] = "batch"
+    """One rule per batch or per sample."""
+    alpha: Annotated[float, arg(name="mix-alpha")] = 1.0
+    """lam is drawn from Beta(alpha, alpha)."""
+    prob: Annotated[float, arg(name="mix-prob")] = 1.0
+    """Chance that a sample is mixed at all; 0 trains on clean images."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    drop_path: float = 0.0
+    """Chance that the last residual branch is left out for a sample, falling to 0 towards the first."""
+
+    def __post_init__(self) -> None:
+        check_rules(self.rules, self.alpha)
+        between("mix_prob", self.prob, 0, 1)
+        between("label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
+        between("drop_path", self.drop_path, 0, 1 - 1e-9)
+
+
+class Classifier(nn.Module):
+    """Backbone and one linear layer: (N, 3, H, W) -> (N, K)."""
+
+    def __init__(self, backbone: nn.Module, classes: int, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            self.head = nn.Linear(feature_width(backbone), classes)
+            nn.init.normal_(self.head.weight, std=HEAD_STD)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class Supervised:
+    """A classifier, and the four stages of its step."""
+
+    Config: ClassVar[type] = SupervisedConfig
+
+    def __init__(self, config: SupervisedConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
+        if setup.classes < 2:
+            raise ConfigError(
+                f"training on labels takes at least two class folders, and there are {setup.classes}; "
+                "give --data a folder with one folder per class"
+            )
+        self.config = config
+        self.setup = setup
+        backbone = build_backbone(**self.backbone_options(config), drop_path=config.drop_path)
+        self.classifier = Classifier(backbone, setup.classes, setup.seed).to(setup.world.device)
+        self.logits = distribute(self.classifier, setup.world)
+        self.state = nn.ModuleDict({"classifier": self.classifier})
+
+    @staticmethod
+    def backbone_options(config: Any) -> dict[str, Any]:
+        """ViT-S has six heads, as in DeiT and timm."""
+        return {"heads": None}
+
+    @property
+    def trained(self) -> nn.Module:
+        """The classifier."""
+        return self.classifier
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Without the last layer."""
+        return self.classifier.backbone
+
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """Where images are mixed at all."""
+        return self.config.prob > 0
+
+    def views(self, at: At) -> list[ViewRecipe]:
+        """One random crop, flipped or not; grey as often as the data settings say."""
+        data = self.setup.data
+        return [replace(crop_flip_view(data.image_px, data.crop_min_frac), gray_prob=data.gray_prob)]
+
+    def plan(self, at: At) -> MixPlan:
+        """What is mixed with what."""
+        config = self.config
+        return draw_batch_plan(
+            self.setup, at, 0, rules=config.rules, alpha=config.alpha, per=config.per, prob=config.prob
+        )
+
+    def mix(self, batch: Batch, plan: MixPlan) -> Tensor:
+        """(N, 3, H, W) uint8 view -> the mixed, normalised images."""
+        data = self.setup.data
+        return cast(Tensor, mix(batch.views[0], plan, mean=data.mean, std=data.std, dtype=self.setup.dtype))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, K) logits."""
+        bf16 = self.setup.dtype == torch.bfloat16
+        with torch.autocast(self.setup.world.device.type, torch.bfloat16, enabled=bf16):
+            return self.logits(images)
+
+    def loss(self, features: Tensor, plan: MixPlan, batch: Batch, at: At) -> Loss:
+        """Soft cross-entropy on the labels mixed as the pixels were; `top1`: the weight of the label guessed."""
+        target = plan.label_target(batch.labels.to(features.device, non_blocking=True))
+        loss = soft_cross_entropy(features.float(), target, label_smoothing=self.config.label_smoothing)
+        guess = features.detach().argmax(dim=1)
+        right = target.weight * (guess == target.first) + (1 - target.weight) * (guess == target.second)
+        return Loss(loss, {}, {"top1": right.mean()})
+
+    def groups(self) -> list[Group]:
+        """Norms and biases do not decay (DeiT)."""
+        matrices = [p for p in self.classifier.parameters() if p.ndim > 1]
+        return [Group(matrices), Group([p for p in self.classifier.parameters() if p.ndim <= 1], decays=False)]
+
+    def after_update(self, at: At, good: Tensor) -> None:
+        """Nothing follows the optimiser."""
+
+    def facts(self, plan: MixPlan) -> dict[str, Tensor]:
+        """The mean of lam."""
+        return {"lam_mean": plan.lam.mean()}
+
+    def describe(self) -> str:
+        """The loss, what is mixed, and the chance level."""
+        classes, rules = self.setup.classes, " ".join(self.config.rules)
+        mixed = f"{self.config.prob:.0%} mixed by {rules}" if self.config.prob else "clean"
+        return f"cross-entropy on {classes} classes, {mixed}; chance level {math.log(classes):.3f}"
+
+    def example(self, batch: Batch) -> list[tuple[str, Tensor, MixPlan]]:
+        """The view, mixed by each rule in turn."""
+        if not self.config.prob:
+            return []
+        images, config = batch.views[0].cpu(), self.config
+        plans = example_plans(tuple(images.shape), rules=config.rules, alpha=config.alpha, seed=self.setup.seed)
+        return [(rule, images, plan) for rule, plan in plans]
