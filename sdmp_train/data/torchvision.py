@@ -6,6 +6,7 @@ speed.
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class TorchvisionLoader(Loader):
             generator=torch.Generator(),
         )
         before = signal.getsignal(signal.SIGCHLD)
-        with _signals_wait():
+        with _signals_wait(), _garbage_stays():
             self._batches = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not before:
             # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
@@ -154,6 +155,19 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """Processes forked in this block never collect what was garbage before it.
+
+    A DALI pipeline among it would wait for threads that a forked process does not have.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdmp_kernels.ops.augment import augment, reference
+from sdmp_kernels.ops.augment.arguments import Draws
 from sdmp_kernels.ops.case import Case
 from sdmp_kernels.views import EvalView, Interpolation, Size, ViewDraws, ViewRecipe, draw_views, eval_view, view_size
 
@@ -37,7 +38,7 @@ def _views(images: Images, draws: ViewDraws, size_px: Size, interpolation: Inter
     size, cubic = torch.Size(view_size(size_px)), interpolation == "bicubic"
     pictures = reference.pictures([images] if isinstance(images, Tensor) else images)
     rows = zip(pictures, *draws.tensors(), strict=True)
-    views = [reference.make_view(image.to(dtype), drawn, cubic, size).to(torch.uint8) for image, *drawn in rows]
+    views = [reference.make_view(image.to(dtype), Draws(*drawn), cubic, size).to(torch.uint8) for image, *drawn in rows]
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     return torch.stack(views) if views else torch.empty(0, channels, *size, dtype=torch.uint8)
 

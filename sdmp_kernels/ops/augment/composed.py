@@ -11,26 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdmp_kernels.ops.augment.arguments import Draws
 from sdmp_kernels.ops.augment.reference import LUMA, pictures, reflected
 
 
-def augment(
-    images: list[Tensor],
-    box: Tensor,
-    flip: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    gray: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    cubic: bool,
-    radius: int,
-    out: Tensor,
-) -> None:
+def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`."""
-    size = out.shape[2:]
+    size, box, sigma = out.shape[2:], draws.box, draws.sigma
     cut = not box.is_floating_point()
     if cut and not box.is_cuda:
         mode = "bicubic" if cubic else "bilinear"
@@ -42,14 +29,14 @@ def augment(
             [_resampled(p[None], b[None], size, cubic, cut) for p, b in zip(pictures(images), box, strict=True)]
         )
     views = views.clamp(0, 255)
-    views = torch.where(_per_row(flip), views.flip(3), views)
-    views = _recoloured(views, brightness, contrast, saturation, hue, gray)
+    views = torch.where(_per_row(draws.flip), views.flip(3), views)
+    views = _recoloured(views, draws)
     if radius != 0:
         widest = radius if radius > 0 else math.ceil(3 * float(sigma.max()))
         for dim in (2, 3):
             views = _blurred(views, sigma, widest, dim)
     views = views.round().clamp(0, 255)
-    out.copy_(torch.where(_per_row(solarize) & (views >= 128), 255 - views, views))
+    out.copy_(torch.where(_per_row(draws.solarize) & (views >= 128), 255 - views, views))
 
 
 def _per_row(numbers: Tensor) -> Tensor:
@@ -101,10 +88,9 @@ def _luma(views: Tensor) -> Tensor:
     return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(1)
 
 
-def _recoloured(
-    views: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, gray: Tensor
-) -> Tensor:
-    b, c, s, h = (_per_row(numbers) for numbers in (brightness, contrast, saturation, hue))
+def _recoloured(views: Tensor, draws: Draws) -> Tensor:
+    numbers = (draws.brightness, draws.contrast, draws.saturation, draws.hue)
+    b, c, s, h = (_per_row(rows) for rows in numbers)
     views = (views * b).clamp(0, 255)
     mean = _luma(views).mean((2, 3), keepdim=True)
     views = torch.where(c == 1, views, (mean * (1 - c) + views * c).clamp(0, 255))
@@ -113,7 +99,7 @@ def _recoloured(
     grey = _luma(views)
     views = torch.where(s == 1, views, (grey * (1 - s) + views * s).clamp(0, 255))
     views = torch.where(h == 0, views, _turned(views, h))
-    return torch.where(_per_row(gray), _luma(views), views)
+    return torch.where(_per_row(draws.gray), _luma(views), views)
 
 
 def _turned(views: Tensor, turns: Tensor) -> Tensor:

@@ -6,22 +6,9 @@
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.augment.arguments import Draws
 
-def augment(
-    images: list[Tensor],
-    box: Tensor,
-    flip: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    gray: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    cubic: bool,
-    radius: int,
-    out: Tensor,
-) -> None:
+
+def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`: one image at a time in cache, parallel over images."""
-    draws = (box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
-    torch.ops.sdmp.augment_cpu(images, *(tensor.contiguous() for tensor in draws), cubic, out)
+    torch.ops.sdmp.augment_cpu(images, *(rows.contiguous() for rows in draws), cubic, out)

@@ -1,9 +1,10 @@
-"""The registered operator of `augment`: schema, fake, and which backend serves which device. It has no derivative."""
+"""The registered operator of `augment`: schema, fake, and which backend serves which call. It has no derivative."""
 
-import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._operators import operator
+from sdmp_kernels.ops.augment.arguments import Draws
 
 OP = _backends.register("augment", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
 
@@ -14,7 +15,7 @@ def _refuse(backend: str, images: list[Tensor]) -> str | None:
     return None
 
 
-@torch.library.custom_op("sdmp::augment", mutates_args=("out",))
+@operator("augment", mutates=("out",))
 def augment_op(
     images: list[Tensor],
     box: Tensor,
@@ -32,9 +33,9 @@ def augment_op(
 ) -> None:
     """`images`: one (N, C, H, W) batch, or N images (H, W, C). `radius`: of the widest blur; -1 where unknown."""
     if out.numel():
-        module = OP.module(_backends.choose(OP, out.device, lambda name: _refuse(name, images)))
-        draws = (box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
-        module.augment(images, *draws, cubic, radius, out)
+        draws = Draws(box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
+        backend = _backends.choose(OP, out.device, lambda name: _refuse(name, images))
+        OP.module(backend).augment(images, draws, cubic, radius, out)
 
 
 @augment_op.register_fake

@@ -6,47 +6,32 @@ Letters: C channels, H W pixels of the image, h w pixels of the view.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.augment.arguments import Draws
+
 LUMA = (0.299, 0.587, 0.114)
 
 
-def augment(
-    images: list[Tensor],
-    box: Tensor,
-    flip: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    gray: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    cubic: bool,
-    radius: int,
-    out: Tensor,
-) -> None:
+def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`."""
-    draws = zip(box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize, strict=True)
-    for image, drawn, view in zip(pictures(images), draws, out, strict=True):
-        view.copy_(make_view(image.double(), drawn, cubic, view.shape[1:]))
+    for image, drawn, view in zip(pictures(images), zip(*draws, strict=True), out, strict=True):
+        view.copy_(make_view(image.double(), Draws(*drawn), cubic, view.shape[1:]))
 
 
-def make_view(image: Tensor, drawn: Sequence[Tensor], cubic: bool, size: torch.Size) -> Tensor:
+def make_view(image: Tensor, drawn: Draws, cubic: bool, size: torch.Size) -> Tensor:
     """(C, H, W) on the 0 to 255 scale -> (C, h, w) whole numbers on it, in the dtype of `image`.
 
-    `drawn`: one row of each tensor of ViewDraws, in their order.
+    `drawn`: one row of each tensor.
     """
-    box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize = drawn
-    view = crop_and_resize(image, box, size, cubic)
-    if flip:
+    view = crop_and_resize(image, drawn.box, size, cubic)
+    if drawn.flip:
         view = view.flip(2)
-    view = recolour(view, brightness, contrast, saturation, hue, gray)
-    view = blur(view, float(sigma)).round().clamp(0, 255)
-    return torch.where(solarize & (view >= 128), 255 - view, view)
+    view = recolour(view, drawn)
+    view = blur(view, float(drawn.sigma)).round().clamp(0, 255)
+    return torch.where(drawn.solarize & (view >= 128), 255 - view, view)
 
 
 def pictures(images: list[Tensor]) -> list[Tensor]:
@@ -94,22 +79,20 @@ def luma(view: Tensor) -> Tensor:
     return sum(weight * channel for weight, channel in zip(LUMA, view, strict=True))
 
 
-def recolour(
-    view: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, gray: Tensor
-) -> Tensor:
+def recolour(view: Tensor, drawn: Draws) -> Tensor:
     """Brightness, contrast, saturation, hue, grey, clamped after each; neutral numbers change nothing."""
-    colour = view.shape[0] == 3
-    if brightness != 1:
-        view = (view * brightness.to(view)).clamp(0, 255)
-    if contrast != 1:
+    coloured = view.shape[0] == 3
+    if drawn.brightness != 1:
+        view = (view * drawn.brightness.to(view)).clamp(0, 255)
+    if drawn.contrast != 1:
         mean = luma(view).mean()
-        view = (mean + contrast.to(view) * (view - mean)).clamp(0, 255)
-    if saturation != 1 and colour:
+        view = (mean + drawn.contrast.to(view) * (view - mean)).clamp(0, 255)
+    if drawn.saturation != 1 and coloured:
         grey = luma(view)
-        view = (grey + saturation.to(view) * (view - grey)).clamp(0, 255)
-    if hue != 0 and colour:
-        view = turn_hue(view, float(hue))
-    if gray and colour:
+        view = (grey + drawn.saturation.to(view) * (view - grey)).clamp(0, 255)
+    if drawn.hue != 0 and coloured:
+        view = turn_hue(view, float(drawn.hue))
+    if drawn.gray and coloured:
         view = luma(view).expand_as(view)
     return view
 

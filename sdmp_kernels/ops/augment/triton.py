@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdmp_kernels import _launch
 from sdmp_kernels._launch import Call, Compile
+from sdmp_kernels.ops.augment.arguments import Draws
 from sdmp_kernels.ops.augment.triton_kernels import (
     augment_blur_columns_kernel,
     augment_blur_rows_kernel,
@@ -25,31 +26,15 @@ KERNELS = (
 )
 
 
-def augment(
-    images: list[Tensor],
-    box: Tensor,
-    flip: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    gray: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    cubic: bool,
-    radius: int,
-    out: Tensor,
-) -> None:
+def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`; one signature with `reference`."""
-    draws = (box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
     arch = _launch.architecture(out.device)
-    for call in calls(arch, images[0], tuple(t.contiguous() for t in draws), cubic, radius, out):
+    for call in calls(arch, images[0], Draws(*(rows.contiguous() for rows in draws)), cubic, radius, out):
         call.launch(out.device)
 
 
-def calls(arch: str, images: Tensor, draws: tuple[Tensor, ...], cubic: bool, radius: int, out: Tensor) -> list[Call]:
-    """The launches, in order; `draws` as in `reference.augment`, contiguous."""
-    box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize = draws
+def calls(arch: str, images: Tensor, draws: Draws, cubic: bool, radius: int, out: Tensor) -> list[Call]:
+    """The launches, in order; the rows of `draws` are contiguous."""
     n, channels, height, width = out.shape
     group = 3 if channels == 3 else 1
     units, area = channels // group, height * width
@@ -59,14 +44,15 @@ def calls(arch: str, images: Tensor, draws: tuple[Tensor, ...], cubic: bool, rad
     block = min(given["block"], triton.next_power_of_2(area))
     tiles = triton.cdiv(area, block)
     sums = torch.empty(n * units * tiles, dtype=torch.float32, device=out.device)
-    constants = {"GROUP": group, "CUT": not box.is_floating_point(), "CUBIC": cubic, "BLOCK": block}
+    constants = {"GROUP": group, "CUT": not draws.box.is_floating_point(), "CUBIC": cubic, "BLOCK": block}
     sizes = (*images.stride(), *images.shape[2:], height, width, area, tiles, units)
-    args = (images, box, flip, brightness, view, sums, *sizes)
+    args = (images, draws.box, draws.flip, draws.brightness, view, sums, *sizes)
     grid = (n * units * tiles,)
     found = [Call(augment_resize_kernel, grid, args, given["num_warps"], 1, constants)]
 
     constants = {"GROUP": group, "BLOCK": block, "SUMS": triton.next_power_of_2(units * tiles)}
-    args = (view, sums, contrast, saturation, hue, gray, sigma, solarize, out, out.stride(0), area, tiles, units)
+    colours = (draws.contrast, draws.saturation, draws.hue, draws.gray, draws.sigma, draws.solarize)
+    args = (view, sums, *colours, out, out.stride(0), area, tiles, units)
     found.append(Call(augment_colour_kernel, grid, args, given["num_warps"], 1, constants))
     if radius == 0:
         return found
@@ -76,9 +62,9 @@ def calls(arch: str, images: Tensor, draws: tuple[Tensor, ...], cubic: bool, rad
     tiles = triton.cdiv(area, block)
     blurred, grid = torch.empty_like(view), (n * channels * tiles,)
     sizes = (height, width, area, tiles, channels)
-    args = (view, sigma, blurred, *sizes)
+    args = (view, draws.sigma, blurred, *sizes)
     found.append(Call(augment_blur_rows_kernel, grid, args, given["num_warps"], 1, {"BLOCK": block}))
-    args = (blurred, sigma, solarize, out, out.stride(0), *sizes)
+    args = (blurred, draws.sigma, draws.solarize, out, out.stride(0), *sizes)
     found.append(Call(augment_blur_columns_kernel, grid, args, given["num_warps"], 1, {"BLOCK": block}))
     return found
 
@@ -104,7 +90,7 @@ def compiles(arch: str) -> list[Compile]:
         number = torch.empty(n, dtype=torch.float32, device="meta")
         switch = torch.empty(n, dtype=torch.bool, device="meta")
         box = torch.empty((n, 4), dtype=torch.float32 if fractional else torch.int32, device="meta")
-        draws = (box, switch, number, number, number, number, switch, number, switch)
+        draws = Draws(box, switch, number, number, number, number, switch, number, switch)
         # Bytes are gathered and stored side by side with other channels'; planes of float32 are read and written wide.
         wide = {
             "resize": ("wide_stores",),

@@ -485,6 +485,39 @@ def test_a_signal_before_a_worker_is_set_up_waits_and_is_dropped(index: Index, m
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
 
 
+class Garbage:
+    """Part of a cycle, so that only the collector finds it; notes the processes that do."""
+
+    def __init__(self, notes: Path) -> None:
+        self.itself, self.notes = self, notes
+
+    def __del__(self) -> None:
+        with self.notes.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_do_not_collect_the_garbage_they_are_born_with(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DALI pipeline among it would wait for ever for threads that a forked process does not have."""
+    notes = tmp_path / "collected"
+    set_up = portable._ignore_signals
+
+    def collect(worker: int) -> None:
+        set_up(worker)
+        gc.collect()
+
+    monkeypatch.setattr(portable, "_ignore_signals", collect)
+    gc.disable()
+    try:
+        Garbage(notes)
+        assert len(batches(index, loader="torchvision", workers=2)) == 3
+    finally:
+        gc.enable()
+    gc.collect()
+    assert notes.read_text().split() == [str(os.getpid())]
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_workers_ignore_signals_and_end_with_the_loader(index: Index) -> None:
     before = set(children())
