@@ -48,12 +48,37 @@ def largest_term(**inputs: Any) -> float:
     return 1.0
 
 
-def bytes_moved(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> int:
+def source_bytes(images: Images, draws: ViewDraws, **_: Any) -> int:
+    """What the crops hold."""
+    return _channels(images) * int((draws.box[:, 2].double().ceil() * draws.box[:, 3].double().ceil()).sum())
+
+
+def floor_bytes(images: Images, draws: ViewDraws, size_px: Size, **_: Any) -> int:
     """The crops read once and the views written once."""
-    channels = images.shape[1] if isinstance(images, Tensor) else images[0].shape[2]
     height, width = view_size(size_px)
-    crops = float((draws.box[:, 2].double() * draws.box[:, 3].double()).sum())
-    return channels * (int(crops) + len(draws) * height * width)
+    return source_bytes(images, draws) + len(draws) * _channels(images) * height * width
+
+
+def kernel_bytes(images: Images, draws: ViewDraws, size_px: Size, **_: Any) -> int:
+    """On a GPU: float32 planes written and read between two launches, or four where there may be a blur."""
+    height, width = view_size(size_px)
+    passes = 6 if draws.max_sigma != 0 else 2
+    between = 4 * passes * len(draws) * _channels(images) * height * width
+    return floor_bytes(images, draws, size_px) + between
+
+
+def flops(images: Images, draws: ViewDraws, size_px: Size, **_: Any) -> int:
+    """Products and sums of the two passes of the resize, the colours, and the two passes of the blur."""
+    height, width = view_size(size_px)
+    taps = 2 * (2 * (draws.box[:, 2:].double() / torch.tensor([height, width])).clamp_min(1)).sum(1)
+    blur = 2 * 2 * (2 * (3 * draws.sigma.double()).ceil() + 1) * (draws.sigma > 0)
+    return int((height * width * _channels(images) * (2 * taps + 30 + blur)).sum())
+
+
+def _channels(images: Images) -> int:
+    if isinstance(images, Tensor):
+        return images.shape[1]
+    return images[0].shape[2] if images else 3
 
 
 def photograph(generator: torch.Generator, height: int, width: int, channels: int = 3) -> Tensor:
