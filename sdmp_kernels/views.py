@@ -261,6 +261,12 @@ def byol_views(
         blur: whether there is any.
         channels: of the images; other than 1 and 3, saturation, hue and grey mean nothing, and are left out with a
             warning.
+
+    Returns:
+        The recipes of the first and the second view.
+
+    Raises:
+        ValueError: for sizes and shares outside what is said above, naming them.
     """
     blur_on = blur and min(view_size(size_px)) >= 64
     base = ViewRecipe(size_px, (crop_min, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_sigma_px=_blur_range(size_px))
@@ -286,8 +292,23 @@ def dino_views(
 ) -> tuple[ViewRecipe, ...]:
     """The multi-crop of DINO (Caron et al. 2021): two global views, then `locals` local ones.
 
-    `global_scale` defaults to (0.4, 1), and to (0.14, 1) without local views. The blur is the same in pixels for both
-    sizes, scaled with `global_px / 224` and off below 64 px, as in :func:`byol_views`.
+    The blur is the same in pixels for both sizes, scaled with `global_px / 224` and off below 64 px, as in
+    :func:`byol_views`.
+
+    Args:
+        global_px: side of the global views, or (height, width).
+        local_px: likewise of the local ones.
+        locals: how many local views there are, 0 or more.
+        global_scale: smallest and largest area of a global crop, as shares of the image's; default (0.4, 1), and
+            (0.14, 1) without local views.
+        local_scale: likewise of a local crop.
+        blur: whether there is any.
+
+    Returns:
+        2 + `locals` recipes.
+
+    Raises:
+        ValueError: for an argument outside what is said above, naming it.
     """
     if locals < 0:
         raise ValueError(f"locals must be the number of local views, 0 or more, but is {locals}")
