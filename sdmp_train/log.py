@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .durable import write_durably
-from .reading import open_file, open_for_append
+from .reading import open_for_append, open_regular
 from .text import printable_lines
 
 PLAIN_SECONDS = 5.0
@@ -125,7 +125,7 @@ class Log:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            with open_file(path) as file:
+            with open_regular(path) as file:
                 lines = file.read().decode(errors="replace").splitlines()
             write_durably(path, "".join(line + "\n" for line in lines if from_step and kept(line, from_step)))
         self._metrics = LineFile(path)
