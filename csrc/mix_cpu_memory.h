@@ -7,13 +7,7 @@
 #include "mix.h"
 #include "mix_cpu.h"
 #include "mix_cpu_runs.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
+#include "stream_cpu.h"
 
 namespace sdmp {
 namespace SDMP_ISA {
@@ -57,7 +51,6 @@ void copy_bytes(char* to, const char* from, int64_t bytes) {
   }
 }
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kFloats = kLine / static_cast<int64_t>(sizeof(float));
 
 // Memory that is read soon is asked for, into the second-level cache: the first has no room for it. A processor does so
@@ -70,24 +63,6 @@ inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 void fetch(const char* from, int64_t bytes) {
   for (int64_t k = 0; k < bytes; k += kLine) fetch(from + k);
-}
-
-void stream_line(char* to, const char* from) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#elif defined(__AVX__)
-  for (int64_t k = 0; k < kLine; k += 32) {
-    const __m256i data = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k), data);
-  }
-#elif defined(__SSE2__)
-  for (int64_t k = 0; k < kLine; k += 16) {
-    const __m128i data = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), data);
-  }
-#else
-  std::memcpy(to, from, kLine);
-#endif
 }
 
 // A blend in float32, in whole lines past the cache.
@@ -222,12 +197,6 @@ class CutWriter {
   int64_t at_ = 0, chosen_ = -1;
   alignas(kLine) char line_[kLine];
 };
-
-void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();  // the stores are in no order with what another thread reads next
-#endif
-}
 
 }  // namespace
 }  // namespace SDMP_ISA

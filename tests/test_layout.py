@@ -32,6 +32,7 @@ SUITES = {
     "bench/test_questions.py": "every benchmark, run once on tiny inputs",
     "ops/test_every_op.py": "every op's cases",
     "ops/test_layout_of_ops.py": "what is in an op's folder",
+    "ops/test_loss_native.py": "csrc: the losses",
     "ops/test_mix_native.py": "csrc/mix",
     "ops/test_mix_triton.py": "sdmp_kernels/ops/mix/triton.py",
     "train/test_convergence.py": "curves of whole trainings",

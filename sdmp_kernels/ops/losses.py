@@ -37,6 +37,36 @@ def refuse_triton(*inputs: Tensor) -> str | None:
     return None
 
 
+def refuse_native(*inputs: Tensor) -> str | None:
+    """Why the C++ kernels serve none of the losses for such inputs, or None."""
+    if any(tensor.dtype == torch.float64 for tensor in inputs):
+        return "float64 is computed by the torch and reference backends"
+    return None
+
+
+# ---- a gradient that exists before the backward pass ----
+
+
+def owned_gradient() -> bool:
+    """Within a backward pass: whether a saved gradient may be handed out as it is, since nobody will ask for it again
+    and nobody differentiates it.
+    """
+    return not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def scaled(gradient: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+    """`gradient` (N, ...) times `grad`, () for all or (N,) one per row, in `out`, which may be `gradient` itself.
+
+    One number is looked at: a CPU has it at hand.
+    """
+    if grad.ndim == 0:
+        factor = grad.item()
+        if factor == 1:
+            return out if out is gradient else out.copy_(gradient)
+        return torch.mul(gradient, factor, out=out)
+    return torch.mul(gradient, grad.view(-1, *[1] * (gradient.ndim - 1)), out=out)
+
+
 # ---- a target that may be read without looking ----
 
 

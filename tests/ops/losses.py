@@ -16,7 +16,7 @@ from sdmp_kernels import TwoHot, _backends
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=str(why)))
-    for name in ("reference", "torch", "triton")
+    for name in ("reference", "torch", "cpp", "triton")
     for why in [_backends.unavailable(name, "cpu")]
 ]
 FORMS = ("ce", "log_mixture")

@@ -82,7 +82,7 @@ def forward(
     work = work_dtype(q)
     with full_precision(q):
         for k, u, v, w in zip(keys, first, second, weight, strict=True):
-            operands, target = _operands(q, k, temperature), safe_target(u, v, w, len(k), work)
+            operands, target = operands_of(q, k, temperature), safe_target(u, v, w, len(k), work)
             chosen = _rows_at(operands.k, target.columns) if need_dq else None
             # Small enough that no product can overflow.
             if chosen is not None and q.is_cpu and work == torch.float32 and isinstance(operands.unit, float):
@@ -141,13 +141,13 @@ def backward(
         with full_precision(q):
             for t, k in enumerate(keys):
                 if need_k[t]:
-                    operands = _operands(q, k, temperature)
+                    operands = operands_of(q, k, temperature)
                     target = safe_target(first[t], second[t], weight[t], len(k), dq.dtype)
                     dks[t] = _key_gradient(grad[t], operands, target, stats[t, 2:], scale).to(k.dtype)
     return total.to(q.dtype), dks
 
 
-def _operands(q: Tensor, k: Tensor, temperature: float) -> Operands:
+def operands_of(q: Tensor, k: Tensor, temperature: float) -> Operands:
     q, k = q.contiguous(), k.contiguous()  # the fused attention of the CPU reads columns of stride one only
     half = q.dtype == torch.float16
     work = work_dtype(q)
@@ -206,7 +206,7 @@ def _by_chunks(operands: Operands, target: SafeTarget, need_dq: bool) -> Found:
     attended = torch.empty_like(q) if need_dq else None
     peaks, sums = q.new_empty((2, q.shape[0])).unbind()
     halves = q.new_empty((2, q.shape[0]))
-    for start, stop, z in _products(q, k):
+    for start, stop, z in products_of(q, k):
         peak = torch.amax(z, dim=1, out=peaks[start:stop])
         halves[:, start:stop] = half_gaps(peak, at_columns(z, target.columns[:, start:stop]))
         _below(z, peak, operands.gain).exp_()
@@ -222,7 +222,7 @@ def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: T
     pulls = grad.to(q.dtype) * pulls.to(q.dtype)
     total = pulls.sum(dim=0).unsqueeze(1)
     dk = torch.zeros_like(k)
-    for start, stop, z in _products(q, k):
+    for start, stop, z in products_of(q, k):
         _below(z, z.amax(dim=1), operands.gain)
         torch.softmax(z, dim=1, out=z).mul_(total[start:stop])
         take(z, target.columns[:, start:stop], pulls[:, start:stop])
@@ -230,7 +230,7 @@ def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: T
     return dk.mul_(operands.q_factor).mul_(scale)
 
 
-def _products(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def products_of(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, q[start:stop] k^T), each in the same memory as the one before."""
     n, m = len(q), len(k)
     step = min(n, max(_FEWEST_ROWS, _CHUNK.get(q.device.type, 2**21) // m))

@@ -4,16 +4,17 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._checks import readable
 from sdmp_kernels._operators import operator
-from sdmp_kernels.ops.losses import reduced, refuse_triton, upstream, work_dtype
+from sdmp_kernels.ops.losses import owned_gradient, reduced, refuse_native, refuse_triton, scaled, upstream, work_dtype
 
-OP = _backends.register("info_nce", cpu=("torch", "reference"), cuda=("triton", "torch", "reference"))
+OP = _backends.register("info_nce", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
 LARGEST_TRITON_D = 256
 
 
 def _refuse(backend: str, q: Tensor, temperature: float) -> str | None:
     if backend != "triton":
-        return None
+        return refuse_native(q)
     if q.shape[1] > LARGEST_TRITON_D:
         return f"D = {q.shape[1]} is above {LARGEST_TRITON_D}, beyond which torch serves"
     if not 1e-30 < temperature < 1e30:
@@ -21,8 +22,8 @@ def _refuse(backend: str, q: Tensor, temperature: float) -> str | None:
     return refuse_triton(q)
 
 
-def _module(q: Tensor, temperature: float):
-    return OP.module(_backends.choose(OP, q.device, lambda name: _refuse(name, q, temperature)))
+def _backend(q: Tensor, temperature: float) -> str:
+    return _backends.choose(OP, q.device, lambda name: _refuse(name, q, temperature))
 
 
 def _scale(q: Tensor, reduction: str) -> float:
@@ -69,9 +70,12 @@ def info_nce_op(
     """(loss, see `_sum`, stats (T, 4, N) or empty, dq (T, N, D) or empty), see `reference.forward`."""
     if q.shape[0] == 0:
         losses, stats, dq = _outputs(q, len(keys), need_dq, need_stats)
-    else:
-        options = (temperature, form, _scale(q, reduction), need_dq, need_stats)
-        losses, stats, dq = _module(q, temperature).forward(q, keys, first, second, weight, *options)
+        return _sum(losses, reduction), stats, dq
+    backend = _backend(q, temperature)
+    run, options = OP.module(backend).forward, (temperature, form, _scale(q, reduction), need_dq, need_stats)
+    if backend == "cpp":
+        return run(q, keys, first, second, weight, *options, reduction != "none")
+    losses, stats, dq = run(q, keys, first, second, weight, *options)
     return _sum(losses, reduction), stats, dq
 
 
@@ -101,12 +105,13 @@ def info_nce_backward_op(
     if q.shape[0] == 0:
         total, dks = _gradients(q, keys, need_q, need_k)
         return total, [dk.zero_() for dk in dks]
-    module = _module(q, temperature)
-    options = (temperature, form, _scale(q, reduction))
+    backend = _backend(q, temperature)
+    module, options = OP.module(backend), (temperature, form, _scale(q, reduction))
     grad = _spread(grad, len(dq) or len(keys), q.shape[0], reduction)
     if (need_q and dq.numel() == 0) or (any(need_k) and stats.numel() == 0):
         # An operator called by hand, without what its gradients need.
-        _, stats, dq = module.forward(q, keys, first, second, weight, *options, True, True)
+        last = (False,) if backend == "cpp" else ()
+        _, stats, dq = module.forward(q, keys, first, second, weight, *options, True, True, *last)
     return module.backward(grad, q, keys, first, second, weight, stats, dq, *options, need_q, need_k)
 
 
@@ -137,6 +142,8 @@ def _backward(ctx, grad, _grad_stats, _grad_dq):
         return None, *[None] * ctx.terms
     _, _, need_q, *need_k = ctx.needs_input_grad
     q, stats, dq, *rest = ctx.saved_tensors
+    if not ctx.again and ctx.terms == 1 and dq.dtype == q.dtype and readable(grad, dq) and owned_gradient():
+        return scaled(dq[0], grad, dq[0]), None
     count = ctx.terms if ctx.again else 0
     keys, first, second, weight = (rest[i * count : (i + 1) * count] for i in range(4))
     args = (grad, q, keys, first, second, weight, stats, dq, *ctx.options, need_q, need_k[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_number, check_tensor
@@ -45,5 +46,6 @@ def soft_cross_entropy(
     check_options(form, reduction)
     smoothing = check_number("label_smoothing", label_smoothing, low=0.0, high=1.0, what="a number in [0, 1]")
     target = check_target("target", target, logits.shape[0], logits.shape[1], logits)
-    loss, _ = _op.soft_cross_entropy_op.overload(logits, *target, smoothing, form, reduction)
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    loss, _, _ = _op.soft_cross_entropy_op.overload(logits, *target, smoothing, form, reduction, wanted)
     return loss

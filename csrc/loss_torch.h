@@ -1,0 +1,92 @@
+// From tensors to the plain structures of the losses' CPU kernels, on the LibTorch stable ABI.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "loss_job.h"
+#include "mix_torch.h"
+
+namespace sdmp {
+
+// Elements that a task aims at.
+constexpr int64_t kLossTask = 32768;
+// Results of this many bytes are written past the cache: they would only push out what is still needed.
+constexpr int64_t kLossStreamBytes = int64_t{16} << 20;
+
+inline Type float_type_of(const Tensor& tensor, const char* name) {
+  const Type type = type_of(tensor, name);
+  STD_TORCH_CHECK(type != Type::kUint8, name, " must be float16, bfloat16 or float32");
+  return type;
+}
+
+inline Matrix matrix_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have two dimensions");
+  // The stride of an axis of one element says nothing.
+  const int64_t column = tensor.size(1) == 1 ? 1 : tensor.stride(1);
+  return {static_cast<const char*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0), column,
+          float_type_of(tensor, name)};
+}
+
+inline TargetView target_of(const Tensor& first, const Tensor& second, const Tensor& weight, int64_t rows) {
+  for (const Tensor* tensor : {&first, &second, &weight}) {
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == rows, "a target must have shape (", rows, ",)");
+  }
+  STD_TORCH_CHECK(first.scalar_type() == ScalarType::Long && second.scalar_type() == ScalarType::Long,
+                  "the columns of a target must be int64");
+  const bool wide = weight.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || weight.scalar_type() == ScalarType::Float, "weight must be float32 or float64");
+  return {static_cast<const int64_t*>(first.data_ptr()), static_cast<const int64_t*>(second.data_ptr()),
+          static_cast<const char*>(weight.data_ptr()), first.stride(0), second.stride(0), weight.stride(0), wide};
+}
+
+// The best instruction set that was built and that this processor has.
+enum class Set { kPortable, kAvx2, kAvx512 };
+
+inline Set instruction_set() {
+#if defined(SDMP_WITH_AVX512)
+  // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi2")) {
+    return Set::kAvx512;
+  }
+#endif
+#if defined(SDMP_WITH_AVX2)
+  if (__builtin_cpu_supports("avx2")) return Set::kAvx2;
+#endif
+  return Set::kPortable;
+}
+
+struct FreeMemory {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// run(begin, end, scratch) over `rows` rows in parallel, each thread with so many elements of scratch, aligned to a
+// cache line. The cut into tasks changes no number: a row is always one thread's.
+template <class Run>
+void run_rows(int64_t rows, int64_t elements_per_row, int64_t scratch, Run run) {
+  const int64_t grain = std::max<int64_t>(1, kLossTask / std::max<int64_t>(1, elements_per_row));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const size_t bytes = static_cast<size_t>((4 * scratch + 63) / 64 * 64);
+    const std::unique_ptr<float, FreeMemory> memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!memory) throw std::bad_alloc();
+    run(begin, end, memory.get());
+  });
+}
+
+// The losses as the result has them: one by one, or added up in order where it has no dimension.
+inline void put_losses(const std::vector<double>& losses, double scale, Tensor& result) {
+  float* out = static_cast<float*>(result.data_ptr());
+  if (result.dim() > 0) {
+    for (size_t i = 0; i < losses.size(); ++i) out[i] = static_cast<float>(losses[i] * scale);
+    return;
+  }
+  double sum = 0;
+  for (const double loss : losses) sum += loss * scale;
+  out[0] = static_cast<float>(sum);
+}
+
+}  // namespace sdmp
