@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-QUESTIONS = ("mix", "losses", "step")
+QUESTIONS = ("views", "mix", "losses", "step")
 OVERVIEW = """\
+python -m bench views    crop, resize, flip, colours, blur in one op, beside torchvision, kornia, albumentations
+python -m bench loader   images/s of the loaders from files, beside torchvision's own and DALI's decoder alone
 python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, eager PyTorch, torch.compile, timm,
                          torchvision, kornia
 python -m bench losses   info_nce, soft_cross_entropy, distillation, beside literal and best eager, torch.compile,
@@ -34,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     overhead = commands.add_parser("overhead", help="what a call costs on the host")
     overhead.add_argument("--seconds", type=float, default=3.0, help="timed seconds per op (default 3)")
     overhead.add_argument("--json", type=Path, help="also write the rows to this file")
+    loader = commands.add_parser("loader", help="images/s from files to views")
+    loader.add_argument("--data", type=Path, help="folder of photographs (default: the sample in the shared data)")
+    loader.add_argument("--seconds", type=float, default=6.0, help="timed seconds per loader and round (default 6)")
+    loader.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    loader.add_argument("--workers", type=int, default=2, help="decoding threads or processes (default 2)")
+    loader.add_argument("--batch-size", type=int, default=64, help="images per batch (default 64)")
+    loader.add_argument("--json", type=Path, help="also write the rows to this file")
     gpu = commands.add_parser("gpu", help="the whole proof on a GPU")
     gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
@@ -82,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
         device = question.choose_device(args.device)
         return checks.run(args.name, device, tiny=args.tiny, results=Results(args.json))
+    if args.command == "loader":
+        from bench import loader
+
+        return loader.run(args)
     if args.command == "overhead":
         from bench import overhead
 

@@ -106,15 +106,18 @@ def subject(name: str, how: str = "call") -> Callable[[], object]:
         steps = iter(range(10**9))
         return lambda: draw_plan(ROWS, (32, 32), per="sample", step=next(steps))
     cases = importlib.import_module(f"sdmp_kernels.ops.{name}.cases")
-    differentiable = [case for case in cases.CASES if case.grads]
-    case = next((case for case in differentiable if case.name == CASE), differentiable[0])
+    some = [case for case in cases.CASES if case.grads] or cases.CASES
+    case = next((case for case in some if case.name == CASE), some[0])
     made = case.inputs(torch.Generator().manual_seed(0))
-    inputs = {n: pytree.tree_map_only(Tensor, _single, v) if n in case.cast else v for n, v in made.items()}
+    single = case.cast if torch.float32 in case.dtypes else ()
+    inputs = {n: pytree.tree_map_only(Tensor, _single, v) if n in single else v for n, v in made.items()}
     run = getattr(cases, how)
     leaves = [leaf.requires_grad_() for n in case.grads for leaf in pytree.tree_leaves(inputs[n])]
 
     def call() -> None:
         result = next(_tensors(run(**inputs)))
+        if not leaves:
+            return
         # Not `backward(gradient)`, which makes PyTorch import its symbolic shapes the first time.
         (result if result.ndim == 0 else result.sum()).backward()
         for leaf in leaves:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import apart, environment, losses, mix, report, step
+from bench import apart, augment, environment, losses, mix, report, step
 from bench.harness import EXIT_ABSENT, Budget, Setting, absence, measure, words
 from bench.memory import fix_allocator
 from bench.results import Results, default_path
 
-SETTINGS = {"mix": mix.settings, "losses": losses.settings, "step": step.settings}
+SETTINGS = {"views": augment.settings, "mix": mix.settings, "losses": losses.settings, "step": step.settings}
 
 
 def run(name: str, args: argparse.Namespace) -> int:

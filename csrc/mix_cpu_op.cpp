@@ -8,6 +8,7 @@
 #include "mix.h"
 #include "mix_cpu.h"
 #include "mix_torch.h"
+#include "processor.h"
 
 namespace sdmp {
 namespace {
@@ -62,14 +63,10 @@ struct Kernels {
 // Those for the best instruction set that was built and that this processor has.
 Kernels kernels() {
 #if defined(SDMP_WITH_AVX512)
-  // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi2")) {
-    return {avx512::mix, avx512::mix_backward};
-  }
+  if (runs_avx512()) return {avx512::mix, avx512::mix_backward};
 #endif
 #if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return {avx2::mix, avx2::mix_backward};
+  if (runs_avx2()) return {avx2::mix, avx2::mix_backward};
 #endif
   return {portable::mix, portable::mix_backward};
 }

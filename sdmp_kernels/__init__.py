@@ -1,19 +1,27 @@
 """Per-sample image mixing and soft-label losses for accelerators. Everything public is named here."""
 
 from sdmp_kernels._backends import backends, use_backend
+from sdmp_kernels.ops.augment import augment
 from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.ops.soft_cross_entropy import soft_cross_entropy
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_plan, make_plan
+from sdmp_kernels.views import ViewDraws, ViewRecipe, byol_views, dino_views, draw_views
 
 __all__ = [
     "MixPlan",
     "Rule",
     "TwoHot",
+    "ViewDraws",
+    "ViewRecipe",
+    "augment",
     "backends",
+    "byol_views",
+    "dino_views",
     "distillation",
     "draw_plan",
+    "draw_views",
     "info_nce",
     "make_plan",
     "mix",

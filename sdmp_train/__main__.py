@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
-from .config import Config, ConfigError, MethodName, load_config, near, with_method
+from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, presets
 from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
+from .text import printable_lines
 
 DONE, BAD_INPUT = 0, 2
 PROGRAM = "python -m sdmp_train"
@@ -39,7 +39,7 @@ class PretrainArguments:
     """Settings of a run: preset < --config file < flags."""
 
     config: OmitArgPrefixes[Config] = field(default_factory=Config)
-    method: MethodName = "mocov3"
+    method: MethodName = DEFAULT_METHOD
     """Pretext task; it decides which flags there are."""
     folder: Positional[str | None] = None
     """The same as --data."""
@@ -55,36 +55,6 @@ class PretrainArguments:
     """With --resume: go on although image files have come or gone."""
     overwrite: bool = False
     """Delete a former run in the output folder."""
-
-
-@dataclass(frozen=True)
-class KnnArguments:
-    """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
-
-    run: str | None = None
-    """Run folder, whose exported backbone is measured."""
-    weights: str | None = None
-    """Or the folder of an exported backbone."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of class folders; default: the run's."""
-    test_data: str | None = None
-    """Folder of the queries; default: the run's, the test split of --data, else every fifth image of --data."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours."""
-    temperature: float = 0.07
-    """Votes weigh exp(similarity / temperature)."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
-    raw_pixels: bool = True
-    """Also measure the pixels themselves."""
-    bad_images: Literal["stop", "skip"] | None = None
-    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
-    """Who decodes; default: the run's choice."""
 
 
 @dataclass(frozen=True)
@@ -198,13 +168,14 @@ def run_plan(argv: Sequence[str]) -> int:
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    from .evaluate.command import evaluate_knn
+    from .evaluate.command import PROTOCOLS
 
-    if not argv or argv[0] != "knn":
-        given = argv[0] if argv else ""
-        raise ConfigError(f"eval: unknown protocol {given!r}; expected knn.{near(given, ['knn'])}")
-    arguments = parse(KnnArguments, "eval knn", argv[1:])
-    return evaluate_knn(**dataclasses.asdict(arguments))
+    name, rest = (argv[0], argv[1:]) if argv else ("", argv)
+    if name not in PROTOCOLS:
+        raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
+    settings, evaluate = PROTOCOLS[name]
+    evaluate(parse(settings, f"eval {name}", rest))
+    return DONE
 
 
 def run_export(argv: Sequence[str]) -> int:
@@ -212,7 +183,9 @@ def run_export(argv: Sequence[str]) -> int:
 
     arguments = parse(ExportArguments, "export", argv)
     run = Path(arguments.run)
-    return export_checkpoint(run, arguments.step, Path(arguments.output) if arguments.output else run / "exported")
+    return export_checkpoint(
+        run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
+    )
 
 
 def run_presets(argv: Sequence[str]) -> int:
@@ -226,7 +199,7 @@ def run_presets(argv: Sequence[str]) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    from .evaluate.command import verify_folder
+    from .commands import verify_folder
 
     return verify_folder(parse(VerifyArguments, "verify", argv).folder)
 
@@ -262,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return int(code)
 
 

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ConfigError, brief, one_line
+from .config import ConfigError
 from .durable import draft_of, remove_leftovers, sync, write_durably
-from .reading import is_whole_number, open_file, read_json, read_tensors
+from .reading import is_whole_number, open_regular, read_json, read_tensors
 from .run_folder import SAVED
+from .text import brief, one_line
 
 if TYPE_CHECKING:
     from .optim import LARS, AdamW
@@ -234,7 +235,7 @@ def verify(path: Path) -> dict[str, dict[str, Any]]:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file; `ValueError` for a pipe or another thing that is none."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 

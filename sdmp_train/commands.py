@@ -1,4 +1,4 @@
-"""What the command line calls: pretrain, plan (a dry run), export."""
+"""What the command line calls: pretrain, plan (a dry run), export, verify. Evaluations are in `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader
+from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
 from .distributed import World, join_world, together
 from .export import export_backbone
 from .file_list import store_file_list
@@ -24,8 +24,9 @@ from .loop import Outcome, train
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images
+from .splits import describe_split, open_images, reporting
 from .stop import Stopped, StopRequest
+from .text import printable, printable_lines
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -123,7 +124,7 @@ def begin(claimed: RunFolder, config: Config, log: Log, training: Training, inde
         store_file_list(index, claimed.path)
         log.open(claimed.path, from_step=training.step)
         lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"the run folder {claimed.path} cannot be written: {error}") from error
     for line in [*lines, *([claimed.unlocked] if claimed.unlocked else [])]:
         log.say(line)
@@ -221,7 +222,7 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         training = build(config, world, index)
         with open_loader(training, index, asked.data.loader) as loader:
             for line in describe(training, index, loader):
-                print(line)
+                print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
@@ -232,21 +233,38 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
 def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     """Write the backbone of a run's checkpoint (default the newest) as timm reads it."""
     config = run_folder.stored_config(run)
-    folder = run / "checkpoints"
+    folder = run / run_folder.CHECKPOINTS
     path = checkpoint.newest_checkpoint(folder) if step is None else folder / f"step-{step:06d}"
     if not path.is_dir():
         known = ", ".join(p.name for p in checkpoint.finished_checkpoints(folder))
         raise ConfigError(f"there is no checkpoint {path}; finished ones: {known or 'none'}")
-    if output.exists() and output != run / "exported":
+    if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
     parts, state = checkpoint.load_checkpoint(path)
-    if not state.get("backbone"):
+    found = state.get("backbone")
+    part, _, place = found.partition(".") if isinstance(found, str) else ("", "", "")
+    if part not in parts:
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
-    part, _, place = state["backbone"].partition(".")
     prefix = f"{place}." if place else ""
     tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
     backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
-    print(f"exported {path} to {output}")
+    print(printable_lines(f"exported {path} to {output}"))
+    return 0
+
+
+def verify_folder(folder: str) -> int:
+    """Decode every image once and print what is there, and what of it no run would use.
+
+    Raises:
+        DataError: some files are no readable images, or a class folder has none; it names them.
+    """
+    index = open_folder(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
+    print(index.summary())
+    for number, name in enumerate(index.classes):
+        print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")
+    if index.faults:
+        raise DataError(index.faults)
+    print("every image decodes")
     return 0

@@ -21,9 +21,11 @@ from .methods.method import Method
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
 from .reading import read_yaml
-from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, brief, near, one_line
+from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near
+from .text import brief, one_line
 
 __all__ = [
+    "DEFAULT_METHOD",
     "METHODS",
     "Config",
     "ConfigError",
@@ -32,12 +34,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
-    "brief",
     "drift",
     "from_dict",
     "load_config",
     "near",
-    "one_line",
     "save_config",
     "to_dict",
     "with_method",
@@ -47,6 +47,8 @@ METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
     "supervised": Supervised,
 }
+
+DEFAULT_METHOD = next(iter(METHODS))
 
 # Built from the registry, where mypy cannot follow; tyro reads them at run time.
 if typing.TYPE_CHECKING:
@@ -58,8 +60,8 @@ else:
 
 
 def first_settings() -> MethodSettings:
-    """The settings of the first method, which is the default one."""
-    return next(iter(METHODS.values())).Config()
+    """The settings of the default method."""
+    return METHODS[DEFAULT_METHOD].Config()
 
 
 @dataclass(frozen=True)

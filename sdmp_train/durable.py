@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,9 +20,16 @@ def draft_of(path: Path) -> Path:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a text file atomically, and be on disk when this returns."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file within the block, at whose end it is `path` and on disk. If it fails nothing changes."""
     draft = draft_of(path)
     try:
-        draft.write_text(text, encoding="utf-8")
+        yield draft
         sync(draft)
         draft.replace(path)
     except BaseException:

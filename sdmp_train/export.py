@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,10 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import compare
-from .config import Config, ConfigError, DataConfig, ModelConfig, one_line
+from .config import Config, ConfigError, DataConfig, ModelConfig
+from .durable import draft_of
 from .models import check_name, make_model, timm_arguments
 from .reading import is_whole_number, read_json, read_tensors
 from .settings import require
+from .text import one_line
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 # What a description may pass to timm, and from where to where. timm itself knows arguments that open files.
@@ -57,13 +58,23 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "stem": config.model.stem,
         "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
-    draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({key: value.clone().contiguous() for key, value in frozen.state_dict().items()}, draft / WEIGHTS)
     (draft / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
     (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)  # safetensors writes for the owner alone
     check_equal(frozen, load_exported(draft)[0], config.data.image_px)
+    put_in_place(draft, folder)
+
+
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Let the export in `draft` be the one in `folder`. A former export goes, what else lies there stays."""
+    if folder.is_dir() and (folder.is_symlink() or {path.name for path in folder.iterdir()} - {WEIGHTS, DESCRIPTION}):
+        for name in (WEIGHTS, DESCRIPTION):
+            (draft / name).replace(folder / name)
+        draft.rmdir()
+        return
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 

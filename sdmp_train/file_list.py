@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .data import Index
-from .data.images import open_regular
+from .durable import replacing
+from .reading import open_regular
 from .text import printable
 
 _MOST_LINE = 64 * 2**10
 _MOST_LINES = 100_000_000
+_MOST_RATIO = 200
+"""Long paths that only count up take a thirtieth when packed; a file made to fill the memory a thousandth."""
 _SHOWN = 10
 
 
@@ -27,18 +30,14 @@ def store_file_list(index: Index, folder: Path) -> None:
     path = folder / file_list_name(index.fingerprint)
     if path.exists():
         return
-    draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(draft, "wb") as raw:
-            with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=4, filename="", mtime=0) as packed:
-                sizes = zip(index.paths, index.heights.tolist(), index.widths.tolist(), strict=True)
-                for entry in sizes:
-                    packed.write(json.dumps(entry).encode("ascii") + b"\n")
-            raw.flush()
-            os.fsync(raw.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with (
+        replacing(path) as draft,
+        draft.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=4, filename="", mtime=0) as packed,
+    ):
+        sizes = zip(index.paths, index.heights.tolist(), index.widths.tolist(), strict=True)
+        for entry in sizes:
+            packed.write(json.dumps(entry).encode("ascii") + b"\n")
 
 
 def file_list_name(fingerprint: str) -> str:
@@ -71,8 +70,11 @@ def _counted(names: list[str], what: str) -> str:
 
 def _stored(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     """The lines of a list, read with limits: a packed file may hold far more than its size."""
-    with open_regular(str(path)) as raw, gzip.GzipFile(fileobj=raw) as packed:
+    with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) as packed:
+        most = _MOST_RATIO * os.fstat(raw.fileno()).st_size + _MOST_LINE
         for number in range(_MOST_LINES):
+            if packed.tell() > most:
+                break
             line = packed.readline(_MOST_LINE)
             if not line:
                 return

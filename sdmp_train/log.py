@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .durable import write_durably
+from .reading import open_for_append, open_regular
+from .text import printable_lines
 
 PLAIN_SECONDS = 5.0
 
@@ -68,8 +70,8 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.dropped = 0
-        self._file = path.open("ab", buffering=0)
-        self._torn = self._file.tell() > 0 and not ends_line(path)
+        self._file = open_for_append(path, follow=True)
+        self._torn = self._file.seek(0, os.SEEK_END) > 0 and not ends_line(path)
 
     def write(self, line: str) -> bool:
         """Append a line; False where that failed."""
@@ -116,13 +118,15 @@ class Log:
         With `from_step` 0 nothing has been made: all former metrics are dropped.
 
         Raises:
-            OSError: where the files cannot be opened. Later writes that fail cost a notice and the line.
+            OSError, ValueError: where the files cannot be opened, or are pipes. Later writes that fail cost a notice
+                and the line.
         """
         if self.quiet:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            with open_regular(path) as file:
+                lines = file.read().decode(errors="replace").splitlines()
             write_durably(path, "".join(line + "\n" for line in lines if from_step and kept(line, from_step)))
         self._metrics = LineFile(path)
         self._text = LineFile(folder / "train.log")
@@ -134,6 +138,7 @@ class Log:
         """Print a line and keep it in train.log."""
         if self.quiet:
             return
+        line = printable_lines(line)
         self.console.print(line, markup=False)
         self._write(line)
 
@@ -210,5 +215,5 @@ def kept(line: str, from_step: int) -> bool:
     """Whether a line of metrics is whole and of a step that the resumed run has already made."""
     try:
         return json.loads(line)["step"] <= from_step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

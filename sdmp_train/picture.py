@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels import MixPlan, mix
 
-from .durable import draft_of
+from .durable import replacing
 
 COLUMNS = 4
 CELL_PX = 96
@@ -45,12 +45,8 @@ def save_mix_picture(path: Path, examples: Sequence[tuple[str, Tensor, MixPlan]]
                 corner = (x + place * (cell + GAP_PX), top)
                 picture.paste(to_cell(image), corner)
                 pen.text((corner[0], top + cell + 2), caption, fill="black")
-    draft = draft_of(path)
-    try:
+    with replacing(path) as draft:
         picture.save(draft, format="PNG")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def to_cell(image: Tensor) -> Image.Image:

@@ -23,6 +23,12 @@ from .methods.supervised import SupervisedConfig
 
 Mixing = Literal["none", "sdmp"]
 
+FOR_OWN_IMAGES = {
+    "cuda": "table1/mocov3-vit_s-sdmp --batch-size 256",
+    "cpu": "quickstart --image-px 64 --gray-prob 0.2",
+}
+"""By kind of device, the preset and flags that a run on embedded images proposes for the user's own."""
+
 
 @dataclass(frozen=True)
 class Preset:

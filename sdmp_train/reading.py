@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 # Our own configurations take 3 KB and descriptions 2 KB; a checkpoint's state grows by its settings alone.
@@ -24,18 +24,55 @@ YAML_BYTES = 2**16
 YAML_DEPTH = 8
 
 
-def open_file(path: Path) -> BufferedReader:
-    """The file, open for reading in binary. A pipe, a device or a folder raises `ValueError` and is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+def open_regular(path: str | Path) -> BufferedReader:
+    """A regular file, for reading in binary. Anything else is refused at once: opening a FIFO would wait for a writer.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        kind = no_regular_file(os.fstat(number).st_mode)
+        if kind:
+            raise ValueError(kind)
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def no_regular_file(mode: int) -> str:
+    """What a file's mode says it is, as a reason, where that is no regular file; else an empty text."""
+    if stat.S_ISREG(mode):
+        return ""
+    for holds, kind in (
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISDIR, "a folder"),
+    ):
+        if holds(mode):
+            return f"is {kind}, not a regular file"
+    return "is not a regular file"
+
+
+def open_for_append(path: Path, *, follow: bool) -> FileIO:
+    """A file to read and append to without a buffer, made where there is none. A pipe raises `OSError` at once.
+
+    follow: whether it may be a link, such as to another disk; it may lead to a file that is not ours.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is no regular file")
-    return os.fdopen(descriptor, "rb")
+        raise OSError(f"{path} is no regular file")
+    return FileIO(descriptor, "ab+")
 
 
 def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
     """UTF-8 text of at most `limit` bytes."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit} bytes, more than such a file ever holds")
@@ -44,8 +81,13 @@ def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
 
 def read_json(path: Path, limit: int = TEXT_BYTES) -> dict[str, Any]:
     """A JSON object. NaN and infinities, which are no JSON, and nesting beyond Python's stack raise `ValueError`."""
+    return parse_json(read_text(path, limit))
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The same of a text."""
     try:
-        found = json.loads(read_text(path, limit), parse_constant=refuse_constant)
+        found = json.loads(text, parse_constant=refuse_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
@@ -90,11 +132,22 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Its library checks that header and size of the file agree."""
-    open_file(path).close()
+    with open_regular(path) as file:
+        named = is_utf8(path)  # safetensors opens no other names
+        data = b"" if named else file.read()
     try:
-        return load_file(path)
+        return load_file(path) if named else load(data)
     except (SafetensorError, KeyError, RuntimeError, TypeError, MemoryError) as error:
         raise ValueError(f"it is no safetensors file: {error}") from error
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path's bytes are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_whole_number(value: Any, low: int, high: int) -> bool:

@@ -19,6 +19,8 @@ from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
+from .presets import FOR_OWN_IMAGES
+from .run_folder import CHECKPOINTS, EXPORTED
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
 from .training import Training, backbone_place, state_parts, versions
@@ -115,7 +117,7 @@ class Run:
         """
         if not self.training.world.is_first:
             return
-        target = self.folder / "exported"
+        target = self.folder / EXPORTED
         try:
             export_backbone(self.training.method.backbone, self.training.config, target, self.training.step)
         except (OSError, SafetensorError) as error:
@@ -134,7 +136,7 @@ class Run:
         """
         while (error := self.try_to_save()) is not None:
             if self.failed_saves >= SAVE_ATTEMPTS:
-                target = self.folder / "checkpoints"
+                target = self.folder / CHECKPOINTS
                 raise checkpoint.Unwritable(
                     f"checkpoints cannot be written to {target}, {SAVE_ATTEMPTS} attempts in a row have failed: {error}"
                 ) from error
@@ -144,7 +146,7 @@ class Run:
 
     def try_to_save(self) -> OSError | None:
         """Write a checkpoint and delete old ones; a failure is said, counted and returned."""
-        config, target = self.training.config, self.folder / "checkpoints"
+        config, target = self.training.config, self.folder / CHECKPOINTS
         state = {
             "run": self.run_id,
             "config": to_dict(config),
@@ -227,7 +229,7 @@ class Run:
         """What came of it, where everything is, and after the embedded images the command for the user's own."""
         known = ", ".join(f"{accuracy:.1%} {what}" for what, accuracy in self.accuracies.items())
         gpu = self.training.world.device.type == "cuda"
-        own = "table1/mocov3-vit_s-sdmp --batch-size 256" if gpu else "quickstart --image-px 64 --gray-prob 0.2"
+        own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
         return [
             *([f"kNN      {known}"] if known else []),

@@ -25,9 +25,11 @@ from types import TracebackType
 from typing import Literal, Self
 
 from .config import Config, ConfigError, load_config
+from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
+from .reading import open_for_append, parse_json, read_text
 
-MARKER, LOCK, SETTINGS = ".sdmp-run.json", ".sdmp-run.lock", "config.yaml"
+MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
 CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 SAVED = r"latest|step-\d+"
@@ -36,8 +38,9 @@ SAVED = r"latest|step-\d+"
 FILES = (MARKER, LOCK, SETTINGS, "metrics.jsonl", "train.log", "mix.png")
 """What a run writes beside its folders."""
 _DRAFT = r"(\.tmp-\d+)?"
+_TOP = rf"{'|'.join(re.escape(name) for name in FILES)}|images-[0-9a-f]{{16}}\.jsonl\.gz"
 OURS = {
-    "": rf"({'|'.join(re.escape(name) for name in FILES)}|images-[0-9a-f]{{16}}\.jsonl\.gz){_DRAFT}",
+    "": rf"({_TOP}){_DRAFT}",
     CHECKPOINTS: rf"latest{_DRAFT}",
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
     EXPORTED: rf"(model\.safetensors|config\.json){_DRAFT}",
@@ -97,11 +100,11 @@ def check_deletable(path: Path) -> None:
 def read_marker(path: Path) -> dict[str, object] | None:
     """What the marker says; None where there is none. An empty one, of a process killed as it made it, says nothing."""
     try:
-        text = (path / MARKER).read_text(encoding="utf-8")
-        marker = json.loads(text) if text else {}
+        text = read_text(path / MARKER)
+        marker = parse_json(text) if text else {}
     except (OSError, ValueError):
         return None
-    return marker if isinstance(marker, dict) and marker.get("program", PROGRAM) == PROGRAM else None
+    return marker if marker.get("program", PROGRAM) == PROGRAM else None
 
 
 def strangers(path: Path) -> Iterator[Path]:
@@ -190,7 +193,7 @@ def claim(path: Path, mode: Mode, *, may_rename: bool = False) -> RunFolder:
 
 def clean(path: Path) -> None:
     """Take away the drafts that killed processes left behind. Only with the lock: no run is writing."""
-    remove_leftovers(path, "|".join(re.escape(name) for name in FILES) + f"|{EXPORTED}")
+    remove_leftovers(path, f"{_TOP}|{EXPORTED}")
     remove_leftovers(path / CHECKPOINTS, SAVED)
 
 
@@ -218,7 +221,7 @@ def _lock_folder(path: Path) -> tuple[FileIO, str | None]:
     A POSIX lock: the kernel takes it back when the process dies, however it dies, and forked workers, which outlive a
     killed run by some seconds, do not inherit it (they would inherit one by flock).
     """
-    file = (path / LOCK).open("ab+", buffering=0)
+    file = open_for_append(path / LOCK, follow=False)
     unlocked = None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

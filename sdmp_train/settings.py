@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .flags import arg
+from .text import brief
 
 
 class ConfigError(ValueError):
@@ -26,23 +26,6 @@ def near(word: object, known: Iterable[str]) -> str:
     """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
     matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
     return f" Did you mean {', '.join(matches)}?" if matches else ""
-
-
-def brief(value: object) -> str:
-    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 120
-    short.maxlist = short.maxtuple = short.maxdict = 10
-    try:
-        return one_line(short.repr(value))
-    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
-        return f"a {type(value).__name__} too large to print"
-
-
-def one_line(text: object) -> str:
-    """What an exception (or a text) says, without line breaks and shortened; its kind where it says nothing."""
-    words = " ".join(str(text).split())
-    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
 
 
 def require(ok: bool, name: str, got: object, expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 
 
 def printable(text: object) -> str:
@@ -13,6 +14,28 @@ def printable(text: object) -> str:
     """
     text = os.fspath(text) if isinstance(text, os.PathLike) else str(text)
     return "".join(character if character.isprintable() else _escape(character) for character in os.fsdecode(text))
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, shortened where it is long: a hostile one must not fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    try:
+        return one_line(short.repr(value))
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return f"a {type(value).__name__} too large to print"
+
+
+def one_line(text: object) -> str:
+    """What an exception (or a text) says, printable, in one line and shortened; its kind where it says nothing."""
+    words = printable(" ".join(str(text).split()))
+    return (words if len(words) <= 400 else f"{words[:390]}...") or type(text).__name__
+
+
+def printable_lines(text: object) -> str:
+    """The same of every line of a text; its line breaks stay."""
+    return "\n".join(printable(line) for line in str(text).split("\n"))
 
 
 def _escape(character: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, ConfigError, brief, drift, from_dict
+from .config import Config, ConfigError, drift, from_dict
 from .data import Index, steps_per_epoch
 from .distributed import World
 from .file_list import changed_files
@@ -23,6 +23,8 @@ from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
 from .optim import LARS, AdamW, make_optimizer
+from .run_folder import CHECKPOINTS
+from .text import brief
 
 # Highest counter word of the stream that seeds stochastic layers; views, orders and plans have other ones.
 LAYER_STREAM = 0x4C415952
@@ -139,9 +141,13 @@ def load_state(
         ConfigError: where it is damaged, of another model, of other images, or of settings that change the training;
             the differences are listed.
     """
-    path = checkpoint.newest_checkpoint(folder / "checkpoints", previous=previous)
+    path = checkpoint.newest_checkpoint(folder / CHECKPOINTS, previous=previous)
     parts, state = checkpoint.load_checkpoint(path)
     ranks = check_state(state, path, training.total_steps)
+    if state["step"] > training.last_step:
+        raise ConfigError(
+            f"--max-steps is {training.last_step}, and {path} is of step {state['step']}; expected at least that"
+        )
     changes = drift(from_dict(state["config"], Config(), str(path)), training.config)
     remarks = []
     if state["images"] != index.fingerprint:

@@ -8,11 +8,13 @@ import pytest
 from golden_training import RECORDED, RUNS, digests, environment
 
 KNOWN = json.loads(RECORDED.read_text(encoding="utf-8"))
+QUICK = "quickstart"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(environment() not in KNOWN, reason=f"no digests were recorded for {environment()}")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != QUICK)]
+)
 def test_twenty_steps_give_the_recorded_weights(name: str):
     """Where a change is meant to move numbers: `python tests/golden_training.py --record`, and say why."""
     assert digests(name) == KNOWN[environment()][name]

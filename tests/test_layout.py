@@ -77,6 +77,13 @@ def method_words() -> set[str]:
     return {word.lower() for name, method in METHODS.items() for word in (name, method.__name__)}
 
 
+def texts(tree: ast.AST) -> list[str]:
+    """Every text of a file that is no docstring."""
+    docs = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in found if node not in docs]
+
+
 def identifiers(tree: ast.AST) -> set[str]:
     """Every name a file gives or uses; texts are none."""
     names: set[str] = set()
@@ -92,9 +99,8 @@ def identifiers(tree: ast.AST) -> set[str]:
 def test_nothing_outside_the_methods_imports_or_names_one(path: Path):
     knows = [name for name in imports(path) if name.startswith("methods") and not name.startswith(PROTOCOL)]
     assert [name for name in knows if name != "methods"] == []
-    named = {
-        n for n in identifiers(ast.parse(path.read_text(encoding="utf-8"))) for w in method_words() if w in n.lower()
-    }
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {n for n in [*identifiers(tree), *texts(tree)] for w in method_words() if w in n.lower()}
     assert named - VIEW_RECIPES == set()
 
 
@@ -102,6 +108,7 @@ def test_the_search_for_method_names_finds_them():
     assert {"mocov3", "supervised"} <= method_words()
     tree = ast.parse("from .methods.mocov3 import MoCoV3 as M\ndef supervised_loss(x): return x.mocov3")
     assert {"MoCoV3", "supervised_loss", "mocov3"} <= identifiers(tree)
+    assert texts(ast.parse('"""mocov3"""\nchosen = "mocov3"')) == ["mocov3"]
     assert "methods.mocov3" in imports(TRAINER / "config.py")
 
 
@@ -125,6 +132,15 @@ def test_settings_are_read_without_what_the_command_line_alone_needs():
 def test_no_evaluation_imports_the_entry_point_of_pretraining():
     for path in modules(TRAINER / "evaluate"):
         assert not {"commands", "run", "loop", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_the_command_line_knows_no_protocols_settings():
+    """They are in the protocol's own file; `eval` finds it by its name."""
+    protocols = {path.stem for path in modules(TRAINER / "evaluate")} - {"__init__", "command"}
+    assert "knn" in protocols
+    for name in ("__main__.py", "commands.py"):
+        known = identifiers(ast.parse((TRAINER / name).read_text(encoding="utf-8")))
+        assert [n for n in known for protocol in protocols if protocol in n.lower() and n != "knn_max_images"] == []
 
 
 def test_the_loop_is_the_sentence():

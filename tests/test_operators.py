@@ -17,12 +17,15 @@ import torch
 from ops import matrix
 from sdmp_kernels import backends
 cases = dict(matrix.ops())[sys.argv[1]]
-case = next(case for case in cases.CASES if case.grads)
-inputs = {n: matrix.convert(v, torch.float32 if n in case.cast else None, "cpu") for n, v in
+case = next((case for case in cases.CASES if case.grads), cases.CASES[0])
+dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
+inputs = {n: matrix.convert(v, dtype if n in case.cast else None, "cpu") for n, v in
           case.inputs(torch.Generator().manual_seed(0)).items()}
 for name in case.grads:
     inputs[name].requires_grad_()
-matrix.flat(cases.call(**inputs))[0].sum().backward()
+result = matrix.flat(cases.call(**inputs))[0]
+if case.grads:
+    result.sum().backward()
 backends()
 print(*sorted(set(sys.modules)))
 """

@@ -296,7 +296,7 @@ _SWITCHES = {"cuda": _Switch(torch.backends.cuda.matmul), "cpu": _Switch(torch.b
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Matrix products of float32 in full precision, whatever autocast and the switches for tf32 and bf16 say outside.
 
-    For compositions of PyTorch's own operators alone: no other backend reads the switches. They are left as they are
+    For what calls PyTorch's own matrix products alone: no other backend reads the switches. They are left as they are
     where products are exact already, which is the default, and on a GPU for half inputs, which tf32 holds exactly. They
     are read and turned by the names that PyTorch has for both (`fp32_precision`), never the older ones.
     """

@@ -18,6 +18,9 @@ from typing import Literal
 
 import torch
 
+from sdmp_kernels import backends
+from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+
 from .batch import Batch, Loader
 from .folders import find_splits, holds_images
 from .images import BadFile, DataError, TooManyBadFiles
@@ -25,7 +28,6 @@ from .index import Index, open_folder
 from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
-from .views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 __all__ = [
     "BadFile",
@@ -140,9 +142,9 @@ def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["da
         raise DataError(f"loader='dali' cannot be used: {missing}; use loader='torchvision'")
     if missing:
         return "torchvision", f"{missing}; Pillow decodes on the CPU"
-    where = f"decodes and augments on {device}" if device.type == "cuda" else "decodes and augments on the CPU"
+    where = f"decodes and cuts on {device}" if device.type == "cuda" else "decodes on the CPU"
     asked = "was asked for" if loader == "dali" else "is installed"
-    return "dali", f"DALI {asked}; it {where}"
+    return "dali", f"DALI {asked}; it {where}, and augment ({backends()['augment'][device.type]}) makes the views"
 
 
 def _dali_missing(device: torch.device) -> str:

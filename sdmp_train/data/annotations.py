@@ -12,15 +12,18 @@ Read are, in the folder, beside it, or for ImageNet where its archives put them:
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .images import DataError, open_regular
+from ..reading import open_regular
+from .images import DataError
 
 _MOST_BYTES = 64 * 2**20
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
 KNOWN = f"val_annotations.txt, LOC_val_solution.csv, val.txt, *synset_labels.txt, {_GROUND_TRUTH} with map_clsloc.txt"
 
 Lookup = Callable[[str], str | None]
@@ -56,24 +59,32 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, Callable[[Path, list[str],
     for places, pattern, read in patterns:
         for place in places:
             for path in sorted(place.glob(pattern)):
-                yield path, read
+                if place == folder or _may_list(path, folder):
+                    yield path, read
+
+
+def _may_list(path: Path, folder: Path) -> bool:
+    """Whether a list outside a folder may be that folder's: `train_annotations.txt` is none of val/."""
+    word, name = path.name.partition("_")[0].casefold(), folder.name.casefold()
+    return word not in _SPLITS or name.startswith(word) or word.startswith(name)
 
 
 def _lines(path: Path) -> list[str]:
-    with open_regular(str(path)) as file:
+    with open_regular(path) as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise ValueError(f"it is longer than {_MOST_BYTES:,} bytes")
-    return [line for line in os.fsdecode(data).splitlines() if line.strip()]
+    text = os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _by_tab(path: Path, lines: list[str], classes: Sequence[str]) -> Lookup:
     pairs = [line.split("\t") for line in lines]
-    return {parts[0]: parts[1].strip() for parts in pairs}.get
+    return {parts[0].rsplit("/", 1)[-1]: parts[1].strip() for parts in pairs}.get
 
 
 def _by_comma(path: Path, lines: list[str], classes: Sequence[str]) -> Lookup:
-    pairs = [line.split(",", 1) for line in lines[1:]]
+    pairs = [line.split(",", 1) for line in lines if not line.startswith("ImageId,")]
     found = {stem.strip(): boxes.split()[0] for stem, boxes in pairs}
     return lambda name: found.get(os.path.splitext(name)[0])
 

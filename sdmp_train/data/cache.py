@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..reading import open_regular
 from ..text import printable
-from .images import DataError, open_regular
+from .images import DataError
 from .listing import File
 
 try:
@@ -133,7 +134,7 @@ class Cache:
 
 def _read(path: Path) -> tuple[list[str], dict[str, NDArray[Any]]]:
     """Names and columns. Nothing in the file is believed: no size is allocated that the file does not have."""
-    with open_regular(str(path)) as file, zipfile.ZipFile(file) as archive:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         size = os.fstat(file.fileno()).st_size
         names_read = _array(archive, "names", np.uint8, size).tobytes()
         columns = {name: _array(archive, name, dtype, size) for name, dtype in _COLUMNS.items()}

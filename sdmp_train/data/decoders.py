@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
-from .images import open_regular
+from ..reading import open_regular
 
 _SCANS = frozenset({0xC0, 0xC1, 0xC2})
 """JPEG frames that every decoder knows: baseline, extended and progressive, all with Huffman codes."""

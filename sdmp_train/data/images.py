@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, features
+
+from ..reading import open_regular
 
 # Pillow older than 11.3 has no AVIF, and one built without OpenJPEG no JPEG 2000.
 _AVIF = (".avif",) if "avif" in features.modules and features.check("avif") else ()
@@ -129,39 +130,6 @@ def _open_image(file: str | bytes) -> Iterator[Image.Image]:
         if min(image.size) < 1:
             raise ValueError("holds no pixels")
         yield image
-
-
-def open_regular(path: str) -> io.BufferedReader:
-    """A regular file, for reading. Anything else is refused at once: opening a FIFO would wait for a writer.
-
-    Raises:
-        OSError, ValueError: it cannot be opened, or is no regular file.
-    """
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        kind = no_regular_file(os.fstat(number).st_mode)
-        if kind:
-            raise ValueError(kind)
-        return open(number, "rb")
-    except BaseException:
-        os.close(number)
-        raise
-
-
-def no_regular_file(mode: int) -> str:
-    """What a file's mode says it is, as a reason, where that is no regular file; else an empty text."""
-    if stat.S_ISREG(mode):
-        return ""
-    for holds, kind in (
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-        (stat.S_ISDIR, "a folder"),
-    ):
-        if holds(mode):
-            return f"is {kind}, not a regular file"
-    return "is not a regular file"
 
 
 def describe(error: BaseException) -> str:

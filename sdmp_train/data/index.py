@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..reading import open_regular
 from ..text import printable
 from .cache import Cache, Checked, cache_folder
 from .decoders import looks_like_image, needs_pillow
@@ -32,7 +33,6 @@ from .images import (
     TooManyBadFiles,
     decode_rgb,
     describe,
-    open_regular,
     read_size,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes

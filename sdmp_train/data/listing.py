@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .images import SUFFIXES, BadFile, DataError, describe, no_regular_file
+from ..reading import no_regular_file
+from .images import SUFFIXES, BadFile, DataError, describe
 
 NO_SUFFIX = "no suffix"
 DEAD_LINK = "dead link"

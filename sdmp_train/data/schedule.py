@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdmp_kernels.views import EvalView, ViewDraws, ViewRecipe, draw_views
+
 from .images import DataError
 from .source import Source
-from .views import EvalParams, EvalView, ViewParams, ViewRecipe, draw_view, eval_params
 
 _STREAM = 0x4F524452
 """Highest counter word of the epoch permutations: another stream than those of the views and the mixing plans."""
@@ -29,8 +30,8 @@ class Schedule(Protocol):
     def rows(self, position: int) -> NDArray[np.int64]:
         """(N,) rows of the source, N at most `batch_size`."""
 
-    def params(self, position: int, rows: NDArray[np.int64]) -> list[ViewParams | EvalParams]:
-        """One entry per recipe."""
+    def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
+        """One entry per recipe, on the CPU."""
 
 
 def steps_per_epoch(images: int, global_batch_size: int) -> int:
@@ -88,13 +89,11 @@ class TrainSchedule:
         first = (within * self.world_size + self.rank) * self.batch_size
         return self._order[1][first : first + self.batch_size]
 
-    def params(self, position: int, rows: NDArray[np.int64]) -> list[ViewParams | EvalParams]:
+    def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
         heights, widths = self.source.heights[rows], self.source.widths[rows]
         step, first_row = self.start_step + position, self.rank * self.batch_size
         return [
-            eval_params(recipe, heights, widths)
-            if isinstance(recipe, EvalView)
-            else draw_view(recipe, heights, widths, seed=self.seed, step=step, view=view, first_row=first_row)
+            draw_views(recipe, heights, widths, step=step, seed=self.seed, view=view, first_row=first_row)
             for view, recipe in enumerate(self.recipes)
         ]
 
@@ -121,9 +120,9 @@ class EvalSchedule:
         first = self._first + position * self.batch_size
         return np.arange(first, min(first + self.batch_size, self._end))
 
-    def params(self, position: int, rows: NDArray[np.int64]) -> list[ViewParams | EvalParams]:
-        heights, widths = self.source.heights[rows], self.source.widths[rows]
-        return [eval_params(view, heights, widths) for view in self.recipes if isinstance(view, EvalView)]
+    def draws(self, position: int, rows: NDArray[np.int64]) -> list[ViewDraws]:
+        sizes = self.source.heights[rows], self.source.widths[rows]
+        return [draw_views(recipe, *sizes, step=0) for recipe in self.recipes]
 
 
 def as_recipes(recipes: Sequence[ViewRecipe | EvalView]) -> tuple[ViewRecipe | EvalView, ...]:

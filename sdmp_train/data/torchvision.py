@@ -1,11 +1,12 @@
-"""The portable loader: Pillow decodes, torchvision augments, in the worker processes of a torch DataLoader.
+"""The portable loader: Pillow decodes and `augment` makes the views, in the worker processes of a torch DataLoader.
 
-It carries out the same numbers as DALI and is the yardstick that DALI is measured against. A worker builds whole
-batches and draws nothing, so their number changes nothing but the speed.
+It gives what the DALI loader gives. A worker builds whole batches, so the number of workers changes nothing but the
+speed.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+
+from sdmp_kernels import augment
+from sdmp_kernels.views import view_size
 
 from .batch import Batch, Loader
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule
-from .views import EvalParams, EvalView, ViewParams, ViewRecipe
 
 _PREFETCH_BATCHES = 2
-_INTERPOLATION = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+_DECODED_AT_ONCE = 16
+"""Images of a batch that are held decoded: large photographs take tens of megabytes each."""
 
 
 class TorchvisionLoader(Loader):
@@ -60,7 +60,7 @@ class TorchvisionLoader(Loader):
             generator=torch.Generator(),
         )
         before = signal.getsignal(signal.SIGCHLD)
-        with _signals_wait():
+        with _signals_wait(), _garbage_stays():
             self._batches = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not before:
             # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
@@ -74,7 +74,7 @@ class TorchvisionLoader(Loader):
                 raise bad_files_error(bad)
             rows = self._schedule.rows(position)
             yield Batch(
-                views=tuple(view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views),
+                views=tuple(view.to(self._device, non_blocking=True) for view in views),
                 ids=torch.from_numpy(rows.astype(np.int64)),
                 labels=torch.from_numpy(self._schedule.source.labels[rows]),
             )
@@ -110,62 +110,29 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
     def __getitem__(self, position: int) -> tuple[list[Tensor], list[BadFile]]:
         schedule = self.schedule
         rows = schedule.rows(position)
-        params = schedule.params(position, rows)
-        views = [np.empty((len(rows), r.size_px, r.size_px, 3), dtype=np.uint8) for r in schedule.recipes]
+        draws = schedule.draws(position, rows)
+        views = [
+            torch.empty(len(rows), 3, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
+            for r in schedule.recipes
+        ]
         bad: list[BadFile] = []
-        for i, row in enumerate(rows):
-            image = self._decode(int(row), bad)
-            if image is None:
-                continue
-            for view, recipe, drawn in zip(views, schedule.recipes, params, strict=True):
-                view[i] = _make_view(image, recipe, drawn, i)
-        return [torch.from_numpy(view) for view in views], bad
+        for first in range(0, len(rows), _DECODED_AT_ONCE):
+            some = slice(first, first + _DECODED_AT_ONCE)
+            images = [self._decode(int(row), bad) for row in rows[some]]
+            if bad:
+                continue  # the batch is lost, but the other damaged files of it are named too
+            for view, recipe, drawn in zip(views, schedule.recipes, draws, strict=True):
+                augment(images, drawn[some], recipe.size_px, interpolation=recipe.interpolation, out=view[some])
+        return views, bad
 
-    def _decode(self, row: int, bad: list[BadFile]) -> Image.Image | None:
+    def _decode(self, row: int, bad: list[BadFile]) -> Tensor:
+        """(H, W, 3) uint8; nothing where the file is damaged, which is noted in `bad`."""
         source = self.schedule.source
         try:
-            return open_row(source, row)
+            return torch.from_numpy(np.array(open_row(source, row)))
         except DECODE_ERRORS as error:
             bad.append(BadFile(source.name(row), describe(error)))
-            return None
-
-
-def _make_view(
-    image: Image.Image, recipe: ViewRecipe | EvalView, drawn: ViewParams | EvalParams, i: int
-) -> NDArray[np.uint8]:
-    if isinstance(drawn, EvalParams):
-        return _eval_view(image, recipe, drawn, i)
-    return _random_view(image, recipe, drawn, i)
-
-
-def _eval_view(image: Image.Image, view: ViewRecipe | EvalView, drawn: EvalParams, i: int) -> NDArray[np.uint8]:
-    image = tv.resize(image, drawn.resized[i].tolist(), _INTERPOLATION[view.interpolation])
-    top, left = drawn.corner[i].tolist()
-    return np.asarray(tv.crop(image, top, left, view.size_px, view.size_px))
-
-
-def _random_view(image: Image.Image, recipe: ViewRecipe | EvalView, drawn: ViewParams, i: int) -> NDArray[np.uint8]:
-    top, left, height, width = drawn.box[i].tolist()
-    size = [recipe.size_px, recipe.size_px]
-    view = tv.resized_crop(image, top, left, height, width, size, _INTERPOLATION[recipe.interpolation])
-    for adjust, value, neutral in (
-        (tv.adjust_brightness, drawn.brightness[i], 1),
-        (tv.adjust_contrast, drawn.contrast[i], 1),
-        (tv.adjust_saturation, drawn.saturation[i], 1),
-        (tv.adjust_hue, drawn.hue[i], 0),
-    ):
-        if value != neutral:
-            view = adjust(view, float(value))
-    if drawn.gray[i]:
-        view = tv.rgb_to_grayscale(view, num_output_channels=3)
-    if drawn.sigma[i] > 0:
-        # Pillow's own blur, as in the reference recipes; torchvision's goes through a tensor and is slower.
-        view = view.filter(ImageFilter.GaussianBlur(float(drawn.sigma[i])))
-    if drawn.solarize[i]:
-        view = tv.solarize(view, 128)
-    if drawn.flip[i]:
-        view = tv.horizontal_flip(view)
-    return np.asarray(view)
+            return torch.empty(0, 0, 3, dtype=torch.uint8)
 
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM} | {
@@ -188,6 +155,19 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """Processes forked in this block never collect what was garbage before it.
+
+    A DALI pipeline among it would wait for threads that a forked process does not have.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -6,7 +6,9 @@ Q queries, B bank rows, D features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,12 +16,55 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..data import Index, eval_loader
+from ..distributed import join_world
+from ..export import load_exported
+from ..flags import arg
+from ..run_folder import EXPORTED, stored_config
 from ..settings import ConfigError, DataConfig, between, require
+from ..splits import describe_split, measured_images
+from ..text import printable
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32
+EVERY_IMAGE = 10**9
 # Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
 SAME_FEATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
+
+    run: str | None = None
+    """Run folder, whose exported backbone is measured."""
+    weights: str | None = None
+    """Or the folder of an exported backbone."""
+    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
+    """Folder of class folders; default: the run's."""
+    test_data: str | None = None
+    """Folder of the queries; default: the run's, the test split of --data, else every fifth image of --data."""
+    k: tuple[int, ...] = NEIGHBOURS
+    """Numbers of neighbours."""
+    temperature: float = 0.07
+    """Votes weigh exp(similarity / temperature)."""
+    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
+    """Images per forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure."""
+    workers: Annotated[int | None, arg(aliases=("-j",))] = None
+    """Decoding threads; None chooses by the number of cores."""
+    raw_pixels: bool = True
+    """Also measure the pixels themselves."""
+    bad_images: Literal["stop", "skip"] | None = None
+    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
+    loader: Literal["auto", "dali", "torchvision"] | None = None
+    """Who decodes; default: the run's choice."""
+
+    def __post_init__(self) -> None:
+        require(len(self.k) > 0 and min(self.k) >= 1, "k", self.k, "whole numbers from 1")
+        between("temperature", self.temperature, 0, 1e6, above=True)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -28,6 +73,64 @@ class Features:
 
     rows: Tensor
     labels: Tensor
+
+
+def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
+    """Print the kNN accuracy of an exported backbone, and of raw pixels, for every k.
+
+    Returns:
+        By what was measured ("backbone", "raw pixels") and by k: accuracies from 0 to 1.
+
+    Raises:
+        ConfigError, DataError: backbone or images cannot be measured; the message says why, and what to give.
+    """
+    if (config.run is None) == (config.weights is None):
+        raise ConfigError("eval knn needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)")
+    exported = Path(config.weights) if config.weights is not None else Path(config.run or "") / EXPORTED
+    backbone, description = load_exported(exported)
+    data = measured_data(config, description["pretrained_cfg"])
+    train, test = measured_images(data)
+    bank_images, query_images = knn_images(train, test, max_images=EVERY_IMAGE)
+    for what, images in (("bank images", bank_images), ("query images", query_images)):
+        require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
+    print(describe_split(data, train, test))
+    accuracies = {}
+    with join_world(config.device) as world:
+        backbone.to(world.device)
+        sizes = f"{len(bank_images)} bank, {len(query_images)} queries, {len(bank_images.classes)} classes"
+        print(f"{printable(exported)}: {sizes}")
+        for name, model in (("backbone", backbone), ("raw pixels", None)):
+            if model is None and not config.raw_pixels:
+                continue
+            bank, queries = (
+                image_features(model, images, data, device=world.device, batch_size=config.batch_size)
+                for images in (bank_images, query_images)
+            )
+            if (remark := collapse(bank)) is not None:
+                print(f"{name}: {remark}")
+            accuracies[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature)
+            for count, accuracy in accuracies[name].items():
+                print(f"kNN {accuracy:6.2%}  {name}, k = {count}")
+    return accuracies
+
+
+def measured_data(config: KnnConfig, pixels: dict[str, Any]) -> DataConfig:
+    """The images that `config` means, as the run reads them, in the size and range of the export's `pretrained_cfg`."""
+    stored = stored_config(Path(config.run)).data if config.run is not None else DataConfig()
+    if config.data is None and stored.data is None:
+        raise ConfigError("data is missing; give --data DIR, a folder with one folder per class")
+    return replace(
+        stored,
+        data=config.data or stored.data,
+        # A split that belongs to the run's data belongs to no other.
+        test_data=config.test_data or (stored.test_data if config.data is None else None),
+        image_px=pixels["input_size"][1],
+        mean=tuple(pixels["mean"]),
+        std=tuple(pixels["std"]),
+        workers=config.workers,
+        bad_images=config.bad_images or stored.bad_images,
+        loader=config.loader or stored.loader,
+    )
 
 
 def weighted_knn(

@@ -25,10 +25,11 @@ from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 from ..data import Batch, ViewRecipe, byol_views
 from ..distributed import World, distribute, gather_rows, mirror_images
 from ..flags import arg
-from ..models import feature_width, start_vit
+from ..models import feature_width
 from ..optim import key_momentum
 from ..settings import between, require
 from .method import At, Group, Loss, Setup
+from .start import start_vit
 
 
 @dataclass(frozen=True)

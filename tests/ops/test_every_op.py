@@ -5,7 +5,7 @@ dtype, plus one ulp of the largest term summed.
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_writes_every_element_and_no_argument(trial):
 def tensors(inputs):
     found = []
     for value in inputs.values():
-        parts = [getattr(value, n) for n in ("rule", "partner", "lam", "box")] if hasattr(value, "rule") else value
+        parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value
         found += [t for t in pytree.tree_leaves(parts) if isinstance(t, torch.Tensor)]
     return found
 
@@ -294,9 +294,8 @@ def test_opcheck(trial):
 
 def fake(value):
     """The same on a CUDA device that does not exist."""
-    if hasattr(value, "rule"):
-        names = ("rule", "partner", "lam", "partner_lam", "box")
-        return replace(value, **{name: fake(getattr(value, name)) for name in names})
+    if is_dataclass(value):
+        return replace(value, **{f.name: fake(getattr(value, f.name)) for f in fields(value)})
     return pytree.tree_map_only(
         torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), value
     )

@@ -170,11 +170,11 @@ def test_a_description_that_is_no_object_is_refused(text: str, exported: Path):
 def test_pipes_and_devices_are_not_waited_for(name: str, exported: Path):
     (exported / name).unlink()
     os.mkfifo(exported / name)
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="regular file"):
         load_exported(exported)
     (exported / name).unlink()
     (exported / name).symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="regular file"):
         load_exported(exported)
 
 
@@ -200,3 +200,24 @@ def test_whatever_can_be_trained_comes_back(arch: str, tiny: Config, tmp_path: P
     export_backbone(backbone, config, tmp_path / "exported", step=8)
     loaded, _ = load_exported(tmp_path / "exported")
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_a_user_put_beside_an_export_stays(linked: bool, tiny: Config, tmp_path: Path):
+    place = tmp_path / "elsewhere" if linked else tmp_path / "exported"
+    place.mkdir()
+    if linked:
+        (tmp_path / "exported").symlink_to(place)
+    else:
+        (place / "notes.txt").write_text("mine")
+    for step in (4, 8):
+        export_backbone(trained(tiny), tiny, tmp_path / "exported", step)
+        assert load_exported(tmp_path / "exported")[1]["pretraining"]["steps"] == step
+    assert linked or (place / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_a_folder_whose_name_is_not_utf8_can_be_written_and_read(tiny: Config, tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    export_backbone(trained(tiny), tiny, folder, step=8)
+    assert load_exported(folder)[1]["pretraining"]["steps"] == 8

@@ -16,10 +16,11 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def test_five_kills_lose_nothing_that_was_saved(tmp_path: Path):
-    tally = kill_run.kill_many(tmp_path, kills=5, seed=3)
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_kills_lose_nothing_that_was_saved(kills: int, tmp_path: Path):
+    tally = kill_run.kill_many(tmp_path, kills=kills, seed=3)
     assert tally.wrong == []
-    assert len(tally.launches) == 5
+    assert len(tally.launches) == kills
 
 
 def test_a_signal_to_all_while_the_last_checkpoint_is_written_waits_for_it(bench: Bench):

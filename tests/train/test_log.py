@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from sdmp_train.log import Log
@@ -115,3 +117,26 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
     process.stdin.close()
     assert process.stderr.read() == b""
     assert process.wait() == 75
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(name: str, tmp_path: Path):
+    os.mkfifo(tmp_path / name)
+    with Log(console=Console(file=io.StringIO())) as log, pytest.raises((OSError, ValueError)):
+        log.open(tmp_path, from_step=1)
+
+
+def test_lines_that_are_nested_too_deeply_are_dropped(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 10**5 + "\n")
+    with Log(console=Console(file=io.StringIO())) as log:
+        log.open(tmp_path, from_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_names_chosen_by_others_reach_terminal_and_file_as_escapes(tmp_path: Path):
+    screen = io.StringIO()
+    with Log(console=Console(file=screen, width=200)) as log:
+        log.open(tmp_path)
+        log.say("run \x1b[2J\udcff\nnext")
+    assert screen.getvalue() == "run \\x1b[2J\\xff\nnext\n"
+    assert (tmp_path / "train.log").read_text() == screen.getvalue()

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdmp_train.__main__ import main, parse_pretrain
+from sdmp_train.checkpoint import save_checkpoint
 from sdmp_train.config import ConfigError, save_config
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
@@ -150,7 +152,7 @@ def test_resume_needs_a_run(tmp_path: Path):
             ["plan", "--preset", "quickstart", "--arch", "vit_tiny_patch16_224", "--image-px", "42"],
             "leave 2 of 42 rows",
         ),
-        (["pretrain", "--config", "/dev/zero"], "no regular file"),
+        (["pretrain", "--config", "/dev/zero"], "is a device, not a regular file"),
         (["export", "/dev"], "cannot read the config file"),
         (["pretrain"], "data is missing"),
         (["presets", "x"], "takes no arguments"),
@@ -252,6 +254,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(image_folder: Path, tmp_pa
         (["--output", "run", "--resume", "--overwrite"], "give one of them"),
         (["--resume", "elsewhere"], "not a run folder"),
         (["--resume", "auto"], "needs --output"),
+        (["--output", "run", "--resume", "--max-steps", "1"], "--max-steps is 1, and run/checkpoints/step-000003"),
     ):
         assert main(["pretrain", str(image_folder), *TINY, *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -301,3 +304,16 @@ def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path)
     assert done.stderr.startswith("error: there is no folder")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_reaches_the_terminal_without_control_characters(capsys):
+    assert main(["pretrain", "--config", "no\x1b[2J.yaml"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [["student"], "nowhere.backbone", 7])
+def test_a_checkpoint_that_misplaces_its_backbone_is_refused(place: object, tmp_path: Path, capsys):
+    (tmp_path / "config.yaml").write_text("{}")
+    save_checkpoint(tmp_path / "checkpoints", 1, {"student": {"w": torch.zeros(1)}}, {"backbone": place})
+    assert main(["export", str(tmp_path)]) == 2
+    assert "does not say where its backbone is" in capsys.readouterr().err

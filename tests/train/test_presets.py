@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 
 import pytest
 
+from sdmp_train.__main__ import parse_pretrain
 from sdmp_train.config import ConfigError
 from sdmp_train.models import timm_arguments
-from sdmp_train.presets import get_preset, presets
+from sdmp_train.presets import FOR_OWN_IMAGES, get_preset, presets
 
 
 def test_every_preset_names_itself_its_number_and_its_source():
@@ -22,6 +23,13 @@ def test_every_preset_names_itself_its_number_and_its_source():
 def test_every_preset_names_a_model_that_timm_has():
     for preset in presets().values():
         timm_arguments(preset.config.model, preset.config.data.image_px, **preset.config.backbone_options)
+
+
+@pytest.mark.parametrize("words", FOR_OWN_IMAGES.values())
+def test_what_is_proposed_for_own_images_is_understood(words: str):
+    arguments = parse_pretrain("pretrain", ["--preset", *words.split(), "--data", "photos"])
+    assert arguments.config.run.preset == words.split()[0]
+    assert arguments.config.data.data == "photos"
 
 
 def test_the_paper_vit_s_has_twelve_heads():

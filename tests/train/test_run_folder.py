@@ -171,9 +171,33 @@ def test_leftovers_of_a_kill_are_cleaned_when_the_run_goes_on(tmp_path: Path):
     run = tmp_path / "run"
     with claim(run, "new"):
         fill(run)
+        (run / "images-0123456789abcdef.jsonl.gz.tmp-9").write_text("x")
         (run / "my.tmp-1").mkdir()
     with claim(run, "resume"):
         pass
     assert [str(p.relative_to(run)) for p in sorted(run.rglob("*.tmp-*"))] == ["my.tmp-1"]
     assert (run / "config.yaml").exists()
     assert (run / "checkpoints" / "step-000003.abandoned-1").is_dir()
+
+
+@pytest.mark.parametrize("harm", [os.mkfifo, lambda path: path.write_text("[" * 10**5)], ids=["pipe", "deep"])
+def test_a_marker_made_by_others_is_no_marker(harm: Callable[[Path], object], tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    harm(run / MARKER)
+    with pytest.raises(ConfigError, match="deletes run folders only"):
+        check_folder(run, "overwrite")
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_not_written(tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    for make in (lambda lock: lock.symlink_to(mine), os.mkfifo):
+        with claim(tmp_path / "run", "auto"):
+            pass
+        (tmp_path / "run" / LOCK).unlink()
+        make(tmp_path / "run" / LOCK)
+        with pytest.raises(ConfigError, match="cannot be made"):
+            claim(tmp_path / "run", "resume")
+        (tmp_path / "run" / LOCK).unlink()
+    assert mine.read_text() == "precious"

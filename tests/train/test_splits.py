@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdmp_train.commands import verify_folder
 from sdmp_train.config import Config, ConfigError, DataConfig, OptimConfig
 from sdmp_train.data import DataError
-from sdmp_train.evaluate.command import evaluate_knn, labelled_images, measured_images, verify_folder
-from sdmp_train.splits import describe_split, open_images, reporting
+from sdmp_train.evaluate.command import labelled_images
+from sdmp_train.splits import describe_split, measured_images, open_images, reporting
 
 CLASSES = ("bébé", "cat", "dog")
 COUNT = 5
@@ -188,6 +189,41 @@ def test_flat_folders_with_a_list_are_read(root: Path, write) -> None:
     assert "classes read from" in measured(root)[2]
 
 
+@pytest.mark.parametrize("write", [tiny_imagenet, kaggle, caffe])
+def test_lists_may_begin_with_a_mark_end_lines_otherwise_and_come_in_any_order(root: Path, write) -> None:
+    write(root)
+    (path,) = [*root.rglob("val*.txt"), *root.parent.glob("LOC*.csv")]
+    lines = path.read_text().splitlines()
+    head = [line for line in lines if line.startswith("ImageId")]
+    lines = [*head, *reversed(lines[len(head) :])]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    _, queries = labelled_images(DataConfig(data=str(root)), None)
+    assert [queries.classes[label] for label in queries.labels] == [CLASSES[i % 3] for i in range(15)]
+
+
+def test_lists_may_have_no_head_and_name_files_by_their_paths(root: Path) -> None:
+    kaggle(root)
+    path = root.parent / "LOC_val_solution.csv"
+    path.write_text(path.read_text().partition("\n")[2])
+    assert measured(root)[1] == 15
+    path.unlink()
+    tiny_imagenet(root)
+    path = root / "val" / "val_annotations.txt"
+    path.write_text("".join(f"images/{line}\n" for line in path.read_text().splitlines()))
+    assert measured(root)[1] == 15
+
+
+def test_the_list_of_another_split_is_not_taken(root: Path) -> None:
+    order = flat(root)
+    lines = [f"{i + 1:08}.png\t{name}\n" for i, name in enumerate(order)]
+    (root / "train_annotations.txt").write_text("".join(reversed(lines)).replace("cat", "dog"))
+    with pytest.raises(ConfigError, match="no list names"):
+        labelled_images(DataConfig(data=str(root)), None)
+    (root / "val_annotations.txt").write_text("".join(lines))
+    _, queries = labelled_images(DataConfig(data=str(root)), None)
+    assert [queries.classes[label] for label in queries.labels] == order
+
+
 def test_images_that_a_list_leaves_out_are_left_out(root: Path) -> None:
     tiny_imagenet(root)
     path = root / "val" / "val_annotations.txt"
@@ -231,9 +267,3 @@ def test_verify_names_a_class_that_would_vanish(root: Path, capsys: pytest.Captu
     with pytest.raises(DataError, match=r"'fig' holds no usable image, only 1 \.heic"):
         verify_folder(str(root / "train"))
     assert "1 files passed over: 1 .heic (in fig)" in capsys.readouterr().out
-
-
-def test_eval_names_what_is_missing(tmp_path: Path) -> None:
-    arguments = {"data": None, "test_data": None, "k": (1,), "temperature": 0.07, "batch_size": 4}
-    with pytest.raises(ConfigError, match="give --run RUN"):
-        evaluate_knn(run=None, weights=None, **arguments, device="cpu", workers=0, raw_pixels=True)

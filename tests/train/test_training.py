@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import build_training, noise_batches
+from tiny_runs import TINY, build_training, noise_batches
 
 from sdmp_train.commands import export_checkpoint, pretrain
 from sdmp_train.config import METHODS, Config, ConfigError
@@ -16,12 +16,10 @@ from sdmp_train.guard import StopRequest
 from sdmp_train.loop import step
 from sdmp_train.training import backbone_place, memory_bytes, state_parts
 
-FIXTURES = {"mocov3": "tiny", "supervised": "tiny_supervised"}
-
 
 @pytest.mark.parametrize("name", METHODS)
 def test_parts_follow_the_methods_state_and_hold_the_backbone(name: str, request):
-    training = build_training(request.getfixturevalue(FIXTURES[name]))
+    training = build_training(request.getfixturevalue(TINY[name]))
     assert training.config.method_name == name
     step(training, list(noise_batches(training.config, 1)), StopRequest())
     parts = state_parts(training)
@@ -53,7 +51,7 @@ def test_buffers_can_be_taken_back_within_the_block_alone(tiny_resnet: Config):
     assert training.buffers._kept == []
 
 
-@pytest.mark.parametrize("kind", FIXTURES.values())
+@pytest.mark.parametrize("kind", TINY.values())
 def test_a_checkpoint_is_exported_as_the_run_exports_it(kind: str, tmp_path: Path, request):
     config = request.getfixturevalue(kind)
     assert pretrain(config, tmp_path / "run") == 0

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
-from sdmp_train.config import Config
+from sdmp_train.config import METHODS, Config
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
 from sdmp_train.log import Log
 from sdmp_train.methods.method import At, Loss, Method
 from sdmp_train.training import Training, assemble
+
+TINY = {"mocov3": "tiny", "supervised": "tiny_supervised"}
+"""For each method, the fixture of `conftest.py` that is a tiny run of it."""
+KINDS = [*(TINY[name] for name in METHODS), "tiny_resnet"]
+"""The runs that are poisoned, resumed and exported: every method, and one whose backbone has batch norms."""
 
 CPU = World(torch.device("cpu"))
 CLASSES = 3

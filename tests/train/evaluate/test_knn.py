@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.data import open_folder
 from sdmp_train.evaluate.knn import (
     Features,
+    KnnConfig,
     collapse,
+    evaluate_knn,
     image_features,
     knn_images,
     pixels,
@@ -23,6 +26,7 @@ from sdmp_train.evaluate.knn import (
     standardise,
     weighted_knn,
 )
+from sdmp_train.export import export_backbone
 from sdmp_train.models import build_backbone
 
 CPU = torch.device("cpu")
@@ -108,6 +112,52 @@ def test_a_collapsed_backbone_is_said():
     assert "all 5 images are the same" in (collapse(Features(same, torch.zeros(5))) or "")
     assert collapse(features(6, 2, seed=0)) is None
     assert collapse(Features(same[:1], torch.zeros(1))) is None
+
+
+def test_eval_gives_the_accuracies_that_it_prints(tiny: Config, tmp_path: Path, capsys):
+    exported = tmp_path / "net"
+    export_backbone(build_backbone(tiny.model, 32, seed=0), tiny, exported, 1)
+    config = KnnConfig(weights=str(exported), data=tiny.data.data, k=(1, 5), device="cpu", workers=0, batch_size=16)
+    found = evaluate_knn(config)
+    assert {what: list(by_k) for what, by_k in found.items()} == {"backbone": [1, 5], "raw pixels": [1, 5]}
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kNN")]
+    assert printed == [
+        f"kNN {accuracy:6.2%}  {what}, k = {k}" for what, by_k in found.items() for k, accuracy in by_k.items()
+    ]
+    assert evaluate_knn(replace(config, raw_pixels=False)) == {"backbone": found["backbone"]}
+
+
+def test_eval_refuses_a_folder_too_small_for_queries(tiny: Config, tmp_path: Path):
+    """Every fifth image would be one, and there are four."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
+    export_backbone(build_backbone(tiny.model, 32, seed=0), tiny, tmp_path / "net", 1)
+    config = KnnConfig(weights=str(tmp_path / "net"), data=str(tmp_path / "data"), device="cpu", workers=0)
+    with pytest.raises(ConfigError, match="the number of query images of kNN is 0"):
+        evaluate_knn(config)
+
+
+@pytest.mark.parametrize("given", [{}, {"run": "a", "weights": "b"}])
+def test_eval_needs_one_backbone(given: dict):
+    with pytest.raises(ConfigError, match="give --run RUN"):
+        evaluate_knn(KnnConfig(**given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"k": ()}, "k is "),
+        ({"k": (5, 0)}, "k is "),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(changes: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        KnnConfig(weights="missing", **changes)
 
 
 @pytest.mark.parametrize(

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from sdmp_train.data import EvalView, ViewRecipe, byol_views, dino_views, eval_view
+from sdmp_kernels import ViewDraws, ViewRecipe, byol_views, dino_views, draw_views
+from sdmp_kernels.views import EvalView, eval_geometry, eval_view
 from sdmp_train.data.schedule import epoch_order
-from sdmp_train.data.views import blur_windows, draw_view, eval_params
 
 FULL = byol_views(224)[1]
 
 
-def draw(recipe: ViewRecipe, n: int = 4000, size: tuple[int, int] = (375, 500), **where: int):
+class Drawn:
+    """The tensors of draws as arrays."""
+
+    def __init__(self, draws: ViewDraws) -> None:
+        self.draws = draws
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        return getattr(self.draws, name).numpy()
+
+
+def draw(recipe: ViewRecipe, n: int = 4000, size: tuple[int, int] = (375, 500), **where: int) -> Drawn:
     heights, widths = np.full(n, size[0]), np.full(n, size[1])
-    return draw_view(recipe, heights, widths, **{"seed": 1, "step": 2, "view": 0, **where})
+    return Drawn(draw_views(recipe, heights, widths, **{"seed": 1, "step": 2, "view": 0, **where}))
 
 
 def test_rows_of_a_rank_are_rows_of_the_global_batch() -> None:
     whole = draw(FULL, 64)
     heights, widths = np.full(16, 375), np.full(16, 500)
     for rank in range(4):
-        part = draw_view(FULL, heights, widths, seed=1, step=2, view=0, first_row=16 * rank)
-        for mine, all_rows in zip(astuple(part), astuple(whole), strict=True):
-            np.testing.assert_array_equal(mine, all_rows[16 * rank : 16 * (rank + 1)])
+        part = draw_views(FULL, heights, widths, seed=1, step=2, view=0, first_row=16 * rank)
+        for mine, same in zip(part.tensors(), whole.draws[16 * rank : 16 * (rank + 1)].tensors(), strict=True):
+            assert torch.equal(mine, same)
 
 
 @pytest.mark.parametrize("where", [{"seed": 2}, {"step": 3}, {"view": 1}])
@@ -37,7 +47,7 @@ def test_every_key_gives_other_numbers(where: dict[str, int]) -> None:
 
 def test_streams_do_not_meet_those_of_mixing_plans() -> None:
     """Same key (seed, step): the blocks of uniforms must have nothing in common."""
-    from sdmp_train.data.views import _uniforms
+    from sdmp_kernels.views import _uniforms
 
     views = np.concatenate([_uniforms(100, seed=1, step=2, view=v, first_row=0).ravel() for v in range(3)])
     plan = np.concatenate(
@@ -130,9 +140,6 @@ def test_rates_and_ranges() -> None:
     assert sigma.min() >= 0.1
     assert sigma.max() <= 2
     assert abs(sigma.mean() - 1.05) < 0.03
-    windows = blur_windows(drawn)[drawn.sigma > 0]
-    assert (windows % 2 == 1).all()
-    assert windows.max() == 13
 
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "sigma", "gray", "solarize", "flip")
@@ -177,12 +184,12 @@ def test_dino_views() -> None:
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (32, 32), (47, 33), (1001, 17)])
 def test_eval_geometry_is_that_of_torchvision(size: tuple[int, int]) -> None:
     view = EvalView(32, 37)
-    params = eval_params(view, np.array([size[0]]), np.array([size[1]]))
+    sizes, corners = eval_geometry(view, np.array([size[0]]), np.array([size[1]]))
     image = torch.zeros(1, *size)
     resized = v2.functional.resize(image, [37], antialias=True)
-    assert params.resized[0].tolist() == list(resized.shape[1:])
+    assert sizes[0].tolist() == list(resized.shape[1:])
     marked = torch.arange(resized[0].numel()).reshape(resized.shape)
-    top, left = params.corner[0].tolist()
+    top, left = corners[0].tolist()
     assert torch.equal(marked[:, top : top + 32, left : left + 32], v2.functional.center_crop(marked, [32, 32]))
 
 
@@ -196,6 +203,8 @@ def test_eval_view_defaults() -> None:
     [
         ({"size_px": 0}, "size_px"),
         ({"size_px": 32.0}, "size_px"),
+        ({"size_px": (32, 0)}, "size_px"),
+        ({"size_px": (1, 2, 3)}, "size_px"),
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"scale": (0.5, 1.5)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
@@ -219,3 +228,93 @@ def test_an_eval_crop_larger_than_the_image_is_refused() -> None:
 def test_negative_number_of_local_views_is_refused() -> None:
     with pytest.raises(ValueError, match="locals"):
         dino_views(locals=-1)
+
+
+def test_rectangular_views() -> None:
+    first, _ = byol_views((112, 224))
+    assert first.size_px == (112, 224)
+    assert first.blur_sigma_px == byol_views(112)[0].blur_sigma_px
+    assert [v.blur_prob for v in byol_views((32, 224))] == [0, 0]
+    assert eval_view((112, 224)).resize_px == 128
+    assert draw(first, 5).box.shape == (5, 4)
+
+
+def test_channels_without_colour() -> None:
+    with pytest.warns(UserWarning, match="images of 12 channels have no saturation, hue or grey"):
+        views = byol_views(224, channels=12)
+    for view in views:
+        drawn = draw(view)
+        assert (drawn.saturation == 1).all()
+        assert (drawn.hue == 0).all()
+        assert not drawn.gray.any()
+        assert (drawn.brightness != 1).any()
+    assert byol_views(224, channels=1) == byol_views(224)
+
+
+def test_draws_take_tensors_and_arrays_alike() -> None:
+    a = draw_views(FULL, np.array([30, 40]), np.array([50, 60]), step=1)
+    b = draw_views(FULL, torch.tensor([30, 40]), torch.tensor([50, 60]), step=1)
+    assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+def test_whole_is_the_same_numbers_for_images_already_cut() -> None:
+    drawn = draw(FULL, 7).draws
+    whole = drawn.whole((20, 30))
+    assert whole.box.tolist() == [[0, 0, 20, 30]] * 7
+    assert all(torch.equal(x, y) for x, y in zip(whole.tensors()[1:], drawn.tensors()[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"step": -1}, ValueError, "step must be"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"step": 1.5}, TypeError, "step must be"),
+        ({"heights": np.array([0, 4])}, ValueError, "heights must hold sizes of 1 or more"),
+        ({"heights": np.array([4])}, ValueError, "heights has 1 rows but widths has 2"),
+        ({"widths": np.array([4.0, 5.0])}, TypeError, "widths must be"),
+    ],
+)
+def test_wrong_sizes_and_keys_are_refused(changes: dict[str, object], kind: type[Exception], message: str) -> None:
+    arguments = {"heights": np.array([4, 4]), "widths": np.array([4, 4]), "step": 0, **changes}
+    with pytest.raises(kind, match=message):
+        draw_views(FULL, arguments.pop("heights"), arguments.pop("widths"), **arguments)
+
+
+def test_a_step_must_be_given() -> None:
+    with pytest.raises(TypeError, match="step"):
+        draw_views(FULL, np.array([4]), np.array([4]))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("box", torch.tensor([[-1, 0, 4, 4]], dtype=torch.int32), "box must hold"),
+        ("box", torch.tensor([[0, 0, 0, 4]], dtype=torch.int32), "box must hold"),
+        ("box", torch.zeros(1, 3, dtype=torch.int32), r"box must have shape \(N, 4\)"),
+        ("contrast", torch.tensor([-1.0]), "contrast must hold"),
+        ("contrast", torch.tensor([float("nan")]), "contrast must hold"),
+        ("hue", torch.tensor([0.7]), "hue must hold"),
+        ("sigma", torch.tensor([float("inf")]), "sigma must hold"),
+        ("flip", torch.tensor([True, False]), "flip has 2 rows but box has 1"),
+        ("max_sigma", -1.0, "above max_sigma"),
+    ],
+)
+def test_draws_made_by_hand_are_checked(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(draw(FULL, 1).draws, **{name: value})
+
+
+def test_draws_are_a_pytree_and_move_by_one_copy() -> None:
+    from torch.utils import _pytree as pytree
+
+    drawn = draw(FULL, 3).draws
+    leaves, spec = pytree.tree_flatten(drawn)
+    again = pytree.tree_unflatten(leaves, spec)
+    assert len(leaves) == 9
+    assert isinstance(again, ViewDraws)
+    assert again.max_sigma == drawn.max_sigma
+    moved = drawn.to("meta")
+    assert {t.device.type for t in moved.tensors()} == {"meta"}
+    assert [t.shape for t in moved.tensors()] == [t.shape for t in drawn.tensors()]
+    assert drawn.to("cpu") is drawn
