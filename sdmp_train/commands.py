@@ -57,6 +57,7 @@ def pretrain(
         mode = "auto" if or_start else "resume"
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
+        stop.check()
         world = stack.enter_context(join_world(config.run.device))
         stop.speaks = world.is_first
         log = stack.enter_context(log or Log(quiet=not world.is_first))

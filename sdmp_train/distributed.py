@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .settings import ConfigError
-from .stop import EndedElsewhere, Stopped
+from .stop import EndedElsewhere, Stopped, leaving_at_once
 
 STEP_MINUTES = 30
 """How long a rank waits for another within a step: the first one may be saving or measuring."""
@@ -60,12 +60,14 @@ def join_world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(place)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=STEP_MINUTES))
     try:
-        host = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_MINUTES))
+        with leaving_at_once():
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=STEP_MINUTES))
+            host = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_MINUTES))
         yield World(place, rank, size, host if isinstance(host, dist.ProcessGroup) else None)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 GRACE_SECONDS = 5.0
@@ -77,6 +79,40 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._before.clear()
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Within the block a request to stop ends the process with exit code 75 at once.
+
+    For waits in C++, which hear no Python handler and, where the launcher has died, may last for half an hour; a run
+    has nothing to lose before its processes have found each other. Outside the main thread the block changes nothing.
+    """
+    handlers = {number: getattr(signal.getsignal(number), "__self__", None) for number in StopRequest.SIGNALS}
+    heard = {number: request for number, request in handlers.items() if isinstance(request, StopRequest)}
+    if not heard or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)  # what arrives is written there whatever the main thread does
+
+    def watch() -> None:
+        while numbers := os.read(reader, 64):
+            if heard.keys() & set(numbers):
+                os._exit(Stopped.exit_code)
+
+    thread = threading.Thread(target=watch, name="leaving at once", daemon=True)
+    thread.start()
+    try:
+        for request in heard.values():
+            request.check()  # one that came before the block
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 def ignore_stop_signals() -> None:

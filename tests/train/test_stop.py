@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -50,3 +53,44 @@ def test_a_repeated_signal_is_the_same_request_and_a_later_one_ends_the_process(
         now[0] = 105.1
         os.kill(os.getpid(), signal.SIGUSR1)
     assert ended == [128 + signal.SIGUSR1]
+
+
+WAITING = """
+import torch.distributed as dist
+from sdmp_train.stop import StopRequest, leaving_at_once
+with StopRequest():
+    store = dist.TCPStore("127.0.0.1", 0, 1, True)
+    with leaving_at_once():
+        print("waits", flush=True)
+        store.get("what nobody sets")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_wait_for_other_processes_is_left_at_once(name: str):
+    """It waits in C++ for five minutes, and hears no Python handler: as where a launcher has died at the start."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{WAITING}"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waits\n"
+        time.sleep(0.5)
+        waiting.send_signal(getattr(signal, name))
+        assert waiting.wait(timeout=30) == Stopped.exit_code
+    finally:
+        waiting.kill()
+
+
+def enter_a_wait() -> None:
+    with stop_module.leaving_at_once():
+        pytest.fail("it should not have begun")
+
+
+def test_a_stop_asked_for_before_the_wait_is_not_waited_with():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked
+        with pytest.raises(Stopped):
+            enter_a_wait()
+    assert signal.set_wakeup_fd(-1) == -1
