@@ -15,9 +15,11 @@ from sdmp_train.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"])
-def test_a_signal_asks_and_the_former_handler_comes_back(name: str, capfd):
+def test_a_signal_asks_and_the_former_handler_comes_back(name: str, capfd, request: pytest.FixtureRequest):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    # Whoever runs the tests may ignore it, as nohup and a shell's background jobs do.
+    outside, before = signal.signal(number, signal.SIG_DFL), signal.SIG_DFL
+    request.addfinalizer(lambda: signal.signal(number, outside))
     with StopRequest() as stop:
         stop.check()
         os.kill(os.getpid(), number)
