@@ -9,6 +9,7 @@
 
 #include "loss_job.h"
 #include "mix_torch.h"
+#include "processor.h"
 
 namespace sdmp {
 
@@ -48,14 +49,10 @@ enum class Set { kPortable, kAvx2, kAvx512 };
 
 inline Set instruction_set() {
 #if defined(SDMP_WITH_AVX512)
-  // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi2")) {
-    return Set::kAvx512;
-  }
+  if (runs_avx512()) return Set::kAvx512;
 #endif
 #if defined(SDMP_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) return Set::kAvx2;
+  if (runs_avx2()) return Set::kAvx2;
 #endif
   return Set::kPortable;
 }
