@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,12 +60,8 @@ class TorchvisionLoader(Loader):
             # Or torch would take a number from the global generator for seeds that no worker uses.
             generator=torch.Generator(),
         )
-        before = signal.getsignal(signal.SIGCHLD)
-        with _signals_wait(), _garbage_stays():
+        with _signals_wait(), _garbage_stays(), _deaths_wait():
             self._batches = iter(loader)
-        if signal.getsignal(signal.SIGCHLD) is not before:
-            # Torch would raise in the middle of whatever runs when a worker dies; it also notices in `next`.
-            signal.signal(signal.SIGCHLD, before)
         mine = self._iteration
         for position in range(len(self)):
             if self._iteration != mine:
@@ -155,6 +152,26 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _deaths_wait() -> Iterator[None]:
+    """After this block a worker's death is an error of `next` alone, which torch also notices there.
+
+    Torch's handler of SIGCHLD raises in the middle of whatever runs. It is set by the first `DataLoader` with workers
+    in a process, which may have been somebody else's, long ago.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if _is_torchs(signal.getsignal(signal.SIGCHLD)):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or _is_torchs(before) else before)
+
+
+def _is_torchs(handler: object) -> bool:
+    return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_runs import KINDS, build_training
+from torch.utils.data import DataLoader
 
 from sdmp_train import checkpoint, commands, run_folder
 from sdmp_train import run as run_module
@@ -594,7 +595,12 @@ def test_an_image_that_vanishes_stops_the_run_once_it_is_saved(
             assert torch.equal(tensor, parts[part][name]), (part, name)
 
 
-def test_a_killed_decoding_process_stops_the_run_once_it_is_saved(tiny: Config, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("others", [False, True], ids=["", "after somebody else's DataLoader"])
+def test_a_killed_decoding_process_stops_the_run_once_it_is_saved(
+    others: bool, tiny: Config, tmp_path: Path, monkeypatch
+):
+    if others:  # the first one with workers in a process sets torch's handler of SIGCHLD, for good
+        list(DataLoader(range(2), num_workers=1))
     config = replace(tiny, data=replace(tiny.data, workers=1), optim=replace(tiny.optim, epochs=20))
     honest = Run.after_step
 
