@@ -17,6 +17,7 @@ import yaml
 
 from .durable import write_durably
 from .flags import AvoidSubcommands, OmitArgPrefixes
+from .methods.dino import Dino
 from .methods.method import Method
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
@@ -45,6 +46,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
+    "dino": Dino,
     "supervised": Supervised,
 }
 

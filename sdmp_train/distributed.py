@@ -85,15 +85,20 @@ def mirror_rank(world: World) -> int:
 
 
 def mirror_images(images: Tensor, world: World) -> Tensor:
-    """(N, 3, H, W) of the rank at the other end, point to point: no rank ever holds the images of all."""
+    """(N, 3, H, W) of the rank at the other end, channels_last: no rank ever holds the images of all."""
+    return mirror_rows(images.permute(0, 2, 3, 1), world).permute(0, 3, 1, 2)
+
+
+def mirror_rows(rows: Tensor, world: World) -> Tensor:
+    """The tensor of the same shape on the rank at the other end, point to point."""
     peer = mirror_rank(world)
     if peer == world.rank:
-        return images
-    sent = images.permute(0, 2, 3, 1).contiguous()
+        return rows
+    sent = rows.contiguous()
     received = torch.empty_like(sent)
     for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
         work.wait()
-    return received.permute(0, 3, 1, 2)
+    return received
 
 
 def reduce_max(flags: Tensor, world: World) -> Tensor:

@@ -6,7 +6,7 @@ timm is imported when a model is built, not before.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,7 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12
     if given and not name.startswith(PLAIN_VITS):
         raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
     by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
-    size = {"img_size": image_px} if takes_image_size(name, image_px) else {}
+    size = {"img_size": image_px} if takes(name, "img_size", image_px) else {}
     return name, {**size, **by_method, **given}
 
 
@@ -54,13 +54,13 @@ def check_name(name: str) -> None:
         raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*SHORT_NAMES, *timm.list_models()])}")
 
 
-def takes_image_size(name: str, image_px: int) -> bool:
-    """Whether the model has to be told the size of its images (it has positions or windows for them)."""
+def takes(name: str, argument: str, value: Any) -> bool:
+    """Whether the model has an argument of this name, such as the size of its images (for positions or windows)."""
     try:
-        create(name, {"img_size": image_px}, "meta")
+        create(name, {argument: value}, "meta")
     except TypeError as error:
-        return "img_size" not in str(error)
-    except Exception:  # the size itself does not please it: `build_backbone` says so
+        return argument not in str(error)
+    except Exception:  # the value itself does not please it: `build_backbone` says so
         pass
     return True
 
@@ -80,6 +80,7 @@ def build_backbone(
     *,
     drop_path: float = 0.0,
     start: Callable[[VisionTransformer], None] | None = None,
+    more_px: Sequence[int] = (),
     **options: Any,
 ) -> nn.Module:
     """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
@@ -87,6 +88,7 @@ def build_backbone(
     drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
         towards the first.
     start: what to do to a ViT after timm has started it, with random numbers of the same stream.
+    more_px: sides of smaller images that it is to take as well; a ViT then interpolates its positions for them.
     options: of `timm_arguments`.
 
     Raises:
@@ -98,8 +100,11 @@ def build_backbone(
     name, arguments = timm_arguments(config, image_px, **options)
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
+    if more_px and takes(name, "dynamic_img_size", True):
+        arguments = {**arguments, "dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
-        check_forward(make_model(config, name, arguments, "meta"), name, image_px)
+        for px in (image_px, *more_px):
+            check_forward(make_model(config, name, arguments, "meta"), name, px)
         torch.manual_seed(seed)
         backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:

@@ -29,6 +29,7 @@ from ..models import feature_width
 from ..optim import key_momentum
 from ..settings import between, require
 from .method import At, Group, Loss, Setup
+from .momentum import follow
 from .start import start_vit
 
 
@@ -271,14 +272,9 @@ class Contrast(ABC):
         )
         self.follow_student((1 - momentum) * good)
 
-    @torch.no_grad()
     def follow_student(self, share: Tensor) -> None:
         """Move the momentum encoder's parameters (not its batch statistics) by `share` of the way to the student's."""
-        leaders: list[Tensor] = list(self.student.encoder.parameters())
-        followers: list[Tensor] = list(self.momentum_encoder.parameters())
-        ways = list(torch._foreach_sub(leaders, followers))
-        torch._foreach_mul_(ways, share)
-        torch._foreach_add_(followers, ways)
+        follow(self.student.encoder.parameters(), self.momentum_encoder.parameters(), share)
 
     def facts(self, plan: Plan) -> dict[str, Tensor]:
         """The mean of lam."""

@@ -33,8 +33,11 @@ def draw_batch_plan(
     prob: float = 1.0,
     shared_lam: bool = False,
     flip: Flip = "local",
+    px: int | None = None,
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
+
+    `px`: side of the view, which decides how fine a box can be; default the run's `image_px`.
 
     Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan.
 
@@ -42,7 +45,7 @@ def draw_batch_plan(
         ConfigError: for a global flip of accumulated batches, whose partners would come in another batch.
     """
     require(flip == "local" or at.parts == 1, "flip", flip, "'local' where gradients accumulate over batches")
-    world, px = setup.world, setup.data.image_px
+    world, px = setup.world, px or setup.data.image_px
     return draw_plan(
         setup.rows,
         (px, px),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sdmp_train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from sdmp_train.methods.dino import DinoConfig
 from sdmp_train.methods.mocov3 import MoCoV3Config
 from sdmp_train.methods.supervised import SupervisedConfig
 
@@ -50,6 +51,21 @@ def tiny_resnet(tiny: Config) -> Config:
         model=ModelConfig(arch="test_resnet", stem="cifar"),
         optim=replace(tiny.optim, opt="lars", base_lr=1.0, lars_trust=0.02),
     )
+
+
+@pytest.fixture
+def tiny_dino(tiny: Config) -> Config:
+    """DINO with SDMP: two of four local crops mixed, and drop path."""
+    method = DinoConfig(
+        out_dim=64,
+        head_dim=32,
+        bottleneck_dim=16,
+        local_crops_number=4,
+        local_px=16,
+        drop_path_rate=0.5,
+        freeze_last_layer=0,
+    )
+    return replace(tiny, method=method)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(kind: str, stop: int, request
     assert whole[0].keys() == parts[0].keys() == {*build_training(config).method.state, "optim"}
     for part, tensors in whole[0].items():
         assert tensors.keys() == parts[0][part].keys()
-        assert len(tensors) > 5
+        assert tensors
         for name, tensor in tensors.items():
             assert torch.equal(tensor, parts[0][part][name]), (part, name)
     losses = [[line["loss"] for line in metrics(tmp_path / n) if "loss" in line] for n in ("whole", "parts")]

@@ -15,7 +15,7 @@ from sdmp_train.log import Log
 from sdmp_train.methods.method import At, Loss, Method
 from sdmp_train.training import Training, assemble
 
-TINY = {"mocov3": "tiny", "supervised": "tiny_supervised"}
+TINY = {"mocov3": "tiny", "dino": "tiny_dino", "supervised": "tiny_supervised"}
 """For each method, the fixture of `conftest.py` that is a tiny run of it."""
 KINDS = [*(TINY[name] for name in METHODS), "tiny_resnet"]
 """The runs that are poisoned, resumed and exported: every method, and one whose backbone has batch norms."""
@@ -48,14 +48,15 @@ def with_mixing(config: Config, **changes: Any) -> Config:
 
 
 def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """`count` batches of noise as a loader gives them: uint8, channels_last."""
+    """`count` batches of noise as a loader gives them, uint8, channels_last; and the local crops of a method of such."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (config.optim.batch_size, 3, config.data.image_px, config.data.image_px)
+    sides = [config.data.image_px] * count
+    sides += [getattr(config.method, "local_px", 0)] * getattr(config.method, "local_crops_number", 0)
     return tuple(
-        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(count)
+        torch.randint(
+            0, 256, (config.optim.batch_size, 3, side, side), generator=generator, dtype=torch.uint8
+        ).contiguous(memory_format=torch.channels_last)
+        for side in sides
     )
 
 
