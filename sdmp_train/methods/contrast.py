@@ -27,8 +27,8 @@ from ..distributed import World, distribute, gather_rows, mirror_images
 from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
-from ..settings import between, require
-from .method import At, Group, Loss, Setup
+from ..settings import DataConfig, between, require
+from .method import At, Group, Loss, Pass, Setup
 from .start import start_vit
 
 
@@ -73,6 +73,17 @@ class Plan:
 
     swap: bool
     mixes: dict[str, MixPlan]
+
+
+def views_of(terms: Sequence[Term]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The views that are queries and those that are keys, each once."""
+    return tuple(dict.fromkeys(term.query for term in terms)), tuple(dict.fromkeys(term.key for term in terms))
+
+
+def passes_of(terms: Sequence[Term], data: DataConfig) -> list[Pass]:
+    """What goes through the backbone: every query with gradient, every key without."""
+    queries, keys = views_of(terms)
+    return [Pass(data.image_px, trained=True)] * len(queries) + [Pass(data.image_px, trained=False)] * len(keys)
 
 
 class Features(NamedTuple):
@@ -147,8 +158,7 @@ class Contrast(ABC):
         self.setup = setup
         self.world: World = setup.world
         self.terms = tuple(terms)
-        self.query_views = tuple(dict.fromkeys(term.query for term in self.terms))
-        self.key_views = tuple(dict.fromkeys(term.key for term in self.terms))
+        self.query_views, self.key_views = views_of(self.terms)
         self.view_names = tuple(sorted({name[0] for name in self.query_views + self.key_views}))
         self.mixed_views = tuple(sorted({name[0] for name in self.query_views + self.key_views if name[-1] == "~"}))
         backbone = build_backbone(

@@ -21,9 +21,9 @@ from sdmp_kernels import MixPlan, TwoHot
 from ..data import Batch
 from ..distributed import mirror_rank
 from ..flags import arg
-from ..settings import between
-from .contrast import Contrast, ContrastConfig, Plan, Term
-from .method import At, Setup
+from ..settings import DataConfig, between
+from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
+from .method import At, Pass, Setup
 from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
@@ -86,6 +86,11 @@ class MoCoV3(Contrast):
     def __init__(self, config: MoCoV3Config, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup, terms_of(config), global_flip=config.flip == "global")
         self.config = config
+
+    @staticmethod
+    def passes(config: MoCoV3Config, data: DataConfig) -> list[Pass]:
+        """One pass for each query and each key of the terms."""
+        return passes_of(terms_of(config), data)
 
     def plan(self, at: At) -> Plan:
         """Decide, from (seed, step) alone, what is mixed with what. Views share rule and lam, not boxes."""
