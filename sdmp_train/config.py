@@ -17,7 +17,10 @@ import yaml
 
 from .durable import write_durably
 from .flags import AvoidSubcommands, OmitArgPrefixes
+from .methods.dacl import DACL
+from .methods.imix import IMix
 from .methods.method import Method
+from .methods.mochi import MoCHi
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
 from .reading import read_yaml
@@ -45,6 +48,9 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
+    "imix": IMix,
+    "dacl": DACL,
+    "mochi": MoCHi,
     "supervised": Supervised,
 }
 

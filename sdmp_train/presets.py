@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from .config import (
     Config,
@@ -21,10 +21,14 @@ from .config import (
     near,
 )
 from .cost import ARITHMETIC, GPU, gpu_hours, image_gflop
+from .methods.contrast import ContrastConfig
+from .methods.dacl import DACLConfig
+from .methods.imix import IMixConfig
+from .methods.mochi import MoCHiConfig
 from .methods.mocov3 import MoCoV3Config
 from .methods.supervised import SupervisedConfig
 
-Mixing = Literal["none", "sdmp"]
+PLAIN, SDMP = MoCoV3Config(mixing="none"), MoCoV3Config(mixing="sdmp")
 
 FOR_OWN_IMAGES = {
     "cuda": "table1/mocov3-vit_s-sdmp --batch-size 256",
@@ -102,9 +106,30 @@ MOCOV3_SOURCES = {
     "paper, section 4.3.2": "method.rules method.per",
     "the paper's released code; the paper says Beta(alpha, alpha)": "method.alpha",
     "paper, section 4.3.1": "method.shared_lam",
-    "paper, Eq. 3 and 4": "method.source_weight method.pair_weight",
+    "paper, Eq. 3 and 4": "method.source_weight method.pair_weight method.form",
     "this project; the released code pairs over all GPUs": "method.flip",
     "this project, by analogy with `replace`": "method.extra_weight",
+}
+IMIX_SOURCES = {
+    **CONTRAST_SOURCES,
+    "i-mix's code: Mixup on CIFAR, CutMix on ImageNet; the paper does not say": "method.rule",
+    "i-mix's code": "method.alpha method.form",
+}
+DACL_SOURCES = {
+    **CONTRAST_SOURCES,
+    "this project: DACL tunes it for each data set, and the paper does not say": "method.alpha",
+}
+MOCHI_SOURCES = {
+    **CONTRAST_SOURCES,
+    "this project: an eighth of MoCHi's, which has a queue; the paper does not say": "method.hard method.mixed "
+    "method.query_mixed",
+    "SynCo's code; the paper does not say": "method.warmup",
+}
+SOURCES = {
+    MoCoV3Config: MOCOV3_SOURCES,
+    IMixConfig: IMIX_SOURCES,
+    DACLConfig: DACL_SOURCES,
+    MoCHiConfig: MOCHI_SOURCES,
 }
 IMAGENET_SOURCES = {
     "paper, section 4": "data.image_px",
@@ -115,11 +140,11 @@ IMAGENET_SOURCES = {
 }
 
 
-def imagenet_vit(arch: str, mixing: Mixing, *, epochs: int = 300, batch_size: int = 1024) -> Recipe:
+def imagenet_vit(arch: str, method: ContrastConfig, *, epochs: int = 300, batch_size: int = 1024) -> Recipe:
     """MoCo v3 on a ViT at 224 px: AdamW, wd 0.1 on all, warm-up 40, temperature 0.2 (MoCo v3 and SDMP readmes)."""
     config = Config(
         model=ModelConfig(arch=arch),
-        method=MoCoV3Config(mixing=mixing, temperature=0.2),
+        method=replace(method, temperature=0.2),
         optim=OptimConfig(epochs=epochs, batch_size=batch_size),
     )
     moco = {
@@ -127,25 +152,25 @@ def imagenet_vit(arch: str, mixing: Mixing, *, epochs: int = 300, batch_size: in
         "the paper's released code; its text says 5e-4, which is DINO's": "optim.base_lr",
         "paper, section 4" if batch_size == 1024 else "first readme of the paper's released code": "optim.batch_size",
     }
-    return recipe(config, IMAGENET_SOURCES, MOCOV3_SOURCES, moco)
+    return recipe(config, IMAGENET_SOURCES, SOURCES[type(method)], moco)
 
 
-def imagenet_r50(mixing: Mixing) -> Recipe:
+def imagenet_r50(method: ContrastConfig) -> Recipe:
     """MoCo v3 on a ResNet-50, 300 epochs: LARS, warm-up 10, temperature 1 (MoCo v3 readme)."""
     config = Config(
         data=DataConfig(crop_min_frac=0.2),
         model=ModelConfig(arch="resnet50"),
-        method=MoCoV3Config(temperature=1.0, mixing=mixing),
+        method=replace(method, temperature=1.0),
         optim=OptimConfig(opt="lars", base_lr=0.3, weight_decay=1e-6, warmup_epochs=10, batch_size=4096),
     )
     moco = {
         MOCO: "data.crop_min_frac optim.opt optim.base_lr optim.weight_decay optim.warmup_epochs optim.batch_size "
         "optim.lars_momentum optim.lars_trust optim.lars_clip optim.min_lr",
     }
-    return recipe(config, IMAGENET_SOURCES, MOCOV3_SOURCES, moco)
+    return recipe(config, IMAGENET_SOURCES, SOURCES[type(method)], moco)
 
 
-def cifar(arch: str, mixing: Mixing, *, epochs: int = 200, classes: int = 10) -> Recipe:
+def cifar(arch: str, method: ContrastConfig, *, epochs: int = 200, classes: int = 10) -> Recipe:
     """MoCo v3 at 32 px with the CIFAR stem, after solo-learn's recipe with padding 1 (the paper states none)."""
     mean, std = {
         10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -154,7 +179,7 @@ def cifar(arch: str, mixing: Mixing, *, epochs: int = 200, classes: int = 10) ->
     config = Config(
         data=DataConfig(image_px=32, blur=False, mean=mean, std=std),
         model=ModelConfig(arch=arch, stem="cifar"),
-        method=MoCoV3Config(mixing=mixing, temperature=0.2),
+        method=replace(method, temperature=0.2),
         optim=OptimConfig(
             batch_size=256,
             epochs=epochs,
@@ -175,7 +200,7 @@ def cifar(arch: str, mixing: Mixing, *, epochs: int = 200, classes: int = 10) ->
         "optim.base_lr optim.weight_decay optim.batch_size optim.warmup_epochs optim.lars_trust optim.lars_clip",
         MOCO: "optim.lars_momentum optim.min_lr",
     }
-    return recipe(config, MOCOV3_SOURCES, solo)
+    return recipe(config, SOURCES[type(method)], solo)
 
 
 def imagenet_supervised(epochs: int = 300, batch_size: int = 1024) -> Recipe:
@@ -250,12 +275,16 @@ def table1() -> dict[str, Preset]:
     """Main results, 300 epochs. Rows of methods that the paper only quotes are no presets."""
     return {
         "table1/supervised-vit_s": paper(1, 79.8, imagenet_supervised()),
-        "table1/mocov3-vit_s": paper(1, 73.2, imagenet_vit("vit_small", "none")),
-        "table1/mocov3-vit_s-sdmp": paper(1, 73.8, imagenet_vit("vit_small", "sdmp")),
-        "table1/mocov3-vit_b": paper(1, 76.7, imagenet_vit("vit_base", "none")),
-        "table1/mocov3-vit_b-sdmp": paper(1, 77.2, imagenet_vit("vit_base", "sdmp")),
-        "table1/mocov3-r50": paper(1, 72.8, imagenet_r50("none")),
-        "table1/mocov3-r50-sdmp": paper(1, 73.5, imagenet_r50("sdmp")),
+        "table1/mocov3-vit_s": paper(1, 73.2, imagenet_vit("vit_small", PLAIN)),
+        "table1/mocov3-vit_s-imix": paper(1, 71.6, imagenet_vit("vit_small", IMixConfig(rule="cutmix"))),
+        "table1/mocov3-vit_s-dacl": paper(1, 72.3, imagenet_vit("vit_small", DACLConfig())),
+        "table1/mocov3-vit_s-mochi": paper(1, 73.0, imagenet_vit("vit_small", MoCHiConfig())),
+        "table1/mocov3-vit_s-sdmp": paper(1, 73.8, imagenet_vit("vit_small", SDMP)),
+        "table1/mocov3-vit_b": paper(1, 76.7, imagenet_vit("vit_base", PLAIN)),
+        "table1/mocov3-vit_b-sdmp": paper(1, 77.2, imagenet_vit("vit_base", SDMP)),
+        "table1/mocov3-r50": paper(1, 72.8, imagenet_r50(PLAIN)),
+        "table1/mocov3-r50-imix": paper(1, 72.8, imagenet_r50(IMixConfig(rule="cutmix"))),
+        "table1/mocov3-r50-sdmp": paper(1, 73.5, imagenet_r50(SDMP)),
     }
 
 
@@ -268,28 +297,28 @@ def table2() -> dict[str, Preset]:
 
 
 def table5() -> dict[str, Preset]:
-    """CIFAR-10 and CIFAR-100: (architecture, epochs) -> top-1 of MoCo v3 and of SDMP on each."""
+    """CIFAR-10 and CIFAR-100: (layers, epochs) -> top-1 of MoCo v3, of i-mix and of SDMP on each."""
     rows = {
-        ("50", 200): {10: (86.5, 89.5), 100: (63.2, 68.2)},
-        ("50", 2000): {10: (93.7, 95.8), 100: (69.0, 78.7)},
-        ("101", 200): {10: (86.4, 90.0), 100: (63.3, 69.7)},
-        ("101", 2000): {10: (93.8, 95.8), 100: (68.5, 80.0)},
+        ("50", 200): {10: (86.5, 88.6, 89.5), 100: (63.2, 66.1, 68.2)},
+        ("50", 2000): {10: (93.7, 95.4, 95.8), 100: (69.0, 77.3, 78.7)},
+        ("101", 200): {10: (86.4, 89.4, 90.0), 100: (63.3, 67.7, 69.7)},
+        ("101", 2000): {10: (93.8, 95.8, 95.8), 100: (68.5, 78.4, 80.0)},
     }
+    methods = {"": PLAIN, "-imix": IMixConfig(rule="mixup"), "-sdmp": SDMP}
     presets = {}
     for (layers, epochs), by_classes in rows.items():
-        for classes, (baseline, ours) in by_classes.items():
-            name = f"table5/cifar{classes}-r{layers}"
-            tail = "" if epochs == 200 else f"-{epochs}ep"
-            train = partial(cifar, f"resnet{layers}", epochs=epochs, classes=classes)
-            presets[f"{name}{tail}"] = paper(5, baseline, train("none"), CIFAR[classes])
-            presets[f"{name}-sdmp{tail}"] = paper(5, ours, train("sdmp"), CIFAR[classes])
+        tail = "" if epochs == 200 else f"-{epochs}ep"
+        for classes, figures in by_classes.items():
+            for (name, method), top1 in zip(methods.items(), figures, strict=True):
+                made = cifar(f"resnet{layers}", method, epochs=epochs, classes=classes)
+                presets[f"table5/cifar{classes}-r{layers}{name}{tail}"] = paper(5, top1, made, CIFAR[classes])
     return presets
 
 
 def ablations() -> dict[str, Preset]:
     """Tables 6 to 9 and 11, their rows of MoCo v3 and of labels."""
-    plain, ours = imagenet_vit("vit_small", "none"), imagenet_vit("vit_small", "sdmp")
-    short = imagenet_vit("vit_small", "sdmp", epochs=100)
+    plain, ours = imagenet_vit("vit_small", PLAIN), imagenet_vit("vit_small", SDMP)
+    short = imagenet_vit("vit_small", SDMP, epochs=100)
     small = partial(imagenet_vit, "vit_small", batch_size=512)
     return {
         "table6/mocov3-vit_s": paper(6, 73.2, plain),
@@ -303,12 +332,12 @@ def ablations() -> dict[str, Preset]:
         "table8/mocov3-vit_s-sdmp-mixup": paper(8, 65.1, short, rules=("mixup",)),
         "table8/mocov3-vit_s-sdmp-resizemix": paper(8, 65.4, short, rules=("resizemix",)),
         "table8/mocov3-vit_s-sdmp": paper(8, 65.5, short),
-        "table9/mocov3-vit_s": paper(9, 66.7, imagenet_vit("vit_small", "none", epochs=150)),
-        "table9/mocov3-vit_s-sdmp-replace": paper(9, 67.4, imagenet_vit("vit_small", "sdmp", epochs=150)),
+        "table9/mocov3-vit_s": paper(9, 66.7, imagenet_vit("vit_small", PLAIN, epochs=150)),
+        "table9/mocov3-vit_s-sdmp-replace": paper(9, 67.4, imagenet_vit("vit_small", SDMP, epochs=150)),
         "table9/mocov3-vit_s-sdmp-extra": paper(9, 67.5, short, variant="extra"),
         "table11/supervised-vit_s": paper(11, 88.0, imagenet_supervised(), IMAGENET_100),
-        "table11/mocov3-vit_s": paper(11, 79.1, small("none"), IMAGENET_100),
-        "table11/mocov3-vit_s-sdmp": paper(11, 81.8, small("sdmp"), IMAGENET_100),
+        "table11/mocov3-vit_s": paper(11, 79.1, small(PLAIN), IMAGENET_100),
+        "table11/mocov3-vit_s-sdmp": paper(11, 81.8, small(SDMP), IMAGENET_100),
     }
 
 
@@ -318,8 +347,8 @@ def trials() -> dict[str, Preset]:
     return {
         "quickstart": Preset(quickstart(), "kNN, printed by the run", "this project: embedded data, two CPU cores"),
         "quickstart-supervised": Preset(quickstart_supervised(), "kNN, printed by the run", "this project"),
-        "cifar10-r18": Preset(cifar("resnet18", "none").config, "none yet", own),
-        "cifar10-r18-sdmp": Preset(cifar("resnet18", "sdmp").config, "none yet", own),
+        "cifar10-r18": Preset(cifar("resnet18", PLAIN).config, "none yet", own),
+        "cifar10-r18-sdmp": Preset(cifar("resnet18", SDMP).config, "none yet", own),
     }
 
 

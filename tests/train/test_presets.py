@@ -15,13 +15,14 @@ from sdmp_train.presets import FOR_OWN_IMAGES, ROW, get_preset, origins_of, pres
 PRESETS = presets()
 OF_THE_PAPER = [name for name in PRESETS if name.startswith("table")]
 ROWS = {
-    1: "supervised-vit_s mocov3-vit_s mocov3-vit_s-sdmp mocov3-vit_b mocov3-vit_b-sdmp mocov3-r50 mocov3-r50-sdmp",
+    1: "supervised-vit_s mocov3-vit_s mocov3-vit_s-imix mocov3-vit_s-dacl mocov3-vit_s-mochi mocov3-vit_s-sdmp "
+    "mocov3-vit_b mocov3-vit_b-sdmp mocov3-r50 mocov3-r50-imix mocov3-r50-sdmp",
     2: "supervised-vit_s-100ep supervised-vit_s",
     5: " ".join(
         f"cifar{classes}-r{layers}{mixing}{tail}"
         for classes in (10, 100)
         for layers in (50, 101)
-        for mixing in ("", "-sdmp")
+        for mixing in ("", "-imix", "-sdmp")
         for tail in ("", "-2000ep")
     ),
     6: "mocov3-vit_s mocov3-vit_s-sdmp mocov3-vit_s-sdmp-static-source mocov3-vit_s-sdmp-static-pair",
