@@ -106,7 +106,7 @@ def plain_class() -> type[MoCoV3]:
             return images
 
         def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
-            total, scale = torch.zeros((), device=self.world.device), self.config.temperature
+            total, scale = torch.zeros((), device=self.world.device), self.temperature
             for term in self.terms:
                 logits = features.queries[term.query] @ features.keys[term.key].T / scale
                 first, second, weight = self.target(term, plan)

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
-from .presets import get_preset, presets
+from .presets import get_preset, origins_of, table_of_presets
 from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
 from .text import printable_lines
 
@@ -26,7 +26,7 @@ ABOUT = f"""\
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
 {PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
-{PROGRAM} presets                      recipes, with the paper's numbers
+{PROGRAM} presets [NAME]               recipes, with the paper's numbers; where one's settings come from
 {PROGRAM} verify DIR                   index and check a folder of images
 {PROGRAM} SUBCOMMAND --help            the flags of a subcommand
 """
@@ -189,12 +189,10 @@ def run_export(argv: Sequence[str]) -> int:
 
 
 def run_presets(argv: Sequence[str]) -> int:
-    if argv:
-        raise ConfigError(f"presets takes no arguments, got {' '.join(argv)}")
-    known = presets()
-    widest = max(len(name) for name in known)
-    for name, preset in known.items():
-        print(f"{name:{widest}}  {preset.result}  [{preset.source}]")
+    if len(argv) > 1:
+        raise ConfigError(f"presets takes no arguments or the name of one, got {' '.join(argv)}")
+    for line in origins_of(argv[0]) if argv else table_of_presets():
+        print(line)
     return DONE
 
 

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from ..distributed import World, distribute, gather_rows, mirror_images
 from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
-from ..settings import between, require
-from .method import At, Group, Loss, Setup
+from ..settings import DataConfig, between, require
+from .method import At, Group, Loss, Pass, Setup
 from .momentum import follow
 from .start import start_vit
+
+VIT_TEMPERATURE, RESNET_TEMPERATURE = 0.2, 1.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class ContrastConfig:
     """Momentum of the key encoder at the start."""
     momentum_cosine: Annotated[bool, arg(name="moco-m-cos")] = True
     """Let that momentum rise to 1 along half a cosine."""
-    temperature: Annotated[float, arg(name="moco-t")] = 0.2
-    """Softmax temperature."""
+    temperature: Annotated[float | None, arg(name="moco-t")] = None
+    """Softmax temperature; None is MoCo v3's own: 0.2 for a ViT, 1 for a ResNet."""
     stop_grad_conv1: bool = True
     """ViT: freeze the patch projection at its random start."""
 
@@ -54,7 +56,8 @@ class ContrastConfig:
         require(self.dim > 0, "moco_dim", self.dim, "a positive whole number")
         require(self.mlp_dim > 0, "moco_mlp_dim", self.mlp_dim, "a positive whole number")
         between("moco_m", self.momentum, 0, 1)
-        between("moco_t", self.temperature, 0, 100, above=True)
+        if self.temperature is not None:
+            between("moco_t", self.temperature, 0, 100, above=True)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ class Plan:
 
     swap: bool
     mixes: dict[str, MixPlan]
+
+
+def views_of(terms: Sequence[Term]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The views that are queries and those that are keys, each once."""
+    return tuple(dict.fromkeys(term.query for term in terms)), tuple(dict.fromkeys(term.key for term in terms))
+
+
+def passes_of(terms: Sequence[Term], data: DataConfig) -> list[Pass]:
+    """What goes through the backbone: every query with gradient, every key without."""
+    queries, keys = views_of(terms)
+    return [Pass(data.image_px, trained=True)] * len(queries) + [Pass(data.image_px, trained=False)] * len(keys)
 
 
 class Features(NamedTuple):
@@ -118,9 +132,14 @@ class Student(nn.Module):
         return [self.predictor(self.encoder(view)) for view in views]
 
 
+def has_patches(backbone: nn.Module) -> bool:
+    """Whether MoCo v3's heads and temperature for a ViT are meant, or those for a ResNet."""
+    return hasattr(backbone, "patch_embed")
+
+
 def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Student:
     """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
-    is_vit = hasattr(backbone, "patch_embed")
+    is_vit = has_patches(backbone)
     width = feature_width(backbone)
     hidden = [config.mlp_dim] * (2 if is_vit else 1)
     with torch.random.fork_rng(devices=[]):
@@ -132,6 +151,9 @@ def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Stu
 
 class Contrast(ABC):
     """The student, its momentum encoder and the stages of a step. A method adds its terms, plan and targets."""
+
+    form: Literal["ce", "log_mixture"] = "ce"
+    """How two shares become one loss, see `info_nce`; a method with soft targets makes it a setting."""
 
     def __init__(
         self,
@@ -148,13 +170,14 @@ class Contrast(ABC):
         self.setup = setup
         self.world: World = setup.world
         self.terms = tuple(terms)
-        self.query_views = tuple(dict.fromkeys(term.query for term in self.terms))
-        self.key_views = tuple(dict.fromkeys(term.key for term in self.terms))
+        self.query_views, self.key_views = views_of(self.terms)
         self.view_names = tuple(sorted({name[0] for name in self.query_views + self.key_views}))
         self.mixed_views = tuple(sorted({name[0] for name in self.query_views + self.key_views if name[-1] == "~"}))
         backbone = build_backbone(
             **self.backbone_options(config), start=lambda vit: start_vit(vit, config.stop_grad_conv1)
         )
+        by_rule = VIT_TEMPERATURE if has_patches(backbone) else RESNET_TEMPERATURE
+        self.temperature = by_rule if config.temperature is None else config.temperature
         self.student = build_student(backbone, config, setup.seed).to(self.world.device)
         self.momentum_encoder = copy.deepcopy(self.student.encoder).requires_grad_(False)
         self.queries = distribute(self.student, self.world)
@@ -191,6 +214,11 @@ class Contrast(ABC):
     def target(self, term: Term, plan: Plan) -> TwoHot:
         """Where the query's probability should lie, from the plan that mixed the pixels."""
 
+    @property
+    def offset(self) -> int:
+        """The column of this rank's first row among the keys of all ranks."""
+        return self.world.rank * self.setup.rows
+
     def views(self, at: At) -> list[ViewRecipe]:
         """BYOL's two recipes, again for a further pair of views."""
         data = self.setup.data
@@ -202,7 +230,7 @@ class Contrast(ABC):
 
     def chance(self) -> dict[str, float]:
         """What every term, and the whole loss, is worth while the softmax is uniform: 2 T ln M per unit of weight."""
-        uniform = 2 * self.heads.temperature * math.log(self.setup.rows * self.world.size)
+        uniform = 2 * self.temperature * math.log(self.setup.rows * self.world.size)
         return {term.name: uniform for term in self.terms} | {"loss": uniform * sum(term.weight for term in self.terms)}
 
     def describe(self) -> str:
@@ -245,17 +273,21 @@ class Contrast(ABC):
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
         """The weighted sum of the terms, each with MoCo v3's factor 2T; and the mean of each kind of term."""
-        temperature = self.heads.temperature
+        temperature = self.temperature
         total = torch.zeros((), device=self.world.device)
         kinds: dict[str, list[Tensor]] = {}
         for name, query in features.queries.items():
             terms = [term for term in self.terms if term.query == name]
             targets = [self.target(term, plan) for term in terms]
-            losses = info_nce(query, [features.keys[term.key] for term in terms], targets, temperature=temperature)
+            losses = self.compare(query, [features.keys[term.key] for term in terms], targets, at)
             for term, value in zip(terms, losses, strict=True):
                 total = total + term.weight * 2 * temperature * value
                 kinds.setdefault(term.name, []).append(2 * temperature * value.detach())
         return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
+
+    def compare(self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], at: At) -> list[Tensor]:
+        """The mean cross-entropy of queries (N, D) against each set of keys (M, D): 0-dim tensors, without the 2T."""
+        return list(info_nce(query, keys, targets, temperature=self.temperature, form=self.form))
 
     def groups(self) -> list[Group]:
         """All of the student alike: MoCo v3 decays norms and biases too."""

@@ -26,8 +26,8 @@ from ..distributed import World, distribute, mirror_images, mirror_rows, reduce_
 from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
-from ..settings import between, require
-from .method import At, Group, Loss, Setup
+from ..settings import DataConfig, between, require
+from .method import At, Group, Loss, Pass, Setup
 from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
 from .momentum import follow
 
@@ -35,7 +35,7 @@ HEAD_STD = 0.02
 
 
 @dataclass(frozen=True)
-class DinoConfig:
+class DINOConfig:
     """DINO's settings, under the names of its own code, and what is mixed with what (Tables 6 to 10 of the paper)."""
 
     out_dim: int = 65536
@@ -136,7 +136,7 @@ class Crops(NamedTuple):
     """The same for the mixed crops, once with the clean and once with the mixed teacher views."""
 
 
-def crops_of(config: DinoConfig) -> Crops:
+def crops_of(config: DINOConfig) -> Crops:
     """The table of crops. Half of the local crops are mixed; without local crops, the second global view is."""
     local = config.local_crops_number
     total = 2 + local
@@ -193,7 +193,7 @@ class Prototypes(nn.Module):
 class Head(nn.Module):
     """(N, D) -> (N, K): three layers with GELU between them, a unit vector, and the prototypes."""
 
-    def __init__(self, width: int, config: DinoConfig) -> None:
+    def __init__(self, width: int, config: DINOConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((width, config.head_dim), (config.head_dim, config.head_dim)):
@@ -233,12 +233,12 @@ class Center(nn.Module):
         self.register_buffer("value", torch.zeros(count))
 
 
-class Dino:
+class DINO:
     """DINO, plain or with SDMP, and the stages of its step."""
 
-    Config: ClassVar[type] = DinoConfig
+    Config: ClassVar[type] = DINOConfig
 
-    def __init__(self, config: DinoConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
+    def __init__(self, config: DINOConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         px = setup.data.image_px
         require(
             not config.local_crops_number or config.local_px <= px,
@@ -272,9 +272,16 @@ class Dino:
         self.means: list[Tensor] = []
 
     @staticmethod
-    def backbone_options(config: DinoConfig) -> dict[str, Any]:
+    def backbone_options(config: DINOConfig) -> dict[str, Any]:
         """DINO's ViT-S has timm's six heads."""
         return {"heads": None}
+
+    @staticmethod
+    def passes(config: DINOConfig, data: DataConfig) -> list[Pass]:
+        """The student sees every crop, the teacher the global views, clean and where something is mixed also mixed."""
+        crops = crops_of(config)
+        student = [Pass(data.image_px if crop < 2 else config.local_px, trained=True) for crop in range(crops.total)]
+        return student + [Pass(data.image_px, trained=False)] * (4 if crops.mixed else 2)
 
     @property
     def trained(self) -> nn.Module:
@@ -472,7 +479,7 @@ def pair_weights(crops: Crops, mix_weight: float) -> tuple[Tensor, Tensor, Tenso
     return clean, source, pair
 
 
-def teacher_temperature(at: At, config: DinoConfig) -> float:
+def teacher_temperature(at: At, config: DINOConfig) -> float:
     """Linear over the warm-up's epochs from first to last, then constant; the same within an epoch."""
     last, epoch = config.warmup_teacher_temp_epochs - 1, int(at.epoch)
     if epoch > last:

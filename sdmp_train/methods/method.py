@@ -74,6 +74,14 @@ class Group(NamedTuple):
     """Frozen until then."""
 
 
+class Pass(NamedTuple):
+    """An image that goes through the backbone, for every image of a batch."""
+
+    px: int
+    trained: bool
+    """Whether gradients go back through it."""
+
+
 class Step(NamedTuple):
     """What a step came to, on the device."""
 
@@ -100,6 +108,10 @@ class Method(Protocol):
     @staticmethod
     def backbone_options(config: Any) -> dict[str, Any]:
         """What is asked of the backbone that is evaluated and exported; see `models.timm_arguments`."""
+
+    @staticmethod
+    def passes(config: Any, data: DataConfig) -> list[Pass]:
+        """What goes through the backbone in a step, for every image of the batch."""
 
     @property
     def trained(self) -> nn.Module:

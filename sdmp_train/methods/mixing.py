@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from sdmp_kernels import MixPlan, draw_plan
 
@@ -20,6 +25,32 @@ def check_rules(rules: tuple[str, ...], alpha: float) -> None:
     require(len(rules) > 0, "rules", rules, "at least one rule")
     require(len(set(rules)) == len(rules), "rules", rules, "each rule once")
     between("mix_alpha", alpha, 0, 1e6, above=True)
+
+
+def generator(setup: Setup, at: At, purpose: int, place: int = 0) -> np.random.Generator:
+    """Numbers that (seed, step) alone fixes, of a stream of their own for each purpose (and place, such as a rank).
+
+    `draw_plan` uses the streams whose purpose is a small number: 0 for rules and lam, 1 + view for boxes.
+    """
+    key, counter = np.array([setup.seed, at.step], np.uint64), np.array([0, 0, place, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def place_of(setup: Setup, at: At) -> int:
+    """Which of the step's batches this is, over the ranks and over the batches whose gradients accumulate."""
+    return at.part * setup.world.size + setup.world.rank
+
+
+def draw_rows(setup: Setup, at: At, purpose: int, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
+    """This batch's rows of what `draw(numbers, rows)` gives for all rows of the step, whatever the number of ranks."""
+    place, rows = place_of(setup, at), setup.rows
+    drawn = draw(generator(setup, at, purpose), rows * setup.world.size * at.parts)
+    return drawn[place * rows : (place + 1) * rows]
+
+
+def draw_partners(setup: Setup, at: At, purpose: int) -> Tensor:
+    """(N,) int64: a permutation of this batch's rows, of which each fixed point is mixed with itself."""
+    return torch.from_numpy(generator(setup, at, purpose, place_of(setup, at)).permutation(setup.rows))
 
 
 def draw_batch_plan(
@@ -58,7 +89,7 @@ def draw_batch_plan(
         seed=setup.seed,
         step=at.step,
         view=view,
-        rank=at.part * world.size + world.rank,
+        rank=place_of(setup, at),
         world_size=at.parts * world.size,
         device=world.device,
     )

@@ -22,8 +22,8 @@ from ..data import Batch, ViewRecipe, crop_flip_view
 from ..distributed import distribute
 from ..flags import arg
 from ..models import feature_width
-from ..settings import ConfigError, between
-from .method import At, Group, Loss, Setup
+from ..settings import ConfigError, DataConfig, between
+from .method import At, Group, Loss, Pass, Setup
 from .mixing import RULES, check_rules, draw_batch_plan, example_plans
 
 HEAD_STD = 0.01
@@ -91,6 +91,11 @@ class Supervised:
     def backbone_options(config: Any) -> dict[str, Any]:
         """ViT-S has six heads, as in DeiT and timm."""
         return {"heads": None}
+
+    @staticmethod
+    def passes(config: Any, data: DataConfig) -> list[Pass]:
+        """One view."""
+        return [Pass(data.image_px, trained=True)]
 
     @property
     def trained(self) -> nn.Module:

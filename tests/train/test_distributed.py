@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.multiprocessing as mp
 from tiny_runs import as_batch, build_training, random_views, with_mixing
 from torch import nn
 
+from sdmp_kernels import MixPlan, make_plan
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
 from sdmp_train.data import Batch
 from sdmp_train.distributed import (
@@ -29,13 +32,16 @@ from sdmp_train.distributed import (
 from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
 from sdmp_train.methods.contrast import Features, Plan
+from sdmp_train.methods.dacl import DACLConfig
+from sdmp_train.methods.imix import IMixConfig
 from sdmp_train.methods.method import At, Loss
-from sdmp_train.methods.mocov3 import MoCoV3, MoCoV3Config
+from sdmp_train.methods.mochi import Draws, MoCHiConfig
+from sdmp_train.methods.mocov3 import MoCoV3Config
 from sdmp_train.stop import Stopped
 
 
-class InFloat64(MoCoV3):
-    """The gradients of biases before a batch norm are differences of large numbers."""
+class InFloat64:
+    """The gradients of biases before a batch norm are differences of large numbers. In front of a method's class."""
 
     poisoned = False
 
@@ -47,15 +53,50 @@ class InFloat64(MoCoV3):
         return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
 
 
-def one_step(config: Config, world: World, poisoned: bool = False, failing: bool = False) -> dict[str, torch.Tensor]:
+def exact(method_class: type) -> type:
+    """The method, in float64."""
+    return type(f"{method_class.__name__}InFloat64", (InFloat64, method_class), {})
+
+
+def as_two_ranks(method: Any) -> None:
+    """Let a method alone plan what two ranks with half its rows each would plan, side by side."""
+    whole, rows = method.setup, method.setup.rows // 2
+    plan, draws = method.plan, getattr(method, "draws", None)
+
+    def in_turn(made: Callable[[], Any]) -> list[Any]:
+        found = []
+        for rank in (0, 1):
+            method.setup = whole._replace(rows=rows, world=replace(whole.world, rank=rank, size=2))
+            found.append(made())
+        method.setup = whole
+        return found
+
+    def joined_plan(at: At) -> Plan:
+        one, other = in_turn(lambda: plan(at))
+        return Plan(one.swap, {view: join(one.mixes[view], other.mixes[view]) for view in one.mixes})
+
+    def join(one: MixPlan, other: MixPlan) -> MixPlan:
+        rule, lam, box = (torch.cat([getattr(p, name) for p in (one, other)]) for name in ("rule", "lam", "box"))
+        return make_plan(rule, lam, one.size, box=box, partner=torch.cat([one.partner, other.partner + rows]))
+
+    method.plan = joined_plan
+    if draws is not None:
+        method.draws = lambda at, count: Draws(*map(torch.cat, zip(*in_turn(lambda: draws(at, count)), strict=True)))
+
+
+def one_step(
+    config: Config, world: World, poisoned: bool = False, failing: bool = False, like_two: bool = False
+) -> dict[str, torch.Tensor]:
     """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks."""
     torch.set_default_dtype(torch.float64)
-    training = build_training(config, world=world, method_class=InFloat64)
+    training = build_training(config, world=world, method_class=exact(config.method_class))
     torch.set_default_dtype(torch.float32)
     training.step, method = 2, training.method
     method.poisoned = poisoned and world.rank == 1
+    if like_two:
+        as_two_ranks(method)
     rows = len(method.keep)
-    count = 4 if config.method.variant == "extra" else 2
+    count = len(method.view_names)
     views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config, count))
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
     stop = StopRequest()
@@ -68,6 +109,23 @@ def one_step(config: Config, world: World, poisoned: bool = False, failing: bool
 
 
 VARIANTS = ("replace", "algorithm1", "extra")
+
+
+HEADS = {"dim": 32, "mlp_dim": 64}
+LOCAL: dict[str, Any] = {
+    **{variant: {"variant": variant} for variant in VARIANTS},
+    "imix mixup": IMixConfig(**HEADS),
+    "imix cutmix": IMixConfig(**HEADS, rule="cutmix"),
+    "dacl": DACLConfig(**HEADS, alpha=0.5),
+    "mochi": MoCHiConfig(**HEADS, hard=4, mixed=6, query_mixed=3, warmup=0),
+}
+"""Methods whose partners are those of a rank: variants of MoCo v3 + SDMP, and other settings."""
+
+
+def of_kind(config: Config, kind: str) -> Config:
+    """The configuration with one of `LOCAL`."""
+    settings = LOCAL[kind]
+    return with_mixing(config, **settings) if isinstance(settings, dict) else replace(config, method=settings)
 
 
 def flipped(config: Config, variant: str) -> Config:
@@ -87,7 +145,7 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "failing": one_step(config, world, failing=True),
             "left": torch.tensor([leave(world, code) for code in (None, 2, 75, 1)]),
             "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
-            "local": one_step(with_mixing(config), world)["loss"],
+            "local": {kind: one_step(of_kind(config, kind), world) for kind in LOCAL},
             "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
@@ -189,10 +247,24 @@ def test_with_the_global_flip_two_ranks_make_the_step_of_one_also_when_images_ar
             torch.testing.assert_close(rank["mirrored"][variant][name], expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kind", LOCAL)
+def test_two_ranks_make_the_step_of_one_with_their_partners(two_ranks, kind: str):
+    """Every method whose partners are those of a rank: loss, gradients, statistics of the same global batch."""
+    config, ranks = two_ranks
+    alone = one_step(of_kind(config, kind), World(torch.device("cpu")), like_two=True)
+    for rank in ranks:
+        found = rank["local"][kind]
+        assert not found["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
 def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
     config, ranks = two_ranks
     for rank in ranks:
-        assert float(rank["local"]) != pytest.approx(float(rank["mirrored"]["replace"]["loss"]), rel=1e-4)
+        assert float(rank["local"]["replace"]["loss"]) != pytest.approx(
+            float(rank["mirrored"]["replace"]["loss"]), rel=1e-4
+        )
     assert [int(rank["exchanged"].unique()) for rank in ranks] == [1, 0]
     alone = World(torch.device("cpu"))
     one, other = (one_step(with_mixing(config, flip=flip), alone)["loss"] for flip in ("local", "global"))

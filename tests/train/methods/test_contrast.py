@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_runs import build_method
+from tiny_runs import as_batch, at_step, build_method, dense_loss, random_features, random_views
 from torch import nn
 
 from sdmp_train.config import Config, ConfigError, ModelConfig
@@ -86,6 +89,23 @@ def test_the_momentum_encoder_follows_parameters_and_keeps_its_own_statistics(ti
     for name, tensor in method.momentum_encoder.state_dict().items():
         expected = before[name] + 0.25 * (student[name] - before[name]) if name in parameters else before[name]
         torch.testing.assert_close(tensor, expected)
+
+
+def test_the_temperature_is_that_of_the_architecture_unless_it_is_given(tiny: Config, tiny_resnet: Config):
+    """MoCo v3's readme gives 0.2 for ViTs, and its code's default of 1 for ResNets; it is in every term and the 2T."""
+    assert (build_method(tiny).temperature, build_method(tiny_resnet).temperature) == (0.2, 1.0)
+    given = replace(tiny_resnet, method=replace(tiny_resnet.method, temperature=0.1))
+    assert build_method(given).temperature == 0.1
+    features = random_features(build_method(tiny))
+    found = []
+    for config in (tiny_resnet, given):
+        method = build_method(config)
+        found.append(method.loss(features, method.plan(at_step(0)), as_batch(random_views(config)), at_step(0)).terms)
+        assert method.chance()["loss"] == pytest.approx(4 * method.temperature * math.log(8))
+    own = torch.eye(8, dtype=torch.float64)
+    for terms, temperature in zip(found, (1.0, 0.1), strict=True):
+        expected = dense_loss(features.queries["a"], features.keys["b"], own, temperature)
+        torch.testing.assert_close(terms["clean"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("changes", "name"), [({"dim": 0}, "moco_dim"), ({"temperature": 0.0}, "moco_t")])

@@ -13,7 +13,7 @@ from sdmp_kernels import make_plan
 from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.guard import StopRequest
 from sdmp_train.loop import step
-from sdmp_train.methods.dino import Dino, DinoConfig, Features, Plan, teacher_temperature
+from sdmp_train.methods.dino import DINO, DINOConfig, Features, Plan, teacher_temperature
 
 ROWS, K = 8, 64
 
@@ -22,7 +22,7 @@ def of(config: Config, **changes: object) -> Config:
     return replace(config, method=replace(config.method, **changes))
 
 
-def random_features(method: Dino, seed: int = 0) -> Features:
+def random_features(method: DINO, seed: int = 0) -> Features:
     generator = torch.Generator().manual_seed(seed)
     teachers = 4 if method.crops.mixed else 2
     student = torch.randn(method.crops.total, ROWS, K, generator=generator, dtype=torch.float64)
@@ -33,7 +33,7 @@ def cross_entropy(probability: torch.Tensor, logits: torch.Tensor, temperature: 
     return -(probability * (logits / temperature).log_softmax(-1)).sum()
 
 
-def by_the_papers(method: Dino, features: Features, plan: Plan, temperature: float) -> torch.Tensor:
+def by_the_papers(method: DINO, features: Features, plan: Plan, temperature: float) -> torch.Tensor:
     """DINO's loss on the clean crops, plus Eq. 7 and Eq. 8 of the paper on the mixed ones, term after term."""
     config, center = method.config, method.center.value.double()
     teacher = ((features.teacher - center) / temperature).softmax(-1)
@@ -132,7 +132,7 @@ def test_half_of_the_local_crops_are_mixed_and_without_any_one_global_view_is(ti
     crops = build_method(of(tiny_dino, local_crops_number=8, mixing="none")).crops
     assert len(crops.clean_pairs) == 18, "DINO's own number of terms"
     with pytest.raises(ConfigError, match="local_crops_number is 1; expected 0, or 2 and more"):
-        DinoConfig(local_crops_number=1)
+        DINOConfig(local_crops_number=1)
 
 
 @pytest.mark.parametrize("local", [4, 0])
@@ -254,11 +254,11 @@ def test_only_matrices_decay(tiny_dino: Config) -> None:
 
 
 def test_the_teachers_temperature_rises_from_epoch_to_epoch() -> None:
-    config = DinoConfig(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=4)
+    config = DINOConfig(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=4)
     found = [teacher_temperature(at_step(number), config) for number in range(0, 24)]
     expected = [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]  # numpy.linspace(0.04, 0.07, 4), then 0.07
     assert found == pytest.approx([value for value in expected for _ in range(4)])
-    assert teacher_temperature(at_step(0), DinoConfig()) == 0.04
+    assert teacher_temperature(at_step(0), DINOConfig()) == 0.04
 
 
 def test_the_teacher_starts_as_the_student_and_has_no_drop_path(tiny_dino: Config) -> None:
