@@ -41,6 +41,8 @@ class Training:
     buffers: BufferGuard
     steps_per_epoch: int
     step: int = 0
+    warned: bool = False
+    """Whether a collapse has been said."""
 
     @property
     def total_steps(self) -> int:
@@ -56,6 +58,10 @@ class Training:
     def at(self) -> At:
         """Where it stands."""
         return At(self.step, self.total_steps, self.steps_per_epoch)
+
+    def writes_line(self, step: int) -> bool:
+        """Whether a line of numbers is written once `step` steps are made."""
+        return step == self.last_step or step % self.config.run.log_every_steps == 0
 
     @contextmanager
     def undoable(self) -> Iterator[None]:

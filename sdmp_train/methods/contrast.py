@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -28,6 +28,7 @@ from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
 from ..settings import DataConfig, between, require
+from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
 from .momentum import follow
 from .start import start_vit
@@ -115,9 +116,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.seen: Tensor | None = None
+        """(N, D) without gradient: what the backbone made of the images that came last."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        features = self.backbone(images)
+        self.seen = features.detach()
+        return self.projector(features)
 
 
 class Student(nn.Module):
@@ -313,3 +318,14 @@ class Contrast(ABC):
         if not plan.mixes:
             return {}
         return {"lam_mean": torch.stack([mixed.lam.mean() for mixed in plan.mixes.values()]).mean()}
+
+    def health(self, features: Features) -> dict[str, Tensor]:
+        """The spread of what the momentum encoder's backbone made of this rank's last keys.
+
+        Not that of the keys: the batch norm at the end of a projector spreads what has collapsed before it.
+        """
+        return {} if self.momentum_encoder.seen is None else spread_of(self.momentum_encoder.seen)
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Where that spread is nearly gone."""
+        return collapse_of(numbers)

@@ -153,6 +153,12 @@ class Method(Protocol):
     def facts(self, plan: Any) -> dict[str, Tensor]:
         """Numbers of a step's plan that are worth a line in metrics.jsonl."""
 
+    def health(self, features: Any) -> dict[str, Tensor]:
+        """Numbers that say whether features still tell images apart, where a line is written; see `health.py`."""
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Why the numbers of a line (all of them, by their names in metrics.jsonl) say that features have collapsed."""
+
     def describe(self) -> str:
         """The terms of the loss and its chance level, for people."""
 
