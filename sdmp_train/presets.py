@@ -211,9 +211,9 @@ def imagenet_dino(epochs: int = 300, batch_size: int = 1024, **method: Any) -> R
     dino = {
         DINO_CODE: "optim.opt optim.weight_decay optim.weight_decay_end optim.warmup_epochs optim.betas optim.min_lr "
         "optim.clip_grad optim.clip_mode optim.base_lr",
-        "paper, section 4" if batch_size == 1024 else DINO_CODE: "optim.batch_size",
     }
-    return recipe(config, IMAGENET_SOURCES, SOURCES[DINOConfig], dino)
+    batch = {"paper, section 4" if batch_size == 1024 else DINO_CODE: "optim.batch_size"}
+    return recipe(config, IMAGENET_SOURCES, SOURCES[DINOConfig], dino, batch)
 
 
 def cifar(arch: str, method: ContrastConfig, *, epochs: int = 200, classes: int = 10) -> Recipe:
@@ -311,7 +311,7 @@ def quickstart_supervised() -> Config:
 
 
 def quickstart_dino() -> Config:
-    """The quickstart's images and ViT, by DINO + SDMP: few prototypes, a quick teacher, local crops of half the side."""
+    """The quickstart's images and ViT, by DINO + SDMP: few prototypes, a quick teacher, small local crops."""
     base = quickstart()
     return replace(
         base,

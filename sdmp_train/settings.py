@@ -51,7 +51,7 @@ class DataConfig:
     image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
     """Side of the square views, in pixels."""
     crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08
-    """Smallest area of a random crop, as a fraction of the image."""
+    """Smallest area of a random crop, as a fraction of the image (DINO has crop scales of its own)."""
     gray_prob: float = 0.2
     """Chance that a view loses its colours (BYOL: 0.2); raise it where colour says nothing about what is shown."""
     blur: bool = True

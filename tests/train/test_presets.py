@@ -59,7 +59,8 @@ def unused(name: str, value: object, config: Config) -> bool:
     """A setting that moves nothing: one that is off, or another optimiser's."""
     group, _, key = name.partition(".")
     other_optimiser = key.startswith("lars") if config.optim.opt == "adamw" else key == "betas"
-    return group == "run" or value is None or other_optimiser or name in NOT_MATHS
+    has_scales = key == "crop_min_frac" and hasattr(config.method, "global_crops_scale")
+    return group == "run" or value is None or other_optimiser or has_scales or name in NOT_MATHS
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -85,7 +86,8 @@ FAMILIES = {(p.config.method, p.config.model, p.config.optim.opt): name for name
 def test_every_kind_of_preset_is_resolved_and_its_method_built(name: str):
     """What `plan` does and one loss, on a stand-in for the backbone: one narrow block, or the smallest ResNet."""
     config = PRESETS[name].config
-    small = {"mlp_dim": 16, "dim": 8} if hasattr(config.method, "mlp_dim") else {}
+    narrow = {"mlp_dim": 16, "dim": 8, "out_dim": 16, "head_dim": 16, "bottleneck_dim": 8, "local_px": 16}
+    small = {key: value for key, value in narrow.items() if hasattr(config.method, key)}
     is_vit = config.model.arch.startswith("vit")
     model = (
         replace(config.model, patch_px=16, width=24, depth=1, heads=2)
@@ -103,7 +105,8 @@ def test_every_kind_of_preset_is_resolved_and_its_method_built(name: str):
     training = build_training(config)
     method = training.method
     plan = method.plan(at_step(0))
-    loss = loss_of(method, random_views(config, len(method.views(at_step(0)))), plan)
+    count = sum(recipe.size_px == config.data.image_px for recipe in method.views(at_step(0)))
+    loss = loss_of(method, random_views(config, count), plan)
     assert loss.total.isfinite()
     assert "chance level" in method.describe()
 
@@ -143,6 +146,8 @@ def test_the_paper_vit_s_has_twelve_heads():
         ("table5/cifar10-r50-sdmp", "table5/cifar10-r50"),
         ("table5/cifar100-r101-sdmp-2000ep", "table5/cifar100-r101-2000ep"),
         ("table11/mocov3-vit_s-sdmp", "table11/mocov3-vit_s"),
+        ("table1/dino-vit_s-sdmp", "table1/dino-vit_s"),
+        ("table10/dino-vit_s-l0-sdmp", "table10/dino-vit_s-l0"),
     ],
 )
 def test_sdmp_and_its_baseline_differ_in_the_mixing_alone(name: str, baseline: str):
