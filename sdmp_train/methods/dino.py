@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -27,11 +27,14 @@ from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
 from ..settings import DataConfig, between, require
+from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
 from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
 from .momentum import follow
 
 HEAD_STD = 0.02
+MOST_ENTROPY = 0.999
+"""Share of the uniform distribution's entropy above which the teacher is taken to have collapsed."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +220,14 @@ class MultiCrop(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.seen: Tensor | None = None
+        """(N, D) without gradient: what the backbone made of the images that came last."""
 
     def forward(self, *sizes: Tensor) -> Tensor:
         """Batches of images, each of one size -> (all rows, K)."""
-        return self.head(torch.cat([self.backbone(images) for images in sizes]))
+        features = [self.backbone(images) for images in sizes]
+        self.seen = features[-1].detach()
+        return self.head(torch.cat(features))
 
 
 class Center(nn.Module):
@@ -270,6 +277,7 @@ class DINO:
             weights.to(self.world.device) for weights in pair_weights(self.crops, config.mix_weight)
         )
         self.means: list[Tensor] = []
+        self.last: tuple[Plan, At] | None = None
 
     @staticmethod
     def backbone_options(config: DINOConfig) -> dict[str, Any]:
@@ -385,9 +393,15 @@ class DINO:
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
         """DINO's loss on the clean crops, and Eq. 7 and 8 on the mixed ones, as one pass over the logits."""
-        config, teacher = self.config, features.teacher
-        own, other = self.weights(plan)
-        if other is not None and config.flip == "global":
+        total, mean = self.compare(features, at, *self.weights(plan))
+        self.means = [*(self.means if at.part else []), mean]
+        self.last = plan, at
+        return Loss(total, {})
+
+    def compare(self, features: Features, at: At, own: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The cross-entropies with these weights, summed; and the (K,) mean of the teacher's logits of clean views."""
+        teacher = features.teacher
+        if other is not None and self.config.flip == "global":
             # What the partner's teacher says is on the rank at the other end, in reversed order.
             teacher = torch.cat([teacher, mirror_rows(teacher.transpose(0, 1), self.world).transpose(0, 1)])
             nothing = torch.zeros_like(own)
@@ -398,17 +412,22 @@ class DINO:
             own=own,
             other=other,
             center=self.center.value,
-            student_temperature=config.student_temp,
-            teacher_temperature=teacher_temperature(at, config),
+            student_temperature=self.config.student_temp,
+            teacher_temperature=teacher_temperature(at, self.config),
             teacher_mean=[0, 1],
         )
-        self.means = [*(self.means if at.part else []), mean]
-        return Loss(total, {})
+        return total, mean
 
     def weights(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """(V, T, N) what each crop's cross-entropy with each teacher view counts: of its own row, of its partner's."""
+        clean = self.clean[..., None].expand(-1, -1, self.setup.rows)
         if not plan.student:
-            return self.clean[..., None].expand(-1, -1, self.setup.rows), None
+            return clean, None
+        sources, pairs = self.mixed_weights(plan)
+        return clean + sources[0] + pairs[0], sources[1] + pairs[1]
+
+    def mixed_weights(self, plan: Plan) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The parts of these weights that Eq. 7 asks for, and those of Eq. 8."""
         first = plan.student[self.crops.mixed[0]]  # all crops of a size have the same lam, their boxes are as large
         source, pair = first.source_target().weight, first.pair_target(other=plan.teacher[0]).weight
         if self.config.source_weight == "static":
@@ -416,8 +435,7 @@ class DINO:
         if self.config.pair_weight == "static":
             pair = torch.full_like(pair, 0.5)
         from_source, from_pair = self.source[..., None], self.pair[..., None]
-        own = self.clean[..., None] + from_source * source + from_pair * pair
-        return own, from_source * (1 - source) + from_pair * (1 - pair)
+        return (from_source * source, from_source * (1 - source)), (from_pair * pair, from_pair * (1 - pair))
 
     def groups(self) -> list[Group]:
         """Norms and biases do not decay; the prototypes begin later."""
@@ -443,6 +461,33 @@ class DINO:
     def facts(self, plan: Plan) -> dict[str, Tensor]:
         """The mean of lam."""
         return {"lam_mean": plan.student[self.crops.mixed[0]].lam.mean()} if plan.student else {}
+
+    @torch.no_grad()
+    def health(self, features: Features) -> dict[str, Tensor]:
+        """The loss taken apart, the teacher's entropy over its clean views, and the spread of its features.
+
+        Of the last batch whose loss was asked for. The step itself sees the sum alone, in one pass over the logits.
+        """
+        if self.last is None or self.teacher.seen is None:
+            return {}
+        plan, at = self.last
+        terms = {}
+        if plan.student:
+            sources, pairs = self.mixed_weights(plan)
+            clean = self.clean[..., None].expand(-1, -1, self.setup.rows)
+            parts = {"loss_clean": (clean, None), "loss_source": sources, "loss_mixed": pairs}
+            terms = {name: self.compare(features, at, *weights)[0] for name, weights in parts.items()}
+        logits = (features.teacher[:2].float() - self.center.value) / teacher_temperature(at, self.config)
+        entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
+        return {**terms, "teacher_entropy": entropy, **spread_of(self.teacher.seen)}
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Where features are nearly one vector, or the teacher says of no image what it is."""
+        uniform = math.log(self.config.out_dim)
+        entropy = numbers.get("teacher_entropy", 0.0)
+        if entropy > MOST_ENTROPY * uniform:
+            return f"the teacher finds all prototypes alike (entropy {entropy:.3f} of at most {uniform:.3f})"
+        return collapse_of(numbers)
 
     def describe(self) -> str:
         """The crops, the terms and the chance level."""

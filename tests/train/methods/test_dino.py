@@ -184,8 +184,33 @@ def test_every_loss_is_one_call_of_the_op(tiny_dino: Config, monkeypatch) -> Non
     calls = []
     honest = dino.distillation
     monkeypatch.setattr(dino, "distillation", lambda *a, **k: calls.append(1) or honest(*a, **k))
-    step(build_training(tiny_dino), [as_batch(random_views(tiny_dino))], StopRequest())
+    training = build_training(replace(tiny_dino, run=replace(tiny_dino.run, log_every_steps=2)))
+    step(training, [as_batch(random_views(tiny_dino))], StopRequest())
     assert calls == [1]
+
+
+def test_a_line_takes_the_loss_apart_and_says_the_teachers_entropy(tiny_dino: Config) -> None:
+    training = build_training(tiny_dino)
+    made = step(training, [as_batch(random_views(tiny_dino))], StopRequest())
+    facts = made.loss.facts
+    parts = [facts[f"loss_{name}"] for name in ("clean", "source", "mixed")]
+    torch.testing.assert_close(sum(parts), made.loss.total)
+    assert len({round(float(part), 6) for part in parts}) == 3
+    method = build_method(tiny_dino)
+    features = random_features(method)
+    method.loss(features, method.plan(at_step(0)), as_batch(random_views(tiny_dino)), at_step(0))
+    method.teacher.seen = torch.randn(ROWS, 32)
+    probability = (features.teacher[:2] / method.config.teacher_temp).softmax(-1)
+    entropy = -(probability * probability.clamp_min(1e-300).log()).sum(-1).mean()
+    assert float(method.health(features)["teacher_entropy"]) == pytest.approx(float(entropy), rel=1e-4)
+
+
+def test_a_teacher_that_finds_all_prototypes_alike_has_collapsed(tiny_dino: Config) -> None:
+    method = build_method(tiny_dino)
+    well = {"teacher_entropy": 2.0, "feature_std": 0.5, "effective_rank": 9.0}
+    assert method.collapse(well) is None
+    assert "all prototypes alike (entropy 4.158" in method.collapse({**well, "teacher_entropy": 4.158})
+    assert "nearly the same" in method.collapse({**well, "feature_std": 0.01})
 
 
 def test_the_teacher_follows_and_its_center_is_the_mean_of_clean_views(tiny_dino: Config) -> None:
@@ -309,7 +334,7 @@ def test_the_loss_starts_near_chance(tiny_dino: Config) -> None:
     config = of(tiny_dino, bottleneck_dim=256, head_dim=64, drop_path_rate=0.0)
     method = build_method(config)
     loss = loss_of(method, random_views(config), method.plan(at_step(0)))
-    assert float(loss.total) == pytest.approx(3 * math.log(K), rel=0.15)
+    assert float(loss.total.detach()) == pytest.approx(3 * math.log(K), rel=0.15)
 
 
 def test_what_it_says_of_itself(tiny_dino: Config) -> None:
