@@ -67,7 +67,9 @@ def make_training(config: Config, device: torch.device, method_class: type[Metho
     from sdmp_train.training import assemble
 
     precision: Any = "bf16" if device.type == "cuda" else "fp32"
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    # A step between two lines: where one is written the host waits for the device, and looks at the features.
+    run = dataclasses.replace(config.run, precision=precision, log_every_steps=10**9)
+    config = dataclasses.replace(config, run=run)
     return assemble(config, World(device), steps_per_epoch=1000, method_class=method_class)
 
 

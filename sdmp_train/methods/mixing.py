@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sdmp_kernels import MixPlan, draw_plan
 
+from ..distributed import mirror_rank
 from ..settings import between, near, require
 from .method import At, Setup
 
@@ -68,31 +70,36 @@ def draw_batch_plan(
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
 
+    Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan; a global flip
+    is that of the batch over all ranks, since its keys and images are those of that batch.
+
     `px`: side of the view, which decides how fine a box can be; default the run's `image_px`.
-
-    Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan.
-
-    Raises:
-        ConfigError: for a global flip of accumulated batches, whose partners would come in another batch.
     """
-    require(flip == "local" or at.parts == 1, "flip", flip, "'local' where gradients accumulate over batches")
     world, px = setup.world, px or setup.data.image_px
-    return draw_plan(
-        setup.rows,
-        (px, px),
-        rules=rules,
-        alpha=alpha,
-        per=per,
-        prob=prob,
-        shared_lam=shared_lam,
-        flip=flip,
-        seed=setup.seed,
-        step=at.step,
-        view=view,
-        rank=place_of(setup, at),
-        world_size=at.parts * world.size,
-        device=world.device,
-    )
+
+    def draw(rank: int, flip: Flip) -> MixPlan:
+        return draw_plan(
+            setup.rows,
+            (px, px),
+            rules=rules,
+            alpha=alpha,
+            per=per,
+            prob=prob,
+            shared_lam=shared_lam,
+            flip=flip,
+            seed=setup.seed,
+            step=at.step,
+            view=view,
+            rank=at.part * world.size + rank,
+            world_size=at.parts * world.size,
+            device=world.device,
+        )
+
+    if flip == "local" or at.parts == 1:
+        return draw(world.rank, flip)
+    # draw_plan flips all rows of the step, which would pair the first batch with the last.
+    partners = draw(mirror_rank(world), "local")
+    return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
 
 
 def example_plans(
