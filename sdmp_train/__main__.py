@@ -25,6 +25,7 @@ ABOUT = f"""\
 {PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
 {PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval pictures --run RUN      attention, patch features, nearest neighbours, a map of the features
 {PROGRAM} report RUN [RUN ...]         one HTML page about runs: curves, kNN, pictures, the paper's numbers
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets                      recipes, with the paper's numbers
