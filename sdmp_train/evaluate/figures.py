@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from sdmp_kernels import MixPlan, Rule
 
 from ..distributed import World
 from ..methods.method import At
+from ..models import PLAIN_VITS, SHORT_NAMES, is_resnet
+from ..settings import ModelConfig
 from ..training import assemble
 from .record import RunRecord, Series
 
@@ -162,7 +164,8 @@ def drawn_lams(record: RunRecord) -> dict[str, np.ndarray]:
     if steps == 0:
         return {}
     per_epoch = max(1, round(record.steps_per_epoch))
-    method = assemble(record.config, World(torch.device("cpu")), steps_per_epoch=per_epoch, classes=2).method
+    config = replace(record.config, model=lighter(record.config.model))
+    method = assemble(config, World(torch.device("cpu")), steps_per_epoch=per_epoch, classes=2).method
     total = record.config.optim.epochs * per_epoch
     found: dict[str, list[np.ndarray]] = {}
     for step in np.unique(np.linspace(0, steps - 1, LAM_STEPS).astype(int)):
@@ -171,6 +174,13 @@ def drawn_lams(record: RunRecord) -> dict[str, np.ndarray]:
                 found.setdefault(rule.name.lower(), []).append(plan.lam[plan.rule == rule].numpy())
     lams = {rule: np.concatenate(parts) for rule, parts in found.items()}
     return {rule: values for rule, values in sorted(lams.items()) if len(values)}
+
+
+def lighter(model: ModelConfig) -> ModelConfig:
+    """A smaller backbone of the same family, where it can be had: what is mixed with what does not depend on it."""
+    if SHORT_NAMES.get(model.arch, model.arch).startswith(PLAIN_VITS):
+        return replace(model, depth=1)
+    return replace(model, width=2) if is_resnet(model.arch) else model
 
 
 def mix_plans(plan: Any) -> Iterator[MixPlan]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 NAME = "report.html"
 PNG_DPI = 130
 NOT_MEASURED = "not measured"
+ACCURACY = re.compile(r"top\d|accura|knn")
+REMARKS = ("time", "versions", "weights", "weights_sha256", "settings")
+"""Of an evaluation: what it was made with."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1120px; margin: 0 auto;
@@ -225,7 +229,7 @@ def beside_the_paper(record: RunRecord) -> str:
 
 def measured_lines(record: RunRecord) -> list[tuple[str, str]]:
     """What this run has measured that could stand beside a number of the paper."""
-    lines = [(f"this run, {title(found)}", "; ".join(plainly(found))) for found in record.evaluations]
+    lines = [(f"this run, {title(found)}", "; ".join(headline(found))) for found in record.evaluations]
     return [*lines, ("this run, kNN (newest)", percent(last_knn(record)))]
 
 
@@ -235,21 +239,34 @@ def title(found: dict[str, Any]) -> str:
 
 
 def evaluations(record: RunRecord) -> str:
-    """Every evaluation on record."""
+    """Every evaluation on record: its numbers, and all that was written of it folded away."""
     if not record.evaluations:
         return ""
-    rows = [(str(n), title(found), "; ".join(plainly(found))) for n, found in enumerate(record.evaluations, 1)]
-    return f"<h3>{escape(record.name)}</h3>" + table(["", "protocol", "as written"], rows)
+    rows = [(str(n), title(found), "; ".join(headline(found))) for n, found in enumerate(record.evaluations, 1)]
+    whole = "".join(
+        f"<details><summary>{n} {escape(title(found))}, all of it</summary>{bullets(plainly(found))}</details>"
+        for n, found in enumerate(record.evaluations, 1)
+    )
+    return f"<h3>{escape(record.name)}</h3>" + table(["", "protocol", "result"], rows) + whole
 
 
-def plainly(found: Any, prefix: str = "") -> Iterable[str]:
-    """The entries of a JSON object as `name value`, nested names joined by dots."""
+def headline(found: dict[str, Any]) -> list[str]:
+    """The accuracies of an evaluation and the other numbers at its top, in the order in which they were written."""
+    numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
+    lines = list(plainly(numbers, accuracies=True))
+    return lines or list(plainly({key: value for key, value in found.items() if key not in REMARKS}, accuracies=True))
+
+
+def plainly(found: Any, prefix: str = "", *, accuracies: bool = False) -> Iterable[str]:
+    """The entries of a JSON object as `name value`, nested names joined by dots; `accuracies`: those in percent."""
     if isinstance(found, dict):
         for key, value in found.items():
             if prefix or key != "protocol":
-                yield from plainly(value, f"{prefix}.{key}" if prefix else str(key))
+                yield from plainly(value, f"{prefix}.{key}" if prefix else str(key), accuracies=accuracies)
     elif isinstance(found, list):
         yield f"{prefix} {', '.join(map(str, found))}"
+    elif accuracies and isinstance(found, float) and ACCURACY.search(prefix) and 0 <= found <= 1:
+        yield f"{prefix} {100 * found:.2f} %"
     else:
         yield f"{prefix} {found:.4g}" if isinstance(found, float) else f"{prefix} {found}"
 

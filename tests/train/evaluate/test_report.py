@@ -19,7 +19,7 @@ from written_runs import small_run, write_run
 
 from sdmp_train.__main__ import main
 from sdmp_train.config import Config, ConfigError
-from sdmp_train.evaluate.report import NOT_MEASURED, ReportConfig, plainly, write_report
+from sdmp_train.evaluate.report import NOT_MEASURED, ReportConfig, headline, plainly, write_report
 from sdmp_train.presets import get_preset
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -137,7 +137,7 @@ def test_the_papers_row_and_what_differs_from_it(tmp_path: Path):
     with (run / "evaluations.jsonl").open("w") as file:
         file.write(json.dumps({"protocol": "linear", "top1": 0.8765, "sweep": {"lr": [1, 3]}}) + "\n")
     words = Page(write_report(ReportConfig((str(run),))).read_text()).words
-    assert "top1 0.8765; sweep.lr 1, 3" in words and "none was measured of this run" not in words
+    assert "top1 87.65 %" in words and "sweep.lr 1, 3" in words and "none was measured of this run" not in words
 
 
 def test_runs_side_by_side(tiny: Config, tmp_path: Path):
@@ -161,3 +161,5 @@ def test_runs_side_by_side(tiny: Config, tmp_path: Path):
 def test_entries_as_written():
     found = {"protocol": "knn", "accuracy": {"20": 0.51234}, "queries": 10, "split": "val"}
     assert list(plainly(found)) == ["accuracy.20 0.5123", "queries 10", "split val"]
+    assert headline({"protocol": "knn", "accuracy": {"20": 0.51234}, "time": "now"}) == ["accuracy.20 51.23 %"]
+    assert headline({"top1": 0.8765, "lr": 0.3, "settings": {"lr": [1]}, "time": "now"}) == ["top1 87.65 %", "lr 0.3"]
