@@ -34,7 +34,7 @@ ARCHIVE = "cifar10-jpeg.tar.xz"
 KNN_K = 20
 LABELLED, ASKED = 10_000, 10_000
 """Images with labels that the small experiments measure on (training split), and queries (test split)."""
-DONE, WRONG, LATER = 0, 2, 75
+DONE, WRONG, NOT_FINITE, LATER = 0, 2, 3, 75
 SAVE_MINUTES = 5.0
 
 
@@ -175,10 +175,13 @@ def run(args: argparse.Namespace) -> int:
             state.spend(cell, digest(config), time.monotonic() - begun)
             if code == LATER:
                 break
-            if code != DONE:
+            if code not in (DONE, NOT_FINITE):
                 print(f"    it ended with exit code {code}; see {folder / cell.name / 'train.log'}")
                 return code
-            measured = measure(folder / cell.name, data, experiment.labelled, args.device)
+            if code == NOT_FINITE:
+                measured = dict.fromkeys(reproduced.MEASURES) | {"failed": "not finite"}
+            else:
+                measured = measure(folder / cell.name, data, experiment.labelled, args.device)
             state.add(cell, digest(config), measured)
             print(f"    {reproduced.words(measured)}", flush=True)
     left = [
@@ -329,7 +332,7 @@ def measure(run: Path, data: Path, labelled: int, device: str) -> dict[str, Any]
         train_images, test_images = spread(train_images, labelled), spread(test_images, ASKED)
     begun = time.monotonic()
     bank, queries = (features_of(backbone, index, config, device) for index in (train_images, test_images))
-    accuracy, why = linear(bank, queries)
+    accuracy, why = linear(bank, queries) if labelled else (None, NO_LINEAR)
     return {
         "knn": weighted_knn(bank, queries, (KNN_K,))[KNN_K],
         "linear": accuracy,
@@ -349,6 +352,7 @@ def features_of(backbone: torch.nn.Module, index: Index, config: Config, device:
         return image_features(backbone.to(world.device), index, config.data, device=world.device)
 
 
+NO_LINEAR = "all the images at the width of a ResNet-50 are too many for scikit-learn"
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """scikit-learn's C; the best on every fifth labelled image, held out, is taken."""
 

@@ -89,6 +89,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def words(measured: dict[str, Any]) -> str:
     """A cell's numbers in one line."""
+    if "failed" in measured:
+        return f"failed: {measured['failed']}"
     shown = [f"{name} {100 * measured[key]:.2f} %" for key, name in MEASURES.items() if measured[key] is not None]
     return ", ".join(shown) + (f" (no linear: {measured['no_linear']})" if "no_linear" in measured else "")
 
@@ -153,7 +155,9 @@ def _rows(document: dict[str, Any]) -> Iterator[list[str]]:
             cells = [c for c in document["cells"] if (c["arm"], c["images"], c["epochs"]) == (arm, images, epochs)]
             if not cells:
                 continue
-            row = [f"{images:,}", str(epochs), arm, str(len(cells))]
+            failed = [cell for cell in cells if "failed" in cell]
+            seeds = str(len(cells)) + (f", {len(failed)} failed" if failed else "")
+            row = [f"{images:,}", str(epochs), arm, seeds]
             for measure in MEASURES:
                 found = list(values(document, arm, (images, epochs), measure).values())
                 row.append(percent(*mean_and_error([100 * v for v in found])) if found else "not measured")

@@ -65,6 +65,16 @@ def test_the_table_and_the_finding_show_losing_cells_too(tmp_path: Path):
     assert "below it at 50,000 images x 2 passes (-2.00 ± 0.00)" in said and "10,000" not in said
 
 
+def test_a_training_that_diverged_is_shown_and_counts_in_no_mean(tmp_path: Path):
+    document(tmp_path / "map.json", {("MoCo v3", 2500, 40): [0.4, 0.5], ("SDMP", 2500, 40): [0.5, 0.7]})
+    state, cell = State(tmp_path / "map.json", "map-small", MACHINE), Cell("SDMP", 2500, 40, 2)
+    state.spend(cell, "d", 60.0)
+    state.add(cell, "d", {"knn": None, "linear": None, "failed": "not finite"})
+    row = table(load(tmp_path / "map.json")).splitlines()[-1]
+    assert "| SDMP | 3, 1 failed | 60.00 ± 10.00 |" in row
+    assert reproduced.words(state.document["cells"][-1]) == "failed: not finite"
+
+
 def test_one_seed_says_nothing(tmp_path: Path):
     found = document(tmp_path / "map.json", {("MoCo v3", 2500, 40): [0.4], ("SDMP", 2500, 40): [0.9]})
     assert "nothing can be said" in finding(found)
