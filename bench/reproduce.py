@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
 import tarfile
 import threading
 import time
@@ -154,8 +156,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ARMS.keys() - arms_there_are().keys():
         print(f"{name} is left out: this version has no method {ARMS[name].method}")
     cells = [cell for cell in experiment.cells if not args.only or args.only in cell.name]
+    cells = part_of(cells, args.part)
     if not cells:
-        print("no cell matches --only")
+        print("no cell matches --only and --part")
         return WRONG
     folder = args.folder or ROOT / "runs" / "reproduce" / experiment.name
     data = args.data or unpacked(ROOT / "runs" / "reproduce")
@@ -165,10 +168,11 @@ def run(args: argparse.Namespace) -> int:
     with stopping_at(deadline) as stop:
         for number, cell in enumerate(cells, 1):
             config = configs[cell]
-            if state.has(cell, digest(config)):
-                continue
             if stop.asked:
                 break
+            state.document = state.read()  # another process may have measured it meanwhile
+            if state.has(cell, digest(config)):
+                continue
             print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
             begun = time.monotonic()
             code = train(config, folder / cell.name, stop, quiet=experiment.small)
@@ -190,8 +194,20 @@ def run(args: argparse.Namespace) -> int:
     print(reproduced.table(state.document))
     print(f"results in {place}")
     if left:
-        print(f"{len(left)} of {len(cells)} cells are left: the same command goes on with {left[0].name}")
+        hours = reproduced.hours_for(state.document, left)
+        pace = "" if hours is None else f", about {hours:.1f} hours at the pace so far"
+        print(f"{len(left)} of {len(cells)} cells are left{pace}: the same command goes on with {left[0].name}")
     return LATER if left else DONE
+
+
+def part_of(cells: Sequence[Cell], part: str | None) -> list[Cell]:
+    """Every n-th cell from the i-th on, for `--part i/n`: several processes share an experiment, each its own cells."""
+    if part is None:
+        return list(cells)
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise SystemExit(f"--part is {part}; expected i/n with i from 1 to n, such as 1/2")
+    return list(cells)[int(found[1]) - 1 :: int(found[2])]
 
 
 @contextlib.contextmanager
@@ -226,7 +242,17 @@ def unpacked(folder: Path) -> Path:
     draft.mkdir(parents=True)
     with tarfile.open(archive) as tar:
         tar.extractall(draft, filter="data")
-    draft.rename(place)
+    return put_in_place(draft, place)
+
+
+def put_in_place(draft: Path, place: Path) -> Path:
+    """Let a folder have its name, unless another process has made the same one meanwhile."""
+    try:
+        draft.rename(place)
+    except OSError:
+        shutil.rmtree(draft)
+        if not place.is_dir():
+            raise
     return place
 
 
@@ -247,8 +273,7 @@ def share(data: Path, images: int, folder: Path) -> Path:
             raise SystemExit(f"{source} has {len(files)} images; {count} are asked of it")
         for row in np.linspace(0, len(files) - 1, count).astype(int):
             (draft / source.name / files[row].name).symlink_to(files[row].resolve())
-    draft.rename(place)
-    return place
+    return put_in_place(draft, place)
 
 
 def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, device: str) -> Config:

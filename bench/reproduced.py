@@ -5,10 +5,12 @@ A row of the table is an experiment's setting (images, passes); its numbers are 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from bench import environment
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results" / "reproduce"
 DOCS = environment.ROOT / "docs"
-PAGE = DOCS / "reproduction.md"
+PAGE, README = DOCS / "reproduction.md", environment.ROOT / "README.md"
+WRITTEN = ("bench/results", "docs", "README.md")
+"""Where results go: changes there are not changes of what was measured."""
 MEASURES = {"knn": "kNN", "linear": "linear"}
 BASELINE = "MoCo v3"
 COLOURS = {"MoCo v3": "#000000", "i-mix": "#e69f00", "SDMP": "#0072b2"}
@@ -26,18 +30,37 @@ ALL_IMAGES = 50_000
 
 
 class State:
-    """The results file of one experiment, rewritten after every cell, so that a run cut short still counts."""
+    """The results file of one experiment, rewritten after every cell, so that a run cut short still counts.
+
+    Several processes may work on one file: each change reads it anew, under a lock.
+    """
 
     def __init__(self, path: Path, experiment: str, machine: dict[str, Any]) -> None:
-        self.path = path
-        self.document: dict[str, Any] = {"schema": SCHEMA, "experiment": experiment, "cells": [], "spent": {}}
-        if path.exists():
-            self.document = load(path)
-            if self.document["experiment"] != experiment:
-                raise SystemExit(
-                    f"{path} holds {self.document['experiment']}; expected {experiment}: give another --json"
-                )
-        self.machine = machine
+        self.path, self.machine, self.experiment = path, machine, experiment
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.document = self.read()
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds now. Raises `SystemExit` where it is of another experiment."""
+        if not self.path.exists():
+            return {"schema": SCHEMA, "experiment": self.experiment, "cells": [], "spent": {}}
+        document = load(self.path)
+        if document["experiment"] != self.experiment:
+            raise SystemExit(
+                f"{self.path} holds {document['experiment']}; expected {self.experiment}: give another --json"
+            )
+        return document
+
+    @contextmanager
+    def changing(self) -> Iterator[dict[str, Any]]:
+        """The newest document, to be changed within the block and then written, whole or not at all."""
+        with self.path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.document = self.read()
+            yield self.document
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+            draft.replace(self.path)
 
     def has(self, cell: Any, digest: str) -> bool:
         """Whether this cell was measured with these settings."""
@@ -46,35 +69,27 @@ class State:
     def spend(self, cell: Any, digest: str, seconds: float) -> None:
         """Count the time of a training, also of one that was stopped."""
         key = f"{cell.name} {digest}"
-        self.document["spent"][key] = self.document["spent"].get(key, 0.0) + seconds
-        self.store()
+        with self.changing() as document:
+            document["spent"][key] = document["spent"].get(key, 0.0) + seconds
 
     def add(self, cell: Any, digest: str, measured: dict[str, Any]) -> None:
         """Keep what a cell is worth, in place of what it was worth with other settings."""
-        commit, dirty = environment.commit()
+        commit, dirty = environment.commit(*WRITTEN)
         card = self.machine["gpu"]["name"] if self.machine["gpu"] else None
-        entry = {
-            "name": cell.name,
-            "digest": digest,
-            **cell._asdict(),
-            **measured,
-            "seconds": self.document["spent"].pop(f"{cell.name} {digest}"),
-            "machine": card or f"{self.machine['cpu']}, {self.machine['cores']} cores",
-            "commit": commit,
-            "dirty": dirty,
-            "date": environment.now(),
-            "command": environment.command(),
-        }
-        kept = [found for found in self.document["cells"] if found["name"] != cell.name]
-        self.document["cells"] = [*kept, entry]
-        self.store()
-
-    def store(self) -> None:
-        """Write the file, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        with self.changing() as document:
+            entry = {
+                "name": cell.name,
+                "digest": digest,
+                **cell._asdict(),
+                **measured,
+                "seconds": document["spent"].pop(f"{cell.name} {digest}"),
+                "machine": card or f"{self.machine['cpu']}, {self.machine['cores']} cores",
+                "commit": commit,
+                "dirty": dirty,
+                "date": environment.now(),
+                "command": environment.command(),
+            }
+            document["cells"] = [*(found for found in document["cells"] if found["name"] != cell.name), entry]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -93,6 +108,14 @@ def words(measured: dict[str, Any]) -> str:
         return f"failed: {measured['failed']}"
     shown = [f"{name} {100 * measured[key]:.2f} %" for key, name in MEASURES.items() if measured[key] is not None]
     return ", ".join(shown) + (f" (no linear: {measured['no_linear']})" if "no_linear" in measured else "")
+
+
+def hours_for(document: dict[str, Any], cells: Sequence[Any]) -> float | None:
+    """How long cells would take at the pace of those that were measured; None where there are none."""
+    done = document["cells"]
+    seen = sum(cell["images"] * cell["epochs"] for cell in done)
+    seconds = sum(cell["seconds"] + cell.get("seconds_to_measure", 0.0) for cell in done)
+    return seconds / seen * sum(cell.images * cell.epochs for cell in cells) / 3600 if seen else None
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -265,4 +288,9 @@ def write(document: dict[str, Any]) -> int:
     before, after = page.split(begin)[0], page.split(end)[1]
     PAGE.write_text(f"{before}{begin}\n{section(document, picture)}\n{end}{after}", encoding="utf-8")
     print(f"{PAGE.name} and {picture} are written")
+    before, begin, rest = README.read_text(encoding="utf-8").partition(f"<!-- {name}-finding:begin -->")
+    _, end, after = rest.partition(f"<!-- {name}-finding:end -->")
+    if begin and end:
+        README.write_text(f"{before}{begin}\n{finding(document)}\n{end}{after}", encoding="utf-8")
+        print(f"{README.name} quotes the finding")
     return 0

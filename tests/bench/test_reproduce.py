@@ -20,7 +20,16 @@ from sdmp_train.presets import get_preset
 
 
 def arguments(**changes) -> argparse.Namespace:
-    given = {"small": True, "width": 4, "epochs": None, "seeds": None, "minutes": None, "data": None, "only": None}
+    given = {
+        "small": True,
+        "width": 4,
+        "epochs": None,
+        "seeds": None,
+        "minutes": None,
+        "data": None,
+        "only": None,
+        "part": None,
+    }
     given |= {"device": "cpu", "folder": None, "json": None, "write": False, "experiment": "map"}
     return argparse.Namespace(**{**given, **changes})
 
@@ -98,6 +107,9 @@ def test_a_share_is_spread_over_the_classes(pictures: Path, tmp_path: Path):
     assert names == [f"{name}/{number:02}.jpg" for name in ("dark", "light") for number in (0, 4, 9, 13, 18, 23)]
     assert (place / "dark" / "04.jpg").read_bytes() == (pictures / "train" / "dark" / "04.jpg").read_bytes()
     assert share(pictures, 12, tmp_path) == place
+    late = tmp_path / "late"
+    (late / "dark").mkdir(parents=True)
+    assert reproduce.put_in_place(late, place) == place and not late.exists()  # another process was first
     with pytest.raises(SystemExit, match="50 are asked"):
         share(pictures, 100, tmp_path)
 
@@ -122,6 +134,16 @@ def test_the_cheap_cells_come_first_and_every_arm_of_a_seed_together():
     assert {cell.seed for cell in cells} == {0, 1, 2}
     with pytest.raises(SystemExit, match="--small"):
         gain_map(arguments(small=False))
+
+
+def test_parts_are_every_cell_once():
+    cells = list(gain_map(arguments()).cells)
+    parts = [reproduce.part_of(cells, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(cell for part in parts for cell in part) == sorted(cells)
+    assert reproduce.part_of(cells, None) == cells
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(SystemExit, match="expected i/n"):
+            reproduce.part_of(cells, wrong)
 
 
 def test_table5_is_the_papers_row(tmp_path: Path):

@@ -97,15 +97,37 @@ def test_a_cell_of_other_settings_is_another_and_takes_its_place(tmp_path: Path)
         load(tmp_path / "other.json")
 
 
+def test_two_processes_lose_nothing_of_each_other(tmp_path: Path):
+    """Both have read the empty file before either writes."""
+    states = [State(tmp_path / "map.json", "map-small", MACHINE) for _ in range(2)]
+    for number, state in enumerate(states):
+        cell = Cell("SDMP", 2500, 40, number)
+        state.spend(cell, "d", 3600.0)
+        state.add(cell, "d", {"knn": 0.5, "linear": None})
+    found = load(tmp_path / "map.json")
+    assert [cell["seed"] for cell in found["cells"]] == [0, 1]
+    assert not states[0].has(Cell("SDMP", 2500, 40, 1), "d")
+    states[0].document = states[0].read()
+    assert states[0].has(Cell("SDMP", 2500, 40, 1), "d")
+    assert reproduced.hours_for(found, [Cell("SDMP", 2500, 160, 0)]) == pytest.approx(4.0)
+    assert reproduced.hours_for({"cells": []}, []) is None
+
+
 def test_the_page_gets_its_section_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     page = tmp_path / "reproduction.md"
     page.write_text("before\n<!-- map-small:begin -->\nold\n<!-- map-small:end -->\nafter\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("one\n<!-- map-small-finding:begin -->\nold\n<!-- map-small-finding:end -->\ntwo\n")
     monkeypatch.setattr(reproduced, "PAGE", page)
+    monkeypatch.setattr(reproduced, "README", readme)
     found = document(tmp_path / "map.json", NUMBERS)
     assert write(found) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert table(found) in text and "12 trainings, 0.2 hours on Test CPU, 2 cores" in text
+    assert readme.read_text() == (
+        f"one\n<!-- map-small-finding:begin -->\n{finding(found)}\n<!-- map-small-finding:end -->\ntwo\n"
+    )
     assert (tmp_path / "reproduction-map-small.png").stat().st_size > 10_000
     assert write({**found, "cells": []}) == 2 and page.read_text() == text
 
@@ -122,3 +144,4 @@ def test_the_page_has_a_place_for_every_experiment():
     text = reproduced.PAGE.read_text(encoding="utf-8")
     for name in ("map-small", "table5-small", "table5"):
         assert f"<!-- {name}:begin -->" in text and f"<!-- {name}:end -->" in text
+    assert "<!-- map-small-finding:begin -->" in reproduced.README.read_text(encoding="utf-8")
