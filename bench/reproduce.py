@@ -284,7 +284,8 @@ def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, devi
     kind = METHODS[arm.method].Config
     common = {f.name for f in dataclasses.fields(kind)} & {"dim", "mlp_dim", "temperature", "momentum"}
     method = kind(**{name: getattr(recipe.method, name) for name in common}, **arm.settings)
-    warmup = min(recipe.optim.warmup_epochs, cell.epochs / 10)
+    # A tenth of the steps, so that cells of equal cost warm up equally long.
+    warmup = cell.epochs / 10 if experiment.small else min(recipe.optim.warmup_epochs, cell.epochs / 10)
     images = data / "train" if cell.images == reproduced.ALL_IMAGES else share(data, cell.images, folder)
     return replace(
         recipe,
