@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tarfile
 import threading
 import time
@@ -164,40 +165,35 @@ def run(args: argparse.Namespace) -> int:
     data = args.data or unpacked(ROOT / "runs" / "reproduce")
     state = reproduced.State(place, experiment.name, environment.describe())
     configs = {cell: config_of(experiment, cell, data, folder, args.device) for cell in cells}
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
-    with stopping_at(deadline) as stop:
-        for number, cell in enumerate(cells, 1):
-            config = configs[cell]
-            if stop.asked:
-                break
-            state.document = state.read()  # another process may have measured it meanwhile
-            if state.has(cell, digest(config)):
-                continue
-            print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
+
+    def left() -> list[Cell]:
+        state.document = state.read()  # another process may have measured some meanwhile
+        return [cell for cell in cells if not state.has(cell, digest(configs[cell]))]
+
+    with stopping_at(time.monotonic() + 60 * args.minutes if args.minutes else None) as stop:
+        while (todo := left()) and not stop.asked:
+            cell = todo[0]
+            print(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.name}", flush=True)
             begun = time.monotonic()
-            code = train(config, folder / cell.name, stop, quiet=experiment.small)
-            state.spend(cell, digest(config), time.monotonic() - begun)
-            if code == LATER:
-                break
-            if code not in (DONE, NOT_FINITE):
+            code = train(configs[cell], folder / cell.name, stop, quiet=experiment.small)
+            state.spend(cell, digest(configs[cell]), time.monotonic() - begun)
+            if code not in (DONE, NOT_FINITE, LATER):
                 print(f"    it ended with exit code {code}; see {folder / cell.name / 'train.log'}")
                 return code
-            if code == NOT_FINITE:
-                measured = dict.fromkeys(reproduced.MEASURES) | {"failed": "not finite"}
-            else:
-                measured = measure(folder / cell.name, data, experiment.labelled, args.device)
-            state.add(cell, digest(config), measured)
-            print(f"    {reproduced.words(measured)}", flush=True)
-    left = [
-        cell for cell in cells if not state.has(cell, digest(config_of(experiment, cell, data, folder, args.device)))
-    ]
+            worth = worth_of(experiment, folder / cell.name, data, args.device) if code == DONE else None
+            if code == LATER or (code == DONE and worth is None):
+                break
+            worth = worth or dict.fromkeys(reproduced.MEASURES) | {"failed": "not finite"}
+            state.add(cell, digest(configs[cell]), worth)
+            print(f"    {reproduced.words(worth)}", flush=True)
+    todo = left()
     print(reproduced.table(state.document))
     print(f"results in {place}")
-    if left:
-        hours = reproduced.hours_for(state.document, left)
+    if todo:
+        hours = reproduced.hours_for(state.document, todo)
         pace = "" if hours is None else f", about {hours:.1f} hours at the pace so far"
-        print(f"{len(left)} of {len(cells)} cells are left{pace}: the same command goes on with {left[0].name}")
-    return LATER if left else DONE
+        print(f"{len(todo)} of {len(cells)} cells are left{pace}: the same command goes on with {todo[0].name}")
+    return LATER if todo else DONE
 
 
 def part_of(cells: Sequence[Cell], part: str | None) -> list[Cell]:
@@ -216,16 +212,21 @@ def stopping_at(deadline: float | None) -> Iterator[Any]:
     from sdmp_train.stop import StopRequest
 
     with StopRequest() as stop:
-        timer = None
+
+        def time_is_up() -> None:
+            stop.asked = True
+            heard = getattr(signal.getsignal(signal.SIGUSR1), "__self__", stop)
+            if heard is not stop:  # an evaluation at work, which has a request of its own
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        timer = threading.Timer(max(0.0, (deadline or 0.0) - time.monotonic()), time_is_up)
+        timer.daemon = True
         if deadline is not None:
-            timer = threading.Timer(max(0.0, deadline - time.monotonic()), setattr, (stop, "asked", True))
-            timer.daemon = True
             timer.start()
         try:
             yield stop
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
 
 def unpacked(folder: Path) -> Path:
@@ -340,10 +341,36 @@ def train(config: Config, folder: Path, stop: Any, *, quiet: bool) -> int:
             return stopped.exit_code
 
 
-def measure(run: Path, data: Path, labelled: int, device: str) -> dict[str, Any]:
-    """kNN and a linear classifier on frozen features of a trained backbone: train/ has the labels, test/ the queries.
+def worth_of(experiment: Experiment, run: Path, data: Path, device: str) -> dict[str, Any] | None:
+    """What a trained backbone is worth; None where the measurement was stopped, to be gone on with later."""
+    from sdmp_train.stop import Stopped
 
-    labelled: so many images of train/, evenly spread over the classes, and `ASKED` of test/; 0 for all.
+    begun = time.monotonic()
+    try:
+        worth = measure(run, data, experiment.labelled, device)
+        if not experiment.labelled:
+            worth |= by_protocol(run, data, device)
+    except Stopped:
+        return None
+    return worth | {"seconds_to_measure": time.monotonic() - begun}
+
+
+def by_protocol(run: Path, data: Path, device: str) -> dict[str, Any]:
+    """Top-1 of `eval linear`, the evaluation of the paper's kind, at its best learning rate; or why there is none."""
+    from sdmp_train.evaluate.command import PROTOCOLS
+
+    if "linear" not in PROTOCOLS:
+        return {"linear": None, "no_linear": "this version has no eval linear"}
+    settings, evaluate = PROTOCOLS["linear"]
+    found = evaluate(settings(run=str(run), data=str(data), device=device))
+    return {"linear": float(found["top1"]), "linear_protocol": "eval linear"}
+
+
+def measure(run: Path, data: Path, labelled: int, device: str) -> dict[str, Any]:
+    """kNN on the frozen features of a trained backbone: train/ has the labels, test/ the queries.
+
+    labelled: so many images of train/, evenly spread over the classes, and `ASKED` of test/, which a linear classifier
+        is measured on too; 0 for all images, and kNN alone.
     """
     from sdmp_train.evaluate.knn import spread, weighted_knn
     from sdmp_train.export import load_exported
@@ -353,20 +380,20 @@ def measure(run: Path, data: Path, labelled: int, device: str) -> dict[str, Any]
     config = stored_config(run)
     backbone, _ = load_exported(run / EXPORTED)
     train_images, test_images = measured_images(replace(config.data, data=str(data), test_data=None))
-    assert test_images is not None, data
+    if test_images is None:
+        raise SystemExit(f"{data} has no test split; expected train/CLASS and test/CLASS in it")
     if labelled:
         train_images, test_images = spread(train_images, labelled), spread(test_images, ASKED)
-    begun = time.monotonic()
     bank, queries = (features_of(backbone, index, config, device) for index in (train_images, test_images))
-    accuracy, why = linear(bank, queries) if labelled else (None, NO_LINEAR)
-    return {
+    worth: dict[str, Any] = {
         "knn": weighted_knn(bank, queries, (KNN_K,))[KNN_K],
-        "linear": accuracy,
-        **({"no_linear": why} if why else {}),
         "bank": len(bank.rows),
         "queries": len(queries.rows),
-        "seconds_to_measure": time.monotonic() - begun,
     }
+    if labelled:
+        accuracy, why = linear(bank, queries)
+        worth |= {"linear": accuracy, "linear_protocol": "logistic regression"} | ({"no_linear": why} if why else {})
+    return worth
 
 
 def features_of(backbone: torch.nn.Module, index: Index, config: Config, device: str) -> Features:
@@ -378,7 +405,6 @@ def features_of(backbone: torch.nn.Module, index: Index, config: Config, device:
         return image_features(backbone.to(world.device), index, config.data, device=world.device)
 
 
-NO_LINEAR = "all the images at the width of a ResNet-50 are too many for scikit-learn"
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """scikit-learn's C; the best on every fifth labelled image, held out, is taken."""
 

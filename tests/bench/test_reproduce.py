@@ -101,6 +101,38 @@ def test_a_stopped_cell_is_the_unbroken_one(small, pictures: Path, tmp_path: Pat
     assert reproduce.train(config, tmp_path / "new" / cell.name, stop, quiet=True) == reproduce.LATER
 
 
+def test_the_papers_kind_of_linear_evaluation_is_that_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from sdmp_train.evaluate import command
+
+    def evaluate(config):
+        assert (config["run"], config["data"], config["device"]) == (str(tmp_path), "images", "cpu")
+        return {"top1": 0.75}
+
+    monkeypatch.setitem(command.PROTOCOLS, "linear", (dict, evaluate))
+    assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["linear"] == 0.75
+    monkeypatch.delitem(command.PROTOCOLS, "linear")
+    assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["no_linear"] == "this version has no eval linear"
+
+
+def test_a_measurement_that_is_stopped_is_gone_on_with_later(small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The clock reaches the request of an evaluation at work; the cell is no result until it is measured."""
+    import time
+
+    from sdmp_train.stop import StopRequest
+
+    def measure(*_):
+        with StopRequest() as own:
+            own.speaks = False
+            while True:
+                own.check()
+                time.sleep(0.01)
+
+    monkeypatch.setattr(reproduce, "measure", measure)
+    with reproduce.stopping_at(time.monotonic() + 0.2) as stop:
+        assert reproduce.worth_of(small, tmp_path, tmp_path, "cpu") is None
+        assert stop.asked
+
+
 def test_a_share_is_spread_over_the_classes(pictures: Path, tmp_path: Path):
     place = share(pictures, 12, tmp_path)
     names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*.jpg"))
