@@ -263,6 +263,9 @@ def plainly(found: Any, prefix: str = "", *, accuracies: bool = False) -> Iterab
         for key, value in found.items():
             if prefix or key != "protocol":
                 yield from plainly(value, f"{prefix}.{key}" if prefix else str(key), accuracies=accuracies)
+    elif isinstance(found, list) and any(isinstance(part, dict) for part in found):
+        for place, part in enumerate(found):
+            yield from plainly(part, f"{prefix}.{place}", accuracies=accuracies)
     elif isinstance(found, list):
         yield f"{prefix} {', '.join(map(str, found))}"
     elif accuracies and isinstance(found, float) and ACCURACY.search(prefix) and 0 <= found <= 1:

@@ -161,5 +161,7 @@ def test_runs_side_by_side(tiny: Config, tmp_path: Path):
 def test_entries_as_written():
     found = {"protocol": "knn", "accuracy": {"20": 0.51234}, "queries": 10, "split": "val"}
     assert list(plainly(found)) == ["accuracy.20 0.5123", "queries 10", "split val"]
+    sweep = {"sweep": [{"lr": 0.3, "top1": 0.5}, {"lr": 1.0, "top1": 0.25}]}
+    assert list(plainly(sweep)) == ["sweep.0.lr 0.3", "sweep.0.top1 0.5", "sweep.1.lr 1", "sweep.1.top1 0.25"]
     assert headline({"protocol": "knn", "accuracy": {"20": 0.51234}, "time": "now"}) == ["accuracy.20 51.23 %"]
     assert headline({"top1": 0.8765, "lr": 0.3, "settings": {"lr": [1]}, "time": "now"}) == ["top1 87.65 %", "lr 0.3"]
