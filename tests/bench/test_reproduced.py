@@ -61,8 +61,22 @@ def test_the_table_and_the_finding_show_losing_cells_too(tmp_path: Path):
     assert rows[2][4:6] == ["35.00", "not measured"]
     assert rows[4][6] == "-2.00 ± 0.00"
     said = finding(found)
-    assert "above it at 2,500 images x 40 passes (+1.67 ± 0.33)" in said
-    assert "below it at 50,000 images x 2 passes (-2.00 ± 0.00)" in said and "10,000" not in said
+    assert said.split(": ")[1] == (
+        "kNN above at 2,500 images x 40 (+1.67 ± 0.33); below at 50,000 images x 2 (-2.00 ± 0.00). "
+        "linear above at 2,500 images x 40 (+2.00 ± 0.00)."
+    )  # linear was measured once at 50,000, and that says nothing
+
+
+def test_a_difference_within_its_interval_is_undecided(tmp_path: Path):
+    """+1.67 ± 0.67: 2.5 standard errors, of three seeds not enough."""
+    numbers = {("MoCo v3", 2500, 40): [0.40, 0.42, 0.44], ("SDMP", 2500, 40): [0.41, 0.43, 0.47]}
+    assert "kNN undecided at 2,500 images x 40 (+1.67 ± 0.67)" in finding(document(tmp_path / "map.json", numbers))
+
+
+def test_the_intervals_are_students():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for freedom, width in reproduced.T95.items():
+        assert width == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.006)
 
 
 def test_a_training_that_diverged_is_shown_and_counts_in_no_mean(tmp_path: Path):
