@@ -121,8 +121,8 @@ def table5(args: argparse.Namespace) -> Experiment:
 
 
 MAP = {
-    "100k": ((2_500, 40), (10_000, 10), (50_000, 2)),
-    "400k": ((2_500, 160), (10_000, 40), (50_000, 8)),
+    "100k": ((500, 200), (2_500, 40), (10_000, 10)),
+    "400k": ((500, 800), (2_500, 160), (10_000, 40), (50_000, 8)),
     "1600k": ((2_500, 640), (10_000, 160), (50_000, 32)),
 }
 """(images, passes) by the images that a training sees in all: equal cost in a line, four times more in the next."""
