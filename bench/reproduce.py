@@ -280,11 +280,13 @@ def share(data: Path, images: int, folder: Path) -> Path:
 def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, device: str) -> Config:
     """The settings of a cell's run."""
     from sdmp_train.config import METHODS
+    from sdmp_train.methods.contrast import ContrastConfig
 
     arm, recipe = ARMS[cell.arm], experiment.recipe
     kind = METHODS[arm.method].Config
-    common = {f.name for f in dataclasses.fields(kind)} & {"dim", "mlp_dim", "temperature", "momentum"}
-    method = kind(**{name: getattr(recipe.method, name) for name in common}, **arm.settings)
+    # Heads, momentum encoder and temperature: what the arms have in common.
+    common = {f.name: getattr(recipe.method, f.name) for f in dataclasses.fields(ContrastConfig)}
+    method = kind(**common, **arm.settings)
     # A tenth of the steps, so that cells of equal cost warm up equally long.
     warmup = cell.epochs / 10 if experiment.small else min(recipe.optim.warmup_epochs, cell.epochs / 10)
     images = data / "train" if cell.images == reproduced.ALL_IMAGES else share(data, cell.images, folder)
