@@ -163,7 +163,7 @@ def _reproducing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on later")
     parser.add_argument("--seeds", type=int, help="seeds of every cell (default: table5 1, map 3)")
     parser.add_argument("--epochs", type=int, help="table5: passes over the images (default 200, with --small 20)")
-    parser.add_argument("--width", type=int, default=16, help="with --small: channels of the first stage (default 16)")
+    parser.add_argument("--width", type=int, default=8, help="with --small: channels of the first stage (default 8)")
     parser.add_argument("--only", help="only cells whose name contains this")
     parser.add_argument("--part", help="i/n: every n-th cell, so that n processes share an experiment")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: GPU if any)")
