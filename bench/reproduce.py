@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sdmp_train.config import Config
     from sdmp_train.data import Index
     from sdmp_train.evaluate.knn import Features
+    from sdmp_train.log import Log
 
 ARCHIVE = "cifar10-jpeg.tar.xz"
 KNN_K = 20
@@ -328,19 +329,32 @@ def digest(config: Config) -> str:
 
 
 def train(config: Config, folder: Path, stop: Any, *, quiet: bool) -> int:
-    """Begin a cell's run or go on with it; the exit code of `pretrain`."""
-    from rich.console import Console
-
+    """Begin a cell's run or go on with it; the exit code of `pretrain`. `quiet`: its lines go to its log alone."""
     from sdmp_train.commands import pretrain
-    from sdmp_train.log import Log
     from sdmp_train.stop import Stopped
 
-    with open(os.devnull, "w") as nowhere:
-        log = Log(console=Console(file=nowhere)) if quiet else None
-        try:
-            return pretrain(config, folder, resume=True, or_start=True, log=log, stop=stop)
-        except Stopped as stopped:
-            return stopped.exit_code
+    try:
+        return pretrain(config, folder, resume=True, or_start=True, log=cell_log() if quiet else None, stop=stop)
+    except Stopped as stopped:
+        return stopped.exit_code
+
+
+def cell_log() -> Log:
+    """A run's log that is silent but for the live line, which a terminal shows."""
+    from sdmp_train.log import Log
+    from sdmp_train.text import printable_lines
+
+    class CellLog(Log):
+        def say(self, line: str = "") -> None:
+            self._write(printable_lines(line))
+
+        def report(self, line: str) -> None:
+            if self.console.is_terminal:
+                super().report(line)
+            else:
+                self._write(line)
+
+    return CellLog()
 
 
 def worth_of(experiment: Experiment, run: Path, data: Path, device: str) -> dict[str, Any] | None:
