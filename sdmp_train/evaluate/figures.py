@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NAMES = ("knn", "losses", "method", "speed", "optimiser", "lam")
+"""Of the figures."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Of Okabe and Ito: told apart by people who see colours otherwise too."""
 MOST_POINTS = 2000
@@ -161,7 +164,7 @@ def drawn_lams(record: RunRecord) -> dict[str, np.ndarray]:
     lam depends on seed and step alone, on no device and no number of processes. Empty where nothing was mixed.
     """
     steps = record.step
-    if steps == 0:
+    if steps == 0 or not math.isfinite(record.steps_per_epoch):
         return {}
     per_epoch = max(1, round(record.steps_per_epoch))
     config = replace(record.config, model=lighter(record.config.model))

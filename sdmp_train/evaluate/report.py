@@ -22,7 +22,7 @@ from ..flags import Positional, arg
 from ..presets import presets
 from ..settings import ConfigError, require
 from ..text import printable, printable_lines
-from .figures import figures
+from .figures import NAMES, figures
 from .record import PICTURES, RunRecord, departures, paper_row, read_record
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def write_report(config: ReportConfig) -> Path:
     try:
         folder = place.with_name(f"{place.stem}-figures")
         folder.mkdir(parents=True, exist_ok=True)
+        for name in set(NAMES) - {name for name, _, _ in drawn}:  # of a former page
+            (folder / f"{name}.png").unlink(missing_ok=True)
         for name, _, figure in drawn:
             with replacing(folder / f"{name}.png") as draft:
                 figure.savefig(draft, format="png", dpi=PNG_DPI)
@@ -169,7 +171,9 @@ def steps_made(record: RunRecord) -> str:
     """How far it came."""
     if record.step == 0:
         return "none on record"
-    return f"{record.step:,} ({record.step / record.steps_per_epoch:.1f} of {record.config.optim.epochs} epochs)"
+    epochs = record.step / record.steps_per_epoch
+    of = f" ({epochs:.1f} of {record.config.optim.epochs} epochs)" if math.isfinite(epochs) else ""
+    return f"{record.step:,}{of}"
 
 
 def summary(records: Sequence[RunRecord]) -> str:

@@ -12,13 +12,14 @@ from tiny_runs import at_step, build_method, with_mixing
 from written_runs import write_run
 
 from sdmp_train.config import Config
-from sdmp_train.evaluate.figures import MOST_POINTS, drawn_lams, figures, thin
+from sdmp_train.evaluate.figures import MOST_POINTS, NAMES, drawn_lams, figures, thin
 from sdmp_train.evaluate.record import read_record
 
 
 def test_every_logged_number_has_its_panel(tiny: Config, tmp_path: Path):
     record = read_record(write_run(tmp_path / "run", tiny))
     found = {name: figure for name, _, figure in figures([record])}
+    assert set(found) == set(NAMES)
     titles = {name: [axes.get_title(loc="left") for axes in figure.axes] for name, figure in found.items()}
     assert titles["losses"] == ["loss", "loss: clean"]
     assert titles["method"] == ["top9"]
@@ -56,6 +57,12 @@ def test_supervised_rows_that_stay_as_they_are_count_as_unmixed(tiny_supervised:
     lams = np.concatenate(list(drawn_lams(read_record(write_run(tmp_path / "half", half, rows=rows))).values()))
     assert 0 < len(lams) < 8 * half.optim.batch_size
     assert drawn_lams(read_record(write_run(tmp_path / "none", none, rows=rows))) == {}
+
+
+def test_a_log_without_epochs_draws_what_it_can(tiny: Config, tmp_path: Path):
+    """A kill may leave kNN lines alone: nobody knows how many steps an epoch has."""
+    rows = [{"step": 0, "knn": 0.25}, {"step": 3, "knn": 0.5}]
+    assert {name for name, _, _ in figures([read_record(write_run(tmp_path / "run", tiny, rows=rows))])} == {"knn"}
 
 
 def test_long_curves_keep_their_ends():

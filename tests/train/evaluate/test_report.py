@@ -110,7 +110,11 @@ def test_a_real_run_in_a_browser(tiny: Config, tmp_path: Path, capsys):
 def test_what_was_not_measured_is_said_and_nothing_else(tiny: Config, tmp_path: Path, capsys):
     rows = [{"step": 4, "epoch": 1.0, "loss": 2.5}]
     bare = write_run(tmp_path / "bare", tiny, rows=rows, log="")
+    (bare / "report-figures").mkdir()
+    for name in ("knn.png", "mine.png"):
+        (bare / "report-figures" / name).write_bytes(b"old")
     place = write_report(ReportConfig((str(bare),)))
+    assert {path.name for path in (bare / "report-figures").iterdir()} == {"losses.png", "lam.png", "mine.png"}
     parsed = Page(place.read_text())
     assert NOT_MEASURED in parsed.words
     assert not re.search(r"\d %", parsed.words)  # no accuracy, no share of the time
