@@ -25,6 +25,8 @@ ABOUT = f"""\
 {PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
 {PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval pictures --run RUN      attention, patch features, nearest neighbours, a map of the features
+{PROGRAM} report RUN [RUN ...]         one HTML page about runs: curves, kNN, pictures, the paper's numbers
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets [NAME]               recipes, with the paper's numbers; where one's settings come from
 {PROGRAM} verify DIR                   index and check a folder of images
@@ -178,6 +180,13 @@ def run_eval(argv: Sequence[str]) -> int:
     return DONE
 
 
+def run_report(argv: Sequence[str]) -> int:
+    from .evaluate.report import ReportConfig, write_report
+
+    write_report(parse(ReportConfig, "report", argv))
+    return DONE
+
+
 def run_export(argv: Sequence[str]) -> int:
     from .commands import export_checkpoint
 
@@ -206,6 +215,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": run_pretrain,
     "plan": run_plan,
     "eval": run_eval,
+    "report": run_report,
     "export": run_export,
     "presets": run_presets,
     "verify": run_verify,

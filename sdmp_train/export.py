@@ -33,7 +33,10 @@ MODEL_ARGUMENTS = {
     "embed_dim": (1, 2**14),
     "depth": (1, 256),
     "num_heads": (1, 256),
+    "stem_width": (1, 2**12),
 }
+STAGES, WIDEST = 4, 2**14
+"""What `channels` of a ResNet may be: that many numbers, up to that."""
 
 
 def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int) -> None:
@@ -115,7 +118,16 @@ def check_description(description: dict[str, Any]) -> None:
     arguments = description.setdefault("model_args", {})
     require(isinstance(arguments, dict), "model_args", arguments, "names and values")
     for key, value in arguments.items():
-        known = ", ".join(MODEL_ARGUMENTS)
+        if key == "stem_type":
+            require(value == "deep", "model_args: stem_type", value, "'deep'")
+            continue
+        if key == "channels":
+            four = (
+                isinstance(value, list) and len(value) == STAGES and all(is_whole_number(v, 1, WIDEST) for v in value)
+            )
+            require(four, "model_args: channels", value, f"{STAGES} whole numbers from 1 to {WIDEST}")
+            continue
+        known = ", ".join([*MODEL_ARGUMENTS, "channels", "stem_type"])
         require(key in MODEL_ARGUMENTS, "a name in model_args", key, f"one of {known}: others could open files")
         low, high = MODEL_ARGUMENTS[key]
         require(is_whole_number(value, low, high), f"model_args: {key}", value, f"a whole number from {low} to {high}")

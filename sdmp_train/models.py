@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .settings import ConfigError, ModelConfig, near
+from .settings import ConfigError, ModelConfig, near, require
 from .text import brief, one_line
 
 if TYPE_CHECKING:
@@ -33,12 +33,34 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12
     name = SHORT_NAMES.get(config.arch, config.arch)
     check_name(name)
     sizes = {"patch_size": config.patch_px, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
-    given = {key: value for key, value in sizes.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
     if given and not name.startswith(PLAIN_VITS):
-        raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
+        if given.keys() != {"embed_dim"} or not is_resnet(name):
+            raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
+        given = resnet_widths(given["embed_dim"], config.stem)
     by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
     size = {"img_size": image_px} if takes(name, "img_size", image_px) else {}
     return name, {**size, **by_method, **given}
+
+
+def is_resnet(name: str) -> bool:
+    """Whether timm's model of that name is of its one family of ResNets."""
+    from timm.models.resnet import ResNet
+
+    return isinstance(create(name, {}, "meta"), ResNet)
+
+
+def resnet_widths(width: int, stem: str) -> dict[str, Any]:
+    """timm's arguments for a ResNet whose first stage has `width` channels, and each further one twice as many.
+
+    The CIFAR stem has as many as the first stage. timm sizes that of ImageNet by its kind alone, so it keeps its own.
+    """
+    stages = {"channels": [width * 2**stage for stage in range(4)]}
+    if stem != "cifar":
+        return stages
+    require(width % 2 == 0, "width", width, "an even number, for a ResNet with the CIFAR stem")
+    # Of timm's stems only the deep one has a width; `use_cifar_stem` replaces its three convolutions by one.
+    return {**stages, "stem_type": "deep", "stem_width": width // 2}
 
 
 def check_name(name: str) -> None:

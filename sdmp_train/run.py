@@ -236,5 +236,6 @@ class Run:
             f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png checkpoints/ exported/)",
             f'load     timm.create_model("local-dir:{self.folder}/exported", pretrained=True)',
             f"measure  python -m sdmp_train eval knn --run {self.folder}",
+            f"report   python -m sdmp_train report {self.folder}",
             *([f"yours    python -m sdmp_train pretrain --preset {own} --data YOUR_IMAGES"] if embedded else []),
         ]

@@ -35,8 +35,8 @@ CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 SAVED = r"latest|step-\d+"
 """What is in the folder of checkpoints."""
 
-FILES = (MARKER, LOCK, SETTINGS, "metrics.jsonl", "train.log", "mix.png")
-"""What a run writes beside its folders."""
+FILES = (MARKER, LOCK, SETTINGS, "metrics.jsonl", "train.log", "mix.png", "report.html")
+"""What a run, and what reports on it, write beside its folders."""
 _DRAFT = r"(\.tmp-\d+)?"
 _TOP = rf"{'|'.join(re.escape(name) for name in FILES)}|images-[0-9a-f]{{16}}\.jsonl\.gz"
 OURS = {
@@ -44,6 +44,8 @@ OURS = {
     CHECKPOINTS: rf"latest{_DRAFT}",
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
     EXPORTED: rf"(model\.safetensors|config\.json){_DRAFT}",
+    "report-figures": rf"(knn|losses|method|speed|optimiser|lam)\.png{_DRAFT}",
+    "pictures": rf"((attention|patches|neighbours|embedding)\.png|captions\.json){_DRAFT}",
 }
 """The files that a run writes, by their folder (names of checkpoints stand as *)."""
 _CHECKPOINT = re.compile(r"step-\d+(\.tmp-\d+|\.damaged(-\d+)?|\.abandoned-\d+)?")
@@ -118,9 +120,10 @@ def strangers(path: Path) -> Iterator[Path]:
                         yield from _other_files(inner, OURS[f"{CHECKPOINTS}/*"])
                 elif not _is_plain(inner, OURS[CHECKPOINTS]):
                     yield inner
-        elif is_folder and re.fullmatch(rf"{EXPORTED}{_DRAFT}", name):
-            if name == EXPORTED:
-                yield from _other_files(entry, OURS[EXPORTED])
+        elif is_folder and re.fullmatch(rf"{EXPORTED}\.tmp-\d+", name):
+            continue
+        elif is_folder and name in OURS:
+            yield from _other_files(entry, OURS[name])
         elif not _is_plain(entry, OURS[""]):
             yield entry
 

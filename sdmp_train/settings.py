@@ -87,7 +87,7 @@ class ModelConfig:
     patch_px: int | None = None
     """ViT: side of a patch in pixels; None keeps the architecture's."""
     width: int | None = None
-    """ViT: width of the tokens; None keeps the architecture's."""
+    """ViT: width of the tokens; ResNet: channels of the first stage, doubled by each further one. None: its own."""
     depth: int | None = None
     """ViT: number of blocks; None keeps the architecture's."""
     heads: int | None = None

@@ -10,9 +10,11 @@ from ..data import Index
 from ..settings import DataConfig
 from ..splits import measured_images
 from .knn import EVERY_IMAGE, KnnConfig, evaluate_knn, knn_images
+from .pictures import PicturesConfig, make_pictures
 
 PROTOCOLS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "knn": (KnnConfig, evaluate_knn),
+    "pictures": (PicturesConfig, make_pictures),
 }
 """Settings and function of each, by the name that `eval` knows it by."""
 
