@@ -43,6 +43,7 @@ RUNS = {
             "mochi": "--mochi-warmup-epochs 0.05 --mochi-hard 16 --mochi-mixed 16 --mochi-query-mixed 4",
         }.items()
     },
+    "dino": (1, "--preset quickstart-dino --batch-size 32 --depth 2 --drop-path-rate 0.1"),
     "two-processes": (2, f"--preset quickstart -b 16 --depth 2 --variant extra --rules mixup cutmix {HEADS}"),
 }
 

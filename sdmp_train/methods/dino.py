@@ -210,7 +210,8 @@ class Head(nn.Module):
         self.last_layer = Prototypes(config.bottleneck_dim, config.out_dim, trained_gain=not config.norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x).float(), dim=1))
+        x = self.mlp(x)
+        return self.last_layer(F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1))
 
 
 class MultiCrop(nn.Module):
@@ -393,14 +394,17 @@ class DINO:
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
         """DINO's loss on the clean crops, and Eq. 7 and 8 on the mixed ones, as one pass over the logits."""
-        total, mean = self.compare(features, at, *self.weights(plan))
+        total, mean = self.compare(features, plan, at, *self.weights(plan))
         self.means = [*(self.means if at.part else []), mean]
         self.last = plan, at
         return Loss(total, {})
 
-    def compare(self, features: Features, at: At, own: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compare(
+        self, features: Features, plan: Plan, at: At, own: Tensor, other: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The cross-entropies with these weights, summed; and the (K,) mean of the teacher's logits of clean views."""
         teacher = features.teacher
+        mixed = next(iter(plan.student.values()), None) if other is not None else None
         if other is not None and self.config.flip == "global":
             # What the partner's teacher says is on the rank at the other end, in reversed order.
             teacher = torch.cat([teacher, mirror_rows(teacher.transpose(0, 1), self.world).transpose(0, 1)])
@@ -411,6 +415,7 @@ class DINO:
             teacher,
             own=own,
             other=other,
+            partner=None if mixed is None or mixed.mirrored else mixed.partner,
             center=self.center.value,
             student_temperature=self.config.student_temp,
             teacher_temperature=teacher_temperature(at, self.config),
@@ -476,7 +481,7 @@ class DINO:
             sources, pairs = self.mixed_weights(plan)
             clean = self.clean[..., None].expand(-1, -1, self.setup.rows)
             parts = {"loss_clean": (clean, None), "loss_source": sources, "loss_mixed": pairs}
-            terms = {name: self.compare(features, at, *weights)[0] for name, weights in parts.items()}
+            terms = {name: self.compare(features, plan, at, *weights)[0] for name, weights in parts.items()}
         logits = (features.teacher[:2].float() - self.center.value) / teacher_temperature(at, self.config)
         entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
         return {**terms, "teacher_entropy": entropy, **spread_of(self.teacher.seen)}

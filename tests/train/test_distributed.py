@@ -31,8 +31,10 @@ from sdmp_train.distributed import (
 )
 from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
+from sdmp_train.methods import dino
 from sdmp_train.methods.contrast import Features, Plan
 from sdmp_train.methods.dacl import DACLConfig
+from sdmp_train.methods.dino import DINO, DINOConfig
 from sdmp_train.methods.imix import IMixConfig
 from sdmp_train.methods.method import At, Loss
 from sdmp_train.methods.mochi import Draws, MoCHiConfig
@@ -58,6 +60,12 @@ def exact(method_class: type) -> type:
     return type(f"{method_class.__name__}InFloat64", (InFloat64, method_class), {})
 
 
+def join(one: MixPlan, other: MixPlan) -> MixPlan:
+    """The plans of two ranks as one of all their rows."""
+    rule, lam, box = (torch.cat([getattr(p, name) for p in (one, other)]) for name in ("rule", "lam", "box"))
+    return make_plan(rule, lam, one.size, box=box, partner=torch.cat([one.partner, other.partner + len(one)]))
+
+
 def as_two_ranks(method: Any) -> None:
     """Let a method alone plan what two ranks with half its rows each would plan, side by side."""
     whole, rows = method.setup, method.setup.rows // 2
@@ -74,10 +82,6 @@ def as_two_ranks(method: Any) -> None:
     def joined_plan(at: At) -> Plan:
         one, other = in_turn(lambda: plan(at))
         return Plan(one.swap, {view: join(one.mixes[view], other.mixes[view]) for view in one.mixes})
-
-    def join(one: MixPlan, other: MixPlan) -> MixPlan:
-        rule, lam, box = (torch.cat([getattr(p, name) for p in (one, other)]) for name in ("rule", "lam", "box"))
-        return make_plan(rule, lam, one.size, box=box, partner=torch.cat([one.partner, other.partner + rows]))
 
     method.plan = joined_plan
     if draws is not None:
@@ -105,6 +109,60 @@ def one_step(
     made = step(training, [as_batch(views)], stop)
     state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, before[k]) for k, v in method.student.state_dict().items()))
+    return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
+
+
+class DINOInFloat64(DINO):
+    """The same for DINO, whose images are not a dictionary."""
+
+    poisoned = False
+
+    def mix(self, batch: Batch, plan: dino.Plan) -> dino.Images:
+        student, teacher = super().mix(batch, plan)
+        return dino.Images(tuple(x.double() for x in student), tuple(x.double() for x in teacher))
+
+    def loss(self, features: dino.Features, plan: dino.Plan, batch: Batch, at: At) -> Loss:
+        loss = super().loss(features, plan, batch, at)
+        return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
+
+
+def dino_config(config: Config, flip: str) -> Config:
+    """DINO + SDMP, half of four local crops mixed, on a ResNet with batch norms in the head too."""
+    method = DINOConfig(
+        out_dim=32, head_dim=32, bottleneck_dim=16, local_px=8, local_crops_number=4, use_bn_in_head=True, flip=flip
+    )
+    return replace(config, method=method)
+
+
+def dino_step(
+    config: Config, flip: str, world: World, poisoned: bool = False, like_two: bool = False
+) -> dict[str, torch.Tensor]:
+    """A step of DINO on this rank's rows of the same noise, as `one_step`."""
+    config = dino_config(config, flip)
+    torch.set_default_dtype(torch.float64)
+    training = build_training(config, world=world, method_class=DINOInFloat64)
+    torch.set_default_dtype(torch.float32)
+    training.step, method = 2, training.method
+    method.poisoned = poisoned and world.rank == 1
+    if like_two:
+        plan, whole, half = method.plan, method.setup, method.setup.rows // 2
+
+        def joined(at: At) -> dino.Plan:
+            method.setup = whole._replace(rows=half, world=replace(whole.world, size=2))
+            one = plan(at)
+            method.setup = whole._replace(rows=half, world=replace(whole.world, rank=1, size=2))
+            other = plan(at)
+            method.setup = whole
+            student = {crop: join(one.student[crop], other.student[crop]) for crop in one.student}
+            return dino.Plan(student, tuple(map(join, one.teacher, other.teacher)))
+
+        method.plan = joined
+    rows = method.setup.rows
+    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    before = {k: v.clone() for k, v in method.state.state_dict().items()}
+    made = step(training, [as_batch(views)], StopRequest())
+    state = {k: v.clone() for k, v in method.state.state_dict().items()}
+    state["unchanged"] = torch.tensor(all(torch.equal(v, state[k]) for k, v in before.items()))
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
 
 
@@ -146,6 +204,8 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "left": torch.tensor([leave(world, code) for code in (None, 2, 75, 1)]),
             "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
             "local": {kind: one_step(of_kind(config, kind), world) for kind in LOCAL},
+            "dino": {flip: dino_step(config, flip, world) for flip in ("local", "global")},
+            "dino poisoned": dino_step(config, "local", world, poisoned=True),
             "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
@@ -257,6 +317,26 @@ def test_two_ranks_make_the_step_of_one_with_their_partners(two_ranks, kind: str
         assert not found["unchanged"]
         for name, expected in alone.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("flip", ["local", "global"])
+def test_two_ranks_make_dinos_step_of_one_whatever_the_flip(two_ranks, flip: str):
+    """Loss, weights after the step, batch statistics, teacher and centre, with two of four local crops mixed."""
+    config, ranks = two_ranks
+    alone = dino_step(config, flip, World(torch.device("cpu")), like_two=flip == "local")
+    assert not bool(alone["unchanged"])
+    for rank in ranks:
+        found = rank["dino"][flip]
+        assert found.keys() == alone.keys()
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    assert not torch.equal(ranks[0]["dino"]["local"]["loss"], ranks[0]["dino"]["global"]["loss"])
+
+
+def test_dinos_bad_loss_on_one_rank_moves_nothing_on_any_the_center_included(two_ranks):
+    for rank in two_ranks[1]:
+        assert bool(rank["dino poisoned"]["unchanged"])
+        assert rank["dino poisoned"]["flags"].tolist() == [1, 0]
 
 
 def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
