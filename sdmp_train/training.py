@@ -204,7 +204,9 @@ def rank_remarks(before: int, now: int, partners_follow_ranks: bool) -> list[str
     if before == now:
         return []
     partners = (
-        "an image is mixed with another partner (--flip global keeps them), and " if partners_follow_ranks else ""
+        "an image or its feature is mixed with another partner (--flip global, where a method has it, keeps them), and "
+        if partners_follow_ranks
+        else ""
     )
     return [
         f"ranks    {now} in place of {before}: the same images in the same order, with the same views, rules, shares "

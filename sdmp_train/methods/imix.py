@@ -32,7 +32,7 @@ from ..flags import arg
 from ..settings import DataConfig, between
 from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
 from .method import At, Pass, Setup
-from .mixing import draw_partners, draw_rows, generator, place_of
+from .mixing import draw_partners, draw_rows
 
 LAM_STREAM, PARTNER_STREAM, BOX_STREAM = 2**61, 2**61 + 1, 2**61 + 2
 TERMS = (Term("mixed", "a~", "b", 1.0), Term("mixed", "b~", "a", 1.0))
@@ -90,9 +90,12 @@ def draw_mix(config: IMixConfig, setup: Setup, at: At, view: int) -> MixPlan:
     lam = draw_rows(setup, at, LAM_STREAM, lambda numbers, rows: folded_beta(numbers, config.alpha, rows, one_lam))
     box = None
     if config.rule == "cutmix":
-        rule = np.full(len(lam), int(Rule.CUTMIX), np.uint8)
-        places = generator(setup, at, BOX_STREAM + view, place_of(setup, at))
-        box = torch.from_numpy(draw_boxes(places, rule, lam, (0.0, 1.0), (px, px), clip=False))
+
+        def draw(numbers: np.random.Generator, rows: int) -> np.ndarray:
+            everywhere = np.full(rows, int(Rule.CUTMIX), np.uint8)
+            return draw_boxes(numbers, everywhere, np.full(rows, lam[0]), (0.0, 1.0), (px, px), clip=False)
+
+        box = torch.from_numpy(draw_rows(setup, at, BOX_STREAM + view, draw).copy())
     return make_plan(
         config.rule,
         torch.from_numpy(lam.astype(np.float32)),

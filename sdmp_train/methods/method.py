@@ -127,7 +127,7 @@ class Method(Protocol):
 
     @property
     def partners_follow_ranks(self) -> bool:
-        """Whether another number of processes mixes images with other partners."""
+        """Whether another number of processes mixes images, or features, with other partners."""
 
     def views(self, at: At) -> Sequence[ViewRecipe]:
         """How the views of a batch are made."""

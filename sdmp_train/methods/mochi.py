@@ -97,6 +97,11 @@ class MoCHi(Contrast):
         """MoCo v3's."""
         return passes_of(TERMS, data)
 
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """The draws of which negatives are mixed do."""
+        return self.config.mixed + self.config.query_mixed > 0
+
     def plan(self, at: At) -> Plan:
         """No image is mixed."""
         return Plan(False, {})

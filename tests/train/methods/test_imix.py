@@ -68,18 +68,21 @@ def test_the_plan_is_a_permutation_with_folded_shares_that_both_views_have(tiny_
         assert torch.equal(again.box, other.box)
 
 
-def test_ranks_have_their_rows_of_the_shares_of_all(tiny_imix: Config):
-    """Lam does not depend on the number of ranks; partners are within one."""
-    method = build_method(by_rule(tiny_imix, "mixup"))
-    whole = method.plan(at_step(3)).mixes["a"]
+@pytest.mark.parametrize("rule", ["mixup", "cutmix"])
+def test_ranks_have_their_rows_of_the_shares_and_boxes_of_all(rule: str, tiny_imix: Config):
+    """They do not depend on the number of ranks; partners are within one."""
+    method = build_method(by_rule(tiny_imix, rule))
+    whole = method.plan(at_step(3)).mixes["b"]
     halves = []
     for rank in (0, 1):
         setup = method.setup._replace(rows=4, world=replace(method.world, rank=rank, size=2))
-        halves.append(draw_mix(method.config, setup, at_step(3), 0))
+        halves.append(draw_mix(method.config, setup, at_step(3), 1))
     assert torch.equal(torch.cat([half.lam for half in halves]), whole.lam)
+    assert torch.equal(torch.cat([half.box for half in halves]), whole.box)
     assert all(sorted(half.partner.tolist()) == [0, 1, 2, 3] for half in halves)
-    parts = [draw_mix(method.config, method.setup, at_step(3)._replace(part=part, parts=2), 0) for part in (0, 1)]
-    assert not torch.equal(parts[0].lam, parts[1].lam)
+    parts = [draw_mix(method.config, method.setup, at_step(3)._replace(part=part, parts=2), 1) for part in (0, 1)]
+    changed = "box" if rule == "cutmix" else "lam"
+    assert not torch.equal(getattr(parts[0], changed), getattr(parts[1], changed))
 
 
 @pytest.mark.parametrize("form", ["ce", "log_mixture"])

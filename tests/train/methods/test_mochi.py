@@ -107,6 +107,7 @@ def test_draws_follow_from_seed_step_rank_and_part_alone(tiny_mochi: Config):
     for other in (method.draws(LATE, 4), method.draws(at_step(6)._replace(part=1, parts=2), 4)):
         assert not torch.equal(first.share, other.share)
     assert not torch.equal(first.share, other_rank.draws(at_step(6), 4).share)
+    assert method.partners_follow_ranks
 
 
 @pytest.mark.parametrize("changes", [{"warmup": 10.0}, {"mixed": 0, "query_mixed": 0}])
