@@ -24,7 +24,8 @@ ABOUT = f"""\
 {PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
 {PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
-{PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval knn RUN                 nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets                      recipes, with the paper's numbers
 {PROGRAM} verify DIR                   index and check a folder of images

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+from sdmp_kernels.views import EvalView, Interpolation, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
 from .choice import Choice, LoaderName, choose_loader, faster_loader, open_loader
@@ -104,6 +104,7 @@ def eval_loader(
     batch_size: int,
     device: torch.device | str,
     resize_px: int | None = None,
+    interpolation: Interpolation = "bilinear",
     rank: int = 0,
     world_size: int = 1,
     loader: LoaderName = "auto",
@@ -114,7 +115,7 @@ def eval_loader(
     `resize_px`: the shorter side before the crop; default `size_px * 256 / 224`, and `size_px` up to 64 px.
     With `world_size > 1` a rank gets one contiguous part of the rows (parts differ by at most one row).
     """
-    recipes = as_recipes([eval_view(size_px, resize_px)])
+    recipes = as_recipes([eval_view(size_px, resize_px, interpolation)])
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
     return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))

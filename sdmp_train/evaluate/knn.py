@@ -6,65 +6,60 @@ Q queries, B bank rows, D features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..data import Index, eval_loader
 from ..distributed import join_world
-from ..export import load_exported
 from ..flags import arg
-from ..run_folder import EXPORTED, stored_config
 from ..settings import ConfigError, DataConfig, between, require
 from ..splits import describe_split, measured_images
 from ..text import printable
+from .features import standardise
+from .subject import EVERY_IMAGE, SubjectConfig, knn_images, measured_data, open_subject, spread
+
+__all__ = [
+    "Features",
+    "KnnConfig",
+    "collapse",
+    "evaluate_knn",
+    "image_features",
+    "knn_images",
+    "measured_data",
+    "pixels",
+    "spread",
+    "standardise",
+    "weighted_knn",
+]
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32
-EVERY_IMAGE = 10**9
 # Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
 SAME_FEATURE = 1e-5
 
 
 @dataclass(frozen=True)
-class KnnConfig:
+class KnnConfig(SubjectConfig):
     """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
 
-    run: str | None = None
-    """Run folder, whose exported backbone is measured."""
-    weights: str | None = None
-    """Or the folder of an exported backbone."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of class folders; default: the run's."""
-    test_data: str | None = None
-    """Folder of the queries; default: the run's, the test split of --data, else every fifth image of --data."""
     k: tuple[int, ...] = NEIGHBOURS
     """Numbers of neighbours."""
     temperature: float = 0.07
     """Votes weigh exp(similarity / temperature)."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 256
     """Images per forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
     raw_pixels: bool = True
     """Also measure the pixels themselves."""
-    bad_images: Literal["stop", "skip"] | None = None
-    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
-    """Who decodes; default: the run's choice."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.k) > 0 and min(self.k) >= 1, "k", self.k, "whole numbers from 1")
         between("temperature", self.temperature, 0, 1e6, above=True)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -84,11 +79,8 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
     Raises:
         ConfigError, DataError: backbone or images cannot be measured; the message says why, and what to give.
     """
-    if (config.run is None) == (config.weights is None):
-        raise ConfigError("eval knn needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)")
-    exported = Path(config.weights) if config.weights is not None else Path(config.run or "") / EXPORTED
-    backbone, description = load_exported(exported)
-    data = measured_data(config, description["pretrained_cfg"])
+    subject = open_subject(config, "knn")
+    backbone, data = subject.backbone, subject.data
     train, test = measured_images(data)
     bank_images, query_images = knn_images(train, test, max_images=EVERY_IMAGE)
     for what, images in (("bank images", bank_images), ("query images", query_images)):
@@ -98,7 +90,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
     with join_world(config.device) as world:
         backbone.to(world.device)
         sizes = f"{len(bank_images)} bank, {len(query_images)} queries, {len(bank_images.classes)} classes"
-        print(f"{printable(exported)}: {sizes}")
+        print(f"{printable(subject.name)}: {sizes}")
         for name, model in (("backbone", backbone), ("raw pixels", None)):
             if model is None and not config.raw_pixels:
                 continue
@@ -112,25 +104,6 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
             for count, accuracy in accuracies[name].items():
                 print(f"kNN {accuracy:6.2%}  {name}, k = {count}")
     return accuracies
-
-
-def measured_data(config: KnnConfig, pixels: dict[str, Any]) -> DataConfig:
-    """The images that `config` means, as the run reads them, in the size and range of the export's `pretrained_cfg`."""
-    stored = stored_config(Path(config.run)).data if config.run is not None else DataConfig()
-    if config.data is None and stored.data is None:
-        raise ConfigError("data is missing; give --data DIR, a folder with one folder per class")
-    return replace(
-        stored,
-        data=config.data or stored.data,
-        # A split that belongs to the run's data belongs to no other.
-        test_data=config.test_data or (stored.test_data if config.data is None else None),
-        image_px=pixels["input_size"][1],
-        mean=tuple(pixels["mean"]),
-        std=tuple(pixels["std"]),
-        workers=config.workers,
-        bad_images=config.bad_images or stored.bad_images,
-        loader=config.loader or stored.loader,
-    )
 
 
 def weighted_knn(
@@ -230,28 +203,6 @@ def image_features(
     return Features(torch.cat(rows)[known], torch.cat(labels)[known])
 
 
-def standardise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 images as float32, (x / 255 - mean) / std per channel."""
-    centre, scale = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - centre) / scale
-
-
 def pixels(images: Tensor) -> Tensor:
     """(N, 3, S, S) -> (N, 3 * S * S) with S at most 32: what a backbone's features have to beat."""
     return (adaptive_avg_pool2d(images, RAW_PX) if images.shape[-1] > RAW_PX else images).flatten(1)
-
-
-def knn_images(train: Index, test: Index | None, max_images: int) -> tuple[Index, Index]:
-    """Bank and queries, at most `max_images` together: the two splits, or four fifths and one fifth of the first."""
-    if test is not None:
-        return spread(train, max_images * 4 // 5), spread(test, max_images // 5)
-    chosen = spread(train, max_images)
-    is_query = np.arange(len(chosen)) % 5 == 4
-    return chosen.subset(np.flatnonzero(~is_query)), chosen.subset(np.flatnonzero(is_query))
-
-
-def spread(index: Index, count: int) -> Index:
-    """At most `count` rows, evenly spread over the index, so over its classes."""
-    if len(index) <= count:
-        return index
-    return index.subset(np.linspace(0, len(index) - 1, max(count, 1)).astype(np.int64))
