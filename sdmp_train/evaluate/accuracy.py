@@ -15,6 +15,7 @@ from ..log import Log
 from ..settings import DataConfig
 from ..stop import StopRequest
 from .features import standardise
+from .subject import Steps
 
 TOP = (1, 5)
 
@@ -37,7 +38,8 @@ def accuracies(
     `logits`: normalised images -> (N, H, K), or (N, K) for H = 1. Where there are fewer than five classes, "top 5" is
     all of them.
     """
-    right, seen = torch.zeros(()), 0
+    right = torch.zeros(())
+    step = Steps(log, stop, -(-len(index) // world.size), batch_size, what)
     loader = eval_loader(
         index,
         data.image_px,
@@ -51,15 +53,11 @@ def accuracies(
         workers=data.workers,
     )
     with torch.inference_mode(), loader as batches:
-        log.start_progress(len(loader), 0)
-        for number, batch in enumerate(batches):
-            stop.check()
+        for batch in batches:
+            step()
             scores = logits(standardise(batch.views[0], data.mean, data.std))
             scores = scores.unsqueeze(1) if scores.ndim == 2 else scores
             right = right + top_counts(scores, batch.labels.to(scores.device))
-            seen += len(batch.ids)
-            log.advance(number + 1)
-            log.progress(f"{seen:,} of {-(-len(index) // world.size):,} {what}")
         log.stop_progress()
     sums = reduce_mean(right.to(world.device, torch.float64), world) * world.size
     return sums.cpu() / len(index)

@@ -27,9 +27,7 @@ from ..settings import between, require
 from ..stop import Stopped, StopRequest
 from ..text import brief, printable
 from ..training import Training, assemble, load_parts, versions
-from .subject import Subject, SubjectConfig
-
-Precision = Literal["auto", "bf16", "fp32"]
+from .subject import PLACES, Precision, Subject, SubjectConfig
 
 
 class NotFinite(RuntimeError):
@@ -65,8 +63,7 @@ class FitConfig(SubjectConfig):
 
 
 NOT_MATHS = frozenset(
-    {"what", "run", "weights", "data", "test_data", "output", "device", "workers", "bad_images"}
-    | {"resume", "overwrite", "save_every_minutes", "log_every_steps"}
+    {*PLACES, "data", "test_data", "device", "workers", "bad_images", "save_every_minutes", "log_every_steps"}
 )
 """Settings that a training may be gone on with otherwise: weights and images are compared by their digests."""
 
@@ -106,13 +103,6 @@ class Fitting:
             "precision": self.config.run.precision,
             "loader": self.config.data.loader,
         }
-
-
-def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "fp32"]:
-    """What `auto` means here."""
-    if precision == "auto":
-        return "bf16" if world.device.type == "cuda" else "fp32"
-    return precision
 
 
 def resolved_loader(loader: Literal["auto", "dali", "torchvision"], world: World) -> Literal["dali", "torchvision"]:

@@ -14,13 +14,30 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..data import Index, eval_loader
-from ..distributed import join_world
+from ..distributed import World, join_world
 from ..flags import arg
+from ..log import Log
+from ..run_folder import stored_config
 from ..settings import ConfigError, DataConfig, between, require
 from ..splits import describe_split, measured_images
-from ..text import printable
+from ..stop import StopRequest
 from .features import standardise
-from .subject import EVERY_IMAGE, SubjectConfig, knn_images, measured_data, open_subject, spread
+from .subject import (
+    EVERY_IMAGE,
+    PLACES,
+    Precision,
+    Steps,
+    Subject,
+    SubjectConfig,
+    keep_result,
+    knn_images,
+    measured_data,
+    open_subject,
+    plain_settings,
+    resolved_precision,
+    result_folder,
+    spread,
+)
 
 __all__ = [
     "Features",
@@ -38,6 +55,8 @@ __all__ = [
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32
+SIMILARITIES = 2**26
+"""float32 numbers at a time."""
 # Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
 SAME_FEATURE = 1e-5
 
@@ -52,6 +71,10 @@ class KnnConfig(SubjectConfig):
     """Votes weigh exp(similarity / temperature)."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 256
     """Images per forward pass."""
+    knn_max_images: int | None = None
+    """Images used (four fifths bank, one fifth queries), evenly spread; default: what the run used, else all."""
+    precision: Precision | None = None
+    """Autocast of the backbone; default: the run's, else bf16 on a GPU, fp32 elsewhere."""
     raw_pixels: bool = True
     """Also measure the pixels themselves."""
 
@@ -60,6 +83,8 @@ class KnnConfig(SubjectConfig):
         require(len(self.k) > 0 and min(self.k) >= 1, "k", self.k, "whole numbers from 1")
         between("temperature", self.temperature, 0, 1e6, above=True)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        most = self.knn_max_images
+        require(most is None or most >= 5, "knn_max_images", most, "at least 5: every fifth image is a query")
 
 
 @dataclass(frozen=True)
@@ -79,31 +104,70 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
     Raises:
         ConfigError, DataError: backbone or images cannot be measured; the message says why, and what to give.
     """
-    subject = open_subject(config, "knn")
-    backbone, data = subject.backbone, subject.data
-    train, test = measured_images(data)
-    bank_images, query_images = knn_images(train, test, max_images=EVERY_IMAGE)
-    for what, images in (("bank images", bank_images), ("query images", query_images)):
-        require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
-    print(describe_split(data, train, test))
-    accuracies = {}
-    with join_world(config.device) as world:
-        backbone.to(world.device)
-        sizes = f"{len(bank_images)} bank, {len(query_images)} queries, {len(bank_images.classes)} classes"
-        print(f"{printable(subject.name)}: {sizes}")
-        for name, model in (("backbone", backbone), ("raw pixels", None)):
+    with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
+        stop.speaks = world.is_first
+        subject = open_subject(config, "knn")
+        data = subject.data
+        train, test = measured_images(data)
+        most, precision = as_the_run_did(config, subject, world)
+        bank_images, query_images = knn_images(train, test, max_images=most)
+        for what, images in (("bank images", bank_images), ("query images", query_images)):
+            require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
+        log.say(f"split    {describe_split(data, train, test)}")
+        log.say(f"weights  {subject.name}, {precision}")
+        log.say(f"images   {describe_shares(bank_images, query_images, train, test)}")
+        subject.backbone.to(world.device)
+        found: dict[str, dict[int, float]] = {}
+        for name, model in (("backbone", subject.backbone), ("raw pixels", None)):
             if model is None and not config.raw_pixels:
                 continue
             bank, queries = (
-                image_features(model, images, data, device=world.device, batch_size=config.batch_size)
-                for images in (bank_images, query_images)
+                image_features(
+                    model,
+                    images,
+                    data,
+                    device=world.device,
+                    bf16=precision == "bf16",
+                    batch_size=config.batch_size,
+                    between=Steps(log, stop, len(images), config.batch_size, f"images of the {what}, {name}"),
+                )
+                for what, images in (("bank", bank_images), ("queries", query_images))
             )
+            log.stop_progress()
             if (remark := collapse(bank)) is not None:
-                print(f"{name}: {remark}")
-            accuracies[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature)
-            for count, accuracy in accuracies[name].items():
-                print(f"kNN {accuracy:6.2%}  {name}, k = {count}")
-    return accuracies
+                log.say(f"{name}: {remark}")
+            found[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature, step=stop.check)
+            for count, accuracy in found[name].items():
+                log.say(f"kNN {accuracy:6.2%}  {name}, k = {count}")
+        if world.is_first:
+            row = {
+                **{what: {str(k): accuracy for k, accuracy in by_k.items()} for what, by_k in found.items()},
+                "bank_images": len(bank_images),
+                "test_images": len(query_images),
+                "settings": plain_settings(config, *PLACES),
+            }
+            keep_result(result_folder(subject, config.output), "knn", subject, row)
+        return found
+
+
+def as_the_run_did(config: KnnConfig, subject: Subject, world: World) -> tuple[int, str]:
+    """The most images to use, and the precision: those of the run, so that it and `eval` give the same number."""
+    run = stored_config(subject.run).run if subject.run is not None else None
+    most = config.knn_max_images or (run.knn_max_images if run is not None else 0) or EVERY_IMAGE
+    return most, resolved_precision(config.precision or (run.precision if run is not None else "auto"), world)
+
+
+def describe_shares(bank: Index, queries: Index, train: Index, test: Index | None) -> str:
+    """How many of the images are bank and queries, and by which rule."""
+    classes = f"{len(bank.classes)} classes"
+    if test is None:
+        used = "" if len(bank) + len(queries) == len(train) else f"of {len(train):,} images, evenly spread, "
+        return f"{used}every fifth a query: {len(bank):,} bank, {len(queries):,} queries, {classes}"
+    bank_of, queries_of = (
+        f" of {len(all_of):,}, evenly spread" if len(some) < len(all_of) else ""
+        for some, all_of in ((bank, train), (queries, test))
+    )
+    return f"{len(bank):,} bank{bank_of}; {len(queries):,} queries{queries_of}; {classes}"
 
 
 def weighted_knn(
@@ -112,13 +176,15 @@ def weighted_knn(
     neighbours: Sequence[int] = NEIGHBOURS,
     *,
     temperature: float = 0.07,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    step: Callable[[], None] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy (0 to 1) for every k: the k nearest rows of the bank vote with weight exp(similarity / 0.07).
 
     The weights are those divided by the largest of the row, which changes no winner: at a low temperature the plain
     ones overflow. Similarities and votes are float32 whatever the rows are. A k above the size of the bank means the
-    whole bank. Queries go through in chunks, so memory stays at chunk * B.
+    whole bank. Queries go through in chunks, on the device of the bank: as many as have similarities of 256 MiB.
+    `step` is called before every chunk; what it raises ends the count.
 
     Raises:
         ConfigError: for a number of neighbours or a temperature that is not above 0, an empty bank, no query, rows
@@ -131,7 +197,10 @@ def weighted_knn(
     bank_rows = bank.rows.float()
     ks = {k: min(k, len(bank_rows)) for k in neighbours}
     right = dict.fromkeys(ks, 0)
+    chunk = chunk or max(1, SIMILARITIES // len(bank_rows))
     for start in range(0, len(queries.rows), chunk):
+        if step is not None:
+            step()
         labels = queries.labels[start : start + chunk]
         similarity, nearest = (queries.rows[start : start + chunk].float() @ bank_rows.T).topk(max(ks.values()), dim=1)
         # The nearest row votes with exactly 1, so that no ballot is empty however low the temperature.

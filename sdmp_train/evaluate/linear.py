@@ -32,8 +32,18 @@ from ..stop import StopRequest
 from ..training import Training
 from .accuracy import accuracies
 from .features import FeatureName, feature_maker, standardise
-from .fitting import FitConfig, Fitting, fitted, resolved_loader, resolved_precision
-from .subject import Subject, keep_result, labelled_images, open_subject, plain_settings, result_folder, weights_digest
+from .fitting import FitConfig, Fitting, fitted, resolved_loader
+from .subject import (
+    PLACES,
+    Subject,
+    keep_result,
+    labelled_images,
+    open_subject,
+    plain_settings,
+    resolved_precision,
+    result_folder,
+    weights_digest,
+)
 
 HEAD_STD = 0.01
 NORM_EPS = 1e-6
@@ -289,7 +299,7 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
     rates: Sequence[float] = method.config.rates
     sweep = [{"lr": rate, "top1": top1, "top5": top5} for rate, (top1, top5) in zip(rates, found, strict=True)]
     best = max(sweep, key=lambda row: row["top1"])
-    settings = plain_settings(method.config, "what", "run", "weights", "output", "resume", "overwrite")
+    settings = plain_settings(method.config, *PLACES)
     return {**best, "sweep": sweep, "test_images": len(test), "train_images": len(train), "settings": settings}
 
 

@@ -20,18 +20,24 @@ import torch
 from torch import nn
 
 from ..data import Index
+from ..distributed import World
 from ..export import load_exported
 from ..flags import Positional, arg
-from ..log import LineFile
+from ..log import LineFile, Log
 from ..models import check_name
 from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
 from ..settings import ConfigError, DataConfig, require
 from ..splits import measured_images
+from ..stop import StopRequest
 from ..text import one_line, printable
 from ..training import versions
 
 TIMM = "timm:"
 EVERY_IMAGE = 10**9
+PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
+"""Settings that say where things lie, not how they are measured."""
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,32 @@ def spread(index: Index, count: int) -> Index:
     if len(index) <= count:
         return index
     return index.subset(np.linspace(0, len(index) - 1, max(count, 1)).astype(np.int64))
+
+
+class Steps:
+    """Called before every batch of a measurement: hears signals, and says how far it is."""
+
+    def __init__(self, log: Log, stop: StopRequest, images: int, batch_size: int, what: str) -> None:
+        self._log, self._stop, self._what = log, stop, what
+        self._images, self._batch_size, self._batches = images, batch_size, 0
+
+    def __call__(self) -> None:
+        self._stop.check()
+        if self._batches == 0:
+            self._log.start_progress(-(-self._images // self._batch_size), 0)
+        self._log.advance(self._batches)
+        done = min(self._batches * self._batch_size, self._images)
+        self._log.progress(f"{done:,} of {self._images:,} {self._what}")
+        self._batches += 1
+        if self._batches * self._batch_size >= self._images:
+            self._log.stop_progress()
+
+
+def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "fp32"]:
+    """What `auto` means here."""
+    if precision == "auto":
+        return "bf16" if world.device.type == "cuda" else "fp32"
+    return precision
 
 
 def weights_digest(module: nn.Module) -> str:
