@@ -45,7 +45,7 @@ OURS = {
     "": rf"({_TOP}){_DRAFT}",
     CHECKPOINTS: rf"latest{_DRAFT}",
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
-    EXPORTED: rf"(model\.safetensors|config\.json){_DRAFT}",
+    EXPORTED: rf"((model|classifier)\.safetensors|(config|classes)\.json){_DRAFT}",
 }
 """The files that a run writes, by their folder (names of checkpoints stand as *)."""
 _CHECKPOINT = re.compile(r"step-\d+(\.tmp-\d+|\.damaged(-\d+)?|\.abandoned-\d+)?")

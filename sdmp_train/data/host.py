@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 _STREAM = 0x484F5354
 """Highest counter word of the seeds: another stream than those of orders, views and plans."""
@@ -51,6 +51,13 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's operation, which at the highest magnitude asks for 0 bits: black, as older Pillows made of it."""
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
 @dataclass(frozen=True)
 class RandAugmentErase:
     """timm's RandAugment, then timm's random erasing by normal noise, as DeiT has them after crop and flip.
@@ -77,7 +84,11 @@ class RandAugmentErase:
             "img_mean": tuple(min(255, round(255 * value)) for value in self.mean),
             "interpolation": Image.Resampling.BICUBIC,
         }
-        return rand_augment_transform(self.randaugment, options)
+        augment = rand_augment_transform(self.randaugment, options)
+        for operation in augment.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+        return augment
 
     @cached_property
     def _erase(self) -> Any:

@@ -92,9 +92,14 @@ class TorchvisionLoader(Loader):
         return batch
 
     def close(self) -> None:
-        # An iteration still under way sees the new number and ends. Deleting torch's iterator ends its workers.
+        # An iteration still under way sees the new number and ends.
         self._iteration += 1
-        self._batches = None
+        batches, self._batches = self._batches, None
+        # Deleting torch's iterator would end its workers too, but where an error's traceback holds it nobody does; and
+        # the exit of the program would wait for processes that ignore its signals.
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
 @dataclass

@@ -15,7 +15,7 @@ import yaml
 
 from .. import checkpoint, run_folder
 from ..config import Config, ConfigError
-from ..data import DataError, Index, choose_loader, make_loader, steps_per_epoch
+from ..data import DataError, HostTransform, Index, choose_loader, make_loader, steps_per_epoch
 from ..distributed import World, together
 from ..durable import write_durably
 from ..log import Log
@@ -81,6 +81,9 @@ class Fitting:
     """What the loop reads: data, optim and run."""
     make: Callable[[Setup], Method]
     index: Index
+    repeats: int = 1
+    host: HostTransform | None = None
+    """As `make_loader` has them."""
 
     @property
     def folder(self) -> Path:
@@ -159,6 +162,8 @@ def fitted(fitting: Fitting, world: World, log: Log, stop: StopRequest) -> Itera
                 device=world.device,
                 loader=config.data.loader,
                 workers=config.data.workers,
+                repeats=fitting.repeats,
+                host=fitting.host,
             )
         )
         for line in describe(fitting, training):

@@ -98,6 +98,8 @@ class Subject:
     run: Path | None
     """The run that it is of."""
     data: DataConfig
+    description: Mapping[str, Any]
+    """What an export's config.json says of it."""
 
     @cached_property
     def digest(self) -> str:
@@ -105,8 +107,8 @@ class Subject:
         return weights_digest(self.backbone)
 
 
-def open_subject(config: SubjectConfig, protocol: str) -> Subject:
-    """The backbone and the data settings that `config` means.
+def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0) -> Subject:
+    """The backbone and the data settings that `config` means. `drop_path` takes effect in training mode alone.
 
     Raises:
         ConfigError: there is none, or its weights cannot be had; the message says what to give.
@@ -117,14 +119,28 @@ def open_subject(config: SubjectConfig, protocol: str) -> Subject:
             f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
         )
     if weights is not None and weights.startswith(TIMM):
-        backbone, pixels = load_timm(weights.removeprefix(TIMM))
-        name = weights
+        architecture = weights.removeprefix(TIMM)
+        backbone, pixels = load_timm(architecture, **({"drop_path_rate": drop_path} if drop_path else {}))
+        name, description = weights, describe_timm(architecture, backbone, pixels)
     else:
         exported = Path(weights) if weights is not None else Path(run or "") / EXPORTED
-        backbone, description = load_exported(exported)
+        backbone, description = load_exported(exported, drop_path=drop_path)
         pixels, name = description["pretrained_cfg"], str(exported)
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
-    return Subject(backbone, name, Path(run) if run is not None else None, data)
+    return Subject(backbone, name, Path(run) if run is not None else None, data, description)
+
+
+def describe_timm(name: str, backbone: nn.Module, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of an export of timm's weights says."""
+    cfg = {"input_size": list(pixels["input_size"]), "mean": list(pixels["mean"]), "std": list(pixels["std"])}
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
+        "model_args": {},
+        "pretrained_cfg": {**cfg, "num_classes": 0},
+        "stem": "imagenet",
+    }
 
 
 def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdmp_train.data import DataError, RandAugmentErase, crop_flip_view, make_loader, open_folder
-from sdmp_train.data.host import host_seeds, seeded
+from sdmp_train.data.host import host_seeds, posterize, seeded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,6 +43,32 @@ def test_randaugment_is_timms_with_its_own_arguments():
     assert changed > 10  # either of two operations, each with chance 0.5
 
 
+def test_posterize_is_timms_and_black_without_a_bit():
+    """Pillow refuses 0 bits, which timm asks for at the highest magnitude; older ones made black of it."""
+    from timm.data import auto_augment
+
+    image = Image.fromarray(photo())
+    for bits in (1, 4, 8):
+        assert np.array_equal(posterize(image, bits), auto_augment.posterize(image, bits))
+    assert not np.asarray(posterize(image, 0)).any() and posterize(image, 0).size == image.size
+    highest = RandAugmentErase(32, MEAN, STD, randaugment="rand-m10-n12-p1.0-inc1", erase_prob=0.0)
+    for seed in range(20):
+        with seeded(seed):
+            highest(photo())
+
+
+class Failing:
+    def __call__(self, view: np.ndarray) -> np.ndarray:
+        raise ValueError("not an image's fault")
+
+
+def test_an_error_of_the_transform_is_raised_and_no_process_outlives_the_loader(image_folder: Path):
+    """Nor where the error's traceback is kept: the program's exit would wait for them."""
+    with pytest.raises(ValueError, match="not an image's fault") as kept:
+        batches(image_folder, host=Failing(), workers=2)
+    assert kept.traceback and multiprocessing.active_children() == []
+
+
 def test_erasing_is_timms_but_for_pixels_that_no_uint8_holds():
     from timm.data.random_erasing import RandomErasing
 
@@ -57,7 +84,7 @@ def test_erasing_is_timms_but_for_pixels_that_no_uint8_holds():
         expected = ((theirs * std + mean) * 255).clamp(0, 255)
         assert float((ours.float() - expected).abs().max()) <= 0.501
         same = theirs == normalised
-        assert 0 < int((~same).sum()) and torch.equal(ours[same], torch.from_numpy(view).permute(2, 0, 1)[same])
+        assert int((~same).sum()) > 0 and torch.equal(ours[same], torch.from_numpy(view).permute(2, 0, 1)[same])
 
 
 def test_the_share_of_erased_images_is_the_one_asked_for():
