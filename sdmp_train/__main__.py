@@ -27,6 +27,7 @@ ABOUT = f"""\
 {PROGRAM} eval knn RUN                 nearest-neighbour accuracy of a run or an exported backbone
 {PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
 {PROGRAM} eval finetune RUN            accuracy once the whole network is trained on all labels, or on few
+{PROGRAM} eval robustness RUN ...      that network on ImageNet-A, -R and -C
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets                      recipes, with the paper's numbers
 {PROGRAM} verify DIR                   index and check a folder of images
