@@ -28,6 +28,8 @@ ABOUT = f"""\
 {PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
 {PROGRAM} eval finetune RUN            accuracy once the whole network is trained on all labels, or on few
 {PROGRAM} eval robustness RUN ...      that network on ImageNet-A, -R and -C
+{PROGRAM} eval embed RUN --output DIR  features of images, as .npy or safetensors
+{PROGRAM} eval --help                  all of them
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets                      recipes, with the paper's numbers
 {PROGRAM} verify DIR                   index and check a folder of images
@@ -171,9 +173,12 @@ def run_plan(argv: Sequence[str]) -> int:
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    from .evaluate.command import PROTOCOLS
+    from .evaluate.command import PROTOCOLS, describe_protocols
 
     name, rest = (argv[0], argv[1:]) if argv else ("", argv)
+    if name in ("-h", "--help"):
+        print(describe_protocols(PROGRAM))
+        return DONE
     if name not in PROTOCOLS:
         raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
     settings, evaluate = PROTOCOLS[name]
