@@ -31,7 +31,7 @@ def describe_protocols(program: str) -> str:
         [
             f"usage: {program} eval PROTOCOL WHAT [OPTIONS]",
             "",
-            "WHAT (or --run, --weights): a run folder, the folder of an export, or timm:NAME for weights that timm knows.",
+            "WHAT (or --run, --weights): a run folder, the folder of an export, or timm:NAME for weights of timm's.",
             "--data: a folder of class folders; default: the run's own images.",
             "",
             *lines,
