@@ -24,8 +24,13 @@ ABOUT = f"""\
 {PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
 {PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
-{PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
-{PROGRAM} eval pictures --run RUN      attention, patch features, nearest neighbours, a map of the features
+{PROGRAM} eval knn RUN                 nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
+{PROGRAM} eval finetune RUN            accuracy once the whole network is trained on all labels, or on few
+{PROGRAM} eval robustness RUN ...      that network on ImageNet-A, -R and -C
+{PROGRAM} eval embed RUN --output DIR  features of images, as .npy or safetensors
+{PROGRAM} eval pictures RUN            attention, patch features, nearest neighbours, a map of the features
+{PROGRAM} eval --help                  all of them
 {PROGRAM} report RUN [RUN ...]         one HTML page about runs: curves, kNN, pictures, the paper's numbers
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
 {PROGRAM} presets [NAME]               recipes, with the paper's numbers; where one's settings come from
@@ -170,9 +175,12 @@ def run_plan(argv: Sequence[str]) -> int:
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    from .evaluate.command import PROTOCOLS
+    from .evaluate.command import PROTOCOLS, describe_protocols
 
     name, rest = (argv[0], argv[1:]) if argv else ("", argv)
+    if name in ("-h", "--help"):
+        print(describe_protocols(PROGRAM))
+        return DONE
     if name not in PROTOCOLS:
         raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
     settings, evaluate = PROTOCOLS[name]

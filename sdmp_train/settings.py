@@ -109,7 +109,7 @@ class OptimConfig:
     """Passes over the data."""
     warmup_epochs: float = 40
     """Epochs in which the learning rate rises from 0."""
-    opt: Literal["adamw", "lars"] = "adamw"
+    opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """Optimiser."""
     base_lr: Annotated[float, arg(name="lr")] = 1.5e-4
     """Base learning rate at batch 256; the effective one is lr * batch-size / 256, and printed."""
@@ -125,6 +125,8 @@ class OptimConfig:
     """What that norm is taken over: the whole gradient, or each parameter's by itself (DINO)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays."""
+    momentum: Annotated[float, arg(name="sgd-momentum")] = 0.9
+    """SGD's momentum."""
     lars_momentum: float = 0.9
     """LARS's momentum."""
     lars_trust: float = 0.001
@@ -151,6 +153,7 @@ class OptimConfig:
             between("clip_grad", self.clip_grad, 0, 1e9, above=True)
         for beta in self.betas:
             between("betas", beta, 0, 1 - 1e-9)
+        between("sgd_momentum", self.momentum, 0, 1 - 1e-9)
         between("lars_momentum", self.lars_momentum, 0, 1 - 1e-9)
         between("lars_trust", self.lars_trust, 0, 1e6, above=True)
 

@@ -131,8 +131,10 @@ def test_settings_are_read_without_what_the_command_line_alone_needs():
 
 
 def test_no_evaluation_imports_the_entry_point_of_pretraining():
+    """Those that train run their methods by `loop.train`; the loop knows no evaluation."""
+    assert [name for name in imports(TRAINER / "loop.py") if name.startswith("evaluate")] == []
     for path in modules(TRAINER / "evaluate"):
-        assert not {"commands", "run", "loop", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
+        assert not {"commands", "run", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_the_command_line_knows_no_protocols_settings():

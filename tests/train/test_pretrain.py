@@ -568,7 +568,7 @@ def test_a_full_disk_is_survived_and_ends_the_run_with_five_at_the_third_save(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "save_mix_picture", no_picture)
-    monkeypatch.setattr(run_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("sdmp_train.saver.RETRY_SECONDS", 0.0)
     assert pretrain(limit(tiny, max_steps=1), tmp_path / "one") == 0
     assert "mix.png cannot be written: [Errno 28]" in capsys.readouterr().out
     monkeypatch.setattr(checkpoint, "save_file", full)
