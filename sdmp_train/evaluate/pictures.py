@@ -22,14 +22,13 @@ from ..data.images import DECODE_ERRORS, read_size
 from ..data.index import Paths
 from ..distributed import join_world
 from ..durable import replacing, write_durably
-from ..export import load_exported
 from ..flags import arg
-from ..run_folder import EXPORTED
 from ..settings import ConfigError, DataConfig, require
 from ..splits import NO_CLASSES, open_split, test_split
 from ..text import printable, printable_lines
-from .knn import Features, KnnConfig, collapse, image_features, knn_images, measured_data, spread, standardise
+from .knn import Features, collapse, image_features, standardise
 from .record import CAPTIONS, PICTURES
+from .subject import Subject, SubjectConfig, knn_images, named_backbone, open_subject, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,39 +44,25 @@ RIGHT, WRONG = "#009e73", "#d55e00"
 
 
 @dataclass(frozen=True)
-class PicturesConfig:
+class PicturesConfig(SubjectConfig):
     """Attention maps, patch features, nearest neighbours and a map of the features, as PNG files."""
 
-    run: str | None = None
-    """Run folder, whose exported backbone is looked at; `report` shows its pictures."""
-    weights: str | None = None
-    """Or the folder of an exported backbone."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of images; default: the run's."""
-    test_data: str | None = None
-    """Folder of the images to show; default: the run's, the test split of --data, else every fifth image of --data."""
     images: tuple[str, ...] = ()
-    """Image files to show in place of some of those."""
+    """Image files to show in place of some of those to measure on."""
     count: int = 6
     """How many images are shown where none are named."""
     max_images: int = 5000
     """Images among which neighbours are sought (four fifths) and that are mapped (one fifth)."""
     embedding: Literal["auto", "tsne", "none"] = "auto"
     """The map of the features, by scikit-learn's t-SNE; auto makes it where that is installed."""
-    output: str | None = None
-    """Folder to write to; default pictures/ in the run folder."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 256
     """Images per forward pass."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.count >= 1, "count", self.count, "at least 1")
         require(self.max_images >= 10, "max_images", self.max_images, "at least 10")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -121,13 +106,13 @@ def make_pictures(config: PicturesConfig) -> dict[str, str]:
     Raises:
         ConfigError, DataError: there is no backbone, or there are no images; the message says what to give.
     """
-    if (config.run is None) == (config.weights is None):
-        raise ConfigError("eval pictures needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)")
-    if config.run is None and config.output is None:
+    run, weights = named_backbone(config)
+    if weights is not None and config.output is None:
         raise ConfigError("output is missing; give --output DIR for the pictures of an export")
-    folder = Path(config.output) if config.output is not None else Path(config.run or "") / PICTURES
+    subject = open_subject(config, "pictures")
+    folder = Path(config.output) if config.output is not None else Path(run or "") / PICTURES
     with join_world(config.device) as world:
-        looking = look(config, world.device)
+        looking = look(config, subject, world.device)
         made = {name: make(looking) for name, make in MAKERS.items()}
     found = {name: picture for name, picture in made.items() if not isinstance(picture, str)}
     write_pictures(folder, found)
@@ -137,22 +122,19 @@ def make_pictures(config: PicturesConfig) -> dict[str, str]:
     return {name: caption for name, (caption, _) in found.items()}
 
 
-def look(config: PicturesConfig, device: torch.device) -> Looking:
-    """Load the backbone and the images to show. Raises `ConfigError`, `DataError`."""
-    source = Path(config.weights) if config.weights is not None else Path(config.run or "") / EXPORTED
-    backbone, description = load_exported(source)
-    same = {name: getattr(config, name) for name in ("run", "weights", "data", "test_data", "batch_size", "workers")}
-    data = measured_data(KnnConfig(**same), description["pretrained_cfg"])
+def look(config: PicturesConfig, subject: Subject, device: torch.device) -> Looking:
+    """The backbone on the device, and the images to show. Raises `ConfigError`, `DataError`."""
+    data = subject.data
     train = open_split(data, "train", say=print)
     test = test_split(data, train, None, print) if len(train.classes) > 1 else None
     bank, queries = knn_images(train, test, config.max_images)
     require(len(bank) > 0 and len(queries) > 0, "the number of images", len(train), "more: some to show, some to seek")
     shown = index_of_files(config.images) if config.images else spread(queries, config.count)
     pixels = pixels_of(shown, data)
-    steps = description.get("pretraining", {}).get("steps")
+    steps = subject.description.get("pretraining", {}).get("steps")
     return Looking(
         config,
-        backbone.to(device),
+        subject.backbone.to(device),
         data,
         device,
         f"after {steps} steps" if isinstance(steps, int) else "of a backbone that does not say how long it was trained",

@@ -135,7 +135,7 @@ def test_the_papers_row_and_what_differs_from_it(tmp_path: Path):
     config = replace(preset, optim=replace(preset.optim, base_lr=0.6))
     run = write_run(tmp_path / "run", config)
     words = Page(write_report(ReportConfig((str(run),))).read_text()).words
-    assert "89.5 % linear top-1, CIFAR-10" in words and "paper, Table 5" in words
+    assert "89.5 % top-1 on CIFAR-10" in words and "paper, Table 5" in words
     assert "optim.base_lr: 0.3 -> 0.6" in words and "4 of 800 steps are on record" in words
     assert "none was measured of this run" in words
     with (run / "evaluations.jsonl").open("w") as file:
