@@ -109,6 +109,12 @@ def mlp_head(sizes: list[int], last_norm: bool) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of losses, each times its weight, and the losses themselves without gradient."""
+    total = torch.stack([weight * loss for loss, weight in zip(losses, weights, strict=True)]).sum()
+    return total, [loss.detach() for loss in losses]
+
+
 class Encoder(nn.Module):
     """Backbone and projector: what the momentum encoder is a copy of."""
 
@@ -283,16 +289,22 @@ class Contrast(ABC):
         kinds: dict[str, list[Tensor]] = {}
         for name, query in features.queries.items():
             terms = [term for term in self.terms if term.query == name]
-            targets = [self.target(term, plan) for term in terms]
-            losses = self.compare(query, [features.keys[term.key] for term in terms], targets, at)
-            for term, value in zip(terms, losses, strict=True):
-                total = total + term.weight * 2 * temperature * value
-                kinds.setdefault(term.name, []).append(2 * temperature * value.detach())
+            keys, targets = [features.keys[term.key] for term in terms], [self.target(term, plan) for term in terms]
+            loss, values = self.compare(query, keys, targets, [2 * temperature * term.weight for term in terms], at)
+            total = total + loss
+            for term, value in zip(terms, values, strict=True):
+                kinds.setdefault(term.name, []).append(2 * temperature * value)
         return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
 
-    def compare(self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], at: At) -> list[Tensor]:
-        """The mean cross-entropy of queries (N, D) against each set of keys (M, D): 0-dim tensors, without the 2T."""
-        return list(info_nce(query, keys, targets, temperature=self.temperature, form=self.form))
+    def compare(
+        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Queries (N, D) against sets of keys (M, D): the weighted sum of their mean cross-entropies, and each of them.
+
+        The sum carries the gradient; the others are detached. 0-dim tensors all.
+        """
+        losses = list(info_nce(query, keys, targets, temperature=self.temperature, form=self.form))
+        return weighted_sum(losses, weights)
 
     def groups(self) -> list[Group]:
         """All of the student alike: MoCo v3 decays norms and biases too."""

@@ -37,7 +37,7 @@ from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
 from ..data import Batch
 from ..flags import arg
 from ..settings import DataConfig, between, require
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
+from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of, weighted_sum
 from .method import At, Pass, Setup
 from .mixing import generator, place_of
 
@@ -110,15 +110,18 @@ class MoCHi(Contrast):
         """The row's own key."""
         return self.keep.source_target(self.offset)
 
-    def compare(self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], at: At) -> list[Tensor]:
-        """MoCo v3's during the first epochs; then with synthetic negatives behind the keys."""
+    def compare(
+        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+    ) -> tuple[Tensor, list[Tensor]]:
+        """MoCo v3's during the first epochs; then with synthetic negatives behind the keys, in float32 at least."""
         if at.epoch < self.config.warmup:
-            return super().compare(query, keys, targets, at)
+            return super().compare(query, keys, targets, weights, at)
+        wide = torch.promote_types(query.dtype, torch.float32)
         losses = []
         for key, target in zip(keys, targets, strict=True):
-            similarities = torch.cat(self.similarities(query, key, target.first, at), dim=1)
+            similarities = torch.cat(self.similarities(query.to(wide), key.to(wide), target.first, at), dim=1)
             losses.append(soft_cross_entropy(similarities / self.temperature, target))
-        return losses
+        return weighted_sum(losses, weights)
 
     def similarities(self, query: Tensor, key: Tensor, own: Tensor, at: At) -> tuple[Tensor, Tensor, Tensor]:
         """(N, M) of queries and keys; (N, S) and (N, S') of queries and their synthetic negatives."""
