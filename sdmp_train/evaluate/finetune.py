@@ -35,6 +35,7 @@ from .accuracy import accuracies
 from .classifier import CLASSES, HEAD, as_json
 from .fitting import FitConfig, Fitting, fitted, resolved_loader
 from .subject import (
+    IMAGENET_CLASSES,
     PLACES,
     Subject,
     keep_result,
@@ -220,7 +221,8 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
                 found["exported"] = str(export_classifier(training, subject, train, fitting.folder / EXPORTED))
                 keep_result(result_folder(subject, config.output), "finetune", subject, found)
         log.say(f"finetune {found['top1']:7.2%} top-1 {found['top5']:7.2%} top-5 on {len(test)} images")
-        if (fitting.settings["epochs"], fraction) == (recipe.epochs, recipe.fraction):
+        as_the_paper = (IMAGENET_CLASSES, recipe.epochs, recipe.fraction)
+        if (len(train.classes), fitting.settings["epochs"], fraction) == as_the_paper:
             log.say(f"paper    {recipe.paper}")
         return found
 

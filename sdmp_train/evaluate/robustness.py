@@ -28,6 +28,7 @@ from ..text import printable
 from .accuracy import accuracies
 from .classifier import HEAD, load_classifier
 from .subject import (
+    IMAGENET_CLASSES,
     PLACES,
     TIMM,
     Precision,
@@ -209,7 +210,8 @@ def evaluate_robustness(config: RobustnessConfig) -> dict[str, Any]:
             found["imagenet_c"] = mean_of_means(by_corruption)
             found["corruptions"] = by_corruption
             log.say(f"imagenet_c {found['imagenet_c']:7.2%} top-1, mean of {len(folders)} sets (not mCE)")
-        log.say(f"paper    {PAPER}")
+        if len(classes) == IMAGENET_CLASSES:
+            log.say(f"paper    {PAPER}")
         if world.is_first:
             row = {**found, "settings": plain_settings(config, *PLACES)}
             keep_result(result_folder(subject, config.output), "robustness", subject, row)
@@ -271,5 +273,6 @@ def imagenet_classes(model: nn.Module) -> tuple[str, ...]:
     from timm.data import ImageNetInfo
 
     count = getattr(model, "num_classes", 0)
-    require(count == 1000, "the number of classes of timm's classifier", count, "1000, those of ImageNet-1k")
+    expected = f"{IMAGENET_CLASSES}, those of ImageNet-1k"
+    require(count == IMAGENET_CLASSES, "the number of classes of timm's classifier", count, expected)
     return tuple(ImageNetInfo("imagenet-1k").label_names())

@@ -34,6 +34,7 @@ from ..training import versions
 
 TIMM = "timm:"
 EVERY_IMAGE = 10**9
+IMAGENET_CLASSES = 1000
 PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
 """Settings that say where things lie, not how they are measured."""
 

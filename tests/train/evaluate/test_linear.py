@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from subjects import DEEP_VIT, RESNET, export, results
 from tiny_runs import as_batch, random_views
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from sdmp_train.config import Config, ConfigError, OptimConfig
 from sdmp_train.distributed import World
@@ -67,6 +69,40 @@ def test_each_head_is_trained_as_it_would_be_alone(tiny: Config, batch_norm: boo
         torch.testing.assert_close(heads.biases[number].double(), bias, rtol=2e-4, atol=2e-4)
     moved = [float((w.detach() - s[0]).norm()) for w, s in zip(heads.weights, start, strict=True)]
     assert 0 < moved[0] < moved[1] < moved[2]
+
+
+class Pooled(nn.Module):
+    """(N, 3, H, W) -> the mean of each channel in the four quarters, times 10: features that no plane separates."""
+
+    num_features = 12
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 10 * adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def test_a_head_trained_for_long_is_scikit_learns_logistic_regression(tiny: Config):
+    """Without regularisation, on the same features: the optimum of the same convex problem."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    config = LinearConfig(lr=(0.5, 1.0), batch_norm=True)
+    optim = OptimConfig(opt="sgd", base_lr=1.0, weight_decay=0, epochs=200, warmup_epochs=0, batch_size=96)
+    training = assemble(
+        replace(tiny, optim=optim),
+        CPU,
+        steps_per_epoch=1,
+        classes=3,
+        method_class=lambda _config, _build, setup: LinearProbe(config, Pooled(), setup),
+    )
+    batch = as_batch(random_views(replace(tiny, optim=optim), 1))
+    for _ in range(200):
+        step(training, [batch], StopRequest())
+    features = training.method.features(training.method.mix(batch, None))
+    rows = features.double().numpy()
+    rows = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-6)
+    model = linear_model.LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
+    theirs = model.fit(rows, batch.labels.numpy()).predict_proba(rows)
+    for scores in training.method.heads(features).detach().unbind(1):
+        np.testing.assert_allclose(scores.softmax(1).numpy(), theirs, atol=2e-3)
+    assert 0.4 < (theirs.argmax(1) == batch.labels.numpy()).mean() < 1  # a plane helps, and does not separate
 
 
 def test_the_backbone_stays_as_it_is_and_no_gradient_reaches_it(tiny: Config):
