@@ -13,8 +13,10 @@ FORMS = ("ce", "log_mixture")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_target(argument: str, target: object, rows: int, columns: int, like: Tensor) -> TwoHot:
-    """`target` as a TwoHot of `rows` rows over `columns` columns, on the device of `like`.
+def check_target(
+    argument: str, target: object, rows: int, columns: int, like: Tensor, ignored: int | None = None
+) -> TwoHot:
+    """`target` as a TwoHot of `rows` rows over `columns` columns, on the device of `like`; a column may be `ignored`.
 
     Raises:
         TypeError, ValueError: naming the argument. Values are looked at on the CPU only.
@@ -26,7 +28,7 @@ def check_target(argument: str, target: object, rows: int, columns: int, like: T
         _check_kind(argument, target, rows, like)
     if rows and readable(*target):
         if not (within(target.first, columns) and within(target.second, columns)):
-            _refuse_columns(argument, target, columns)
+            _check_columns(argument, target, columns, ignored)
         low, high = extremes(target.weight)
         if not (low >= 0 and high <= 1):
             raise ValueError(
@@ -62,9 +64,11 @@ def _check_kind(argument: str, target: TwoHot, rows: int, like: Tensor) -> None:
         check_same_device(**{f"{argument}.{name}": tensor, "the logits": like})
 
 
-def _refuse_columns(argument: str, target: TwoHot, columns: int) -> None:
+def _check_columns(argument: str, target: TwoHot, columns: int, ignored: int | None) -> None:
     for name in ("first", "second"):
-        low, high = getattr(target, name).aminmax()
+        column = getattr(target, name)
+        column = column if ignored is None else column[column != ignored]
+        low, high = column.aminmax() if len(column) else (0, 0)
         if low < 0 or high >= columns:
             raise ValueError(
                 f"{argument}.{name} must hold columns in [0, {columns}), got {int(low)} to {int(high)}; "
