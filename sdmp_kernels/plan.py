@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor, near, readable
+from sdmp_kernels._memory import is_on, moved, pinned
 
 
 class Rule(IntEnum):
@@ -192,10 +193,9 @@ class MixPlan:
             RuntimeError: torch's, for a device that is unknown or absent.
         """
         target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if target.type == self.device.type and target.index in (None, self.device.index):
+        if is_on(self.device, target):
             return self
-        packed, layout = _pack(self, pin=target.type == "cuda" and self.device.type == "cpu")
-        return _unpack(packed.to(target, non_blocking=non_blocking and target.type != "cpu"), layout, self)
+        return self._with(moved(self._tensors(), target, non_blocking=non_blocking))
 
     def pin_memory(self) -> MixPlan:
         """The same plan in one block of page-locked memory: what `DataLoader(pin_memory=True)` asks for.
@@ -209,8 +209,15 @@ class MixPlan:
         """
         if self.device.type != "cpu":
             raise ValueError(f"only a plan on the CPU can be pinned, but this one is on {self.device}")
-        packed, layout = _pack(self, pin=True)
-        return _unpack(packed, layout, self)
+        return self._with(pinned(self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in _TENSORS]
+
+    def _with(self, tensors: Sequence[Tensor]) -> MixPlan:
+        """The same plan, held by these tensors."""
+        parts = dict(zip(_TENSORS, tensors, strict=True))
+        return MixPlan(size=self.size, mirrored=self.mirrored, rules=self.rules, **parts)
 
     def copy_(self, other: MixPlan) -> MixPlan:
         """Overwrite this plan's tensors in place with those of `other`: the static plan of a captured CUDA graph.
@@ -738,26 +745,6 @@ def count_lam(rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, area: int)
     return lam
 
 
-def _pack(plan: MixPlan, *, pin: bool) -> tuple[Tensor, list[tuple[str, int, int]]]:
-    """All tensors of a plan in one byte buffer, so that a move to another device is one copy."""
-    layout, start = [], 0
-    for name in _TENSORS:
-        tensor = getattr(plan, name)
-        length = tensor.numel() * tensor.element_size()
-        layout.append((name, start, length))
-        start += -(-length // 16) * 16
-    packed = torch.empty(start, dtype=torch.uint8, device=plan.device, pin_memory=pin)
-    for name, begin, length in layout:
-        packed[begin : begin + length].view(_DTYPES[name]).copy_(getattr(plan, name).reshape(-1))
-    return packed, layout
-
-
-def _unpack(packed: Tensor, layout: list[tuple[str, int, int]], plan: MixPlan) -> MixPlan:
-    parts = {name: packed[begin : begin + length].view(_DTYPES[name]) for name, begin, length in layout}
-    parts["box"] = parts["box"].view(-1, 4)
-    return MixPlan(size=plan.size, mirrored=plan.mirrored, rules=plan.rules, **parts)
-
-
 def check_size(size: object) -> tuple[int, int]:
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise TypeError(f"size must be (H, W) in pixels, got {size!r}")
@@ -928,7 +915,7 @@ def _rule_rows(rule: object, n: int) -> tuple[np.ndarray, tuple[Rule, ...]]:
 
 
 def _flatten(plan: MixPlan) -> tuple[list[Tensor], tuple[tuple[int, int], bool, tuple[Rule, ...]]]:
-    return [getattr(plan, name) for name in _TENSORS], (plan.size, plan.mirrored, plan.rules)
+    return plan._tensors(), (plan.size, plan.mirrored, plan.rules)
 
 
 def _unflatten(tensors: Iterable[Any], host: tuple[tuple[int, int], bool, tuple[Rule, ...]]) -> MixPlan:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from sdmp_kernels._checks import check_choice, check_integer, check_tensor, readable
+from sdmp_kernels._memory import is_on, moved
 
 Interpolation = Literal["bilinear", "bicubic"]
 Size = int | tuple[int, int]
@@ -183,22 +184,7 @@ class ViewDraws:
     def to(self, device: torch.device | str | int) -> ViewDraws:
         """The same draws on `device`, by one asynchronous copy (from pinned memory where the target is a GPU)."""
         target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if target.type == self.device.type and target.index in (None, self.device.index):
-            return self
-        n = len(self)
-        numbers = (self.brightness, self.contrast, self.saturation, self.hue, self.sigma)
-        switches = (self.flip, self.gray, self.solarize)
-        packed = torch.empty(39 * n, dtype=torch.uint8, pin_memory=target.type == "cuda" and self.device.type == "cpu")
-        packed[: 16 * n].view(self.box.dtype).view(n, 4).copy_(self.box)
-        packed[16 * n : 36 * n].view(torch.float32).view(5, n).copy_(torch.stack(numbers))
-        packed[36 * n :].view(torch.bool).view(3, n).copy_(torch.stack(switches))
-        packed = packed.to(target, non_blocking=True)
-        brightness, contrast, saturation, hue, sigma = packed[16 * n : 36 * n].view(torch.float32).view(5, n)
-        flip, gray, solarize = packed[36 * n :].view(torch.bool).view(3, n)
-        box = packed[: 16 * n].view(self.box.dtype).view(n, 4)
-        return ViewDraws(
-            box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize, max_sigma=self.max_sigma
-        )
+        return self if is_on(self.device, target) else _unflatten(moved(self.tensors(), target), self.max_sigma)
 
     def whole(self, size_px: Size) -> ViewDraws:
         """The same numbers for images that are already cropped and resized to `size_px`: the box is all of them."""

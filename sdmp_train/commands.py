@@ -15,8 +15,8 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
-from .distributed import World, join_world, together
+from .data import Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
+from .distributed import World, join_world, said_by_first, together
 from .export import export_backbone
 from .file_list import store_file_list
 from .log import Log
@@ -61,8 +61,9 @@ def pretrain(
         world = stack.enter_context(join_world(config.run.device))
         stop.speaks = world.is_first
         log = stack.enter_context(log or Log(quiet=not world.is_first))
-        asked, config = config, resolve(config, world)
         folder, claimed = output or run_folder.default_folder(config.run.preset), None
+        kept = kept_loader(config, folder, world) if resume else None
+        asked, config = config, resolve(kept or config, world)
         with together(world):
             if output is not None:
                 run_folder.check_folder(output, mode)
@@ -77,9 +78,11 @@ def pretrain(
                 remarks = load_state(
                     training, folder, index, previous=previous, accept_changed_data=accept_changed_data
                 )
-            loader = stack.enter_context(open_loader(training, index, asked.data.loader))
+            choice = loader_choice(training, index, asked, measure=kept is None)
             stop.check()
+        training.config = config = with_loader(config, said_by_first(choice.name, ("dali", "torchvision"), world))
         with together(world):
+            loader = stack.enter_context(open_loader(training, index, choice._replace(name=config.data.loader)))
             claimed = claimed or claim(stack, world, folder, mode, may_rename=output is None)
             folder, run_id = (claimed.path, claimed.run_id) if claimed else (folder, "")
             if claimed:
@@ -159,8 +162,38 @@ def resolve(config: Config, world: World) -> Config:
     return replace(config, data=data, run=replace(config.run, precision=precision))
 
 
-def open_loader(training: Training, index: Index, asked: LoaderName) -> Loader:
-    """The views of the steps still to be made. `asked`: the loader before it was resolved, so that it can say why."""
+def kept_loader(config: Config, folder: Path, world: World) -> Config | None:
+    """`config` with the loader that the run in `folder` began with, where it leaves the choice and that one is here."""
+    if config.data.loader != "auto" or not run_folder.is_run_folder(folder):
+        return None
+    kept = with_loader(config, run_folder.stored_config(folder).data.loader)
+    try:
+        choose_loader(kept.data.loader, world.device)
+    except DataError:
+        return None
+    return kept
+
+
+def with_loader(config: Config, name: str) -> Config:
+    """`config` with a loader of this name."""
+    return replace(config, data=replace(config.data, loader=name))
+
+
+def loader_choice(training: Training, index: Index, asked: Config, *, measure: bool) -> Choice:
+    """The loader of a run, and why; the first rank measures where that is left to it."""
+    name, world = training.config.data.loader, training.world
+    if asked.data.loader != "auto":
+        return choose_loader(name, world.device)
+    if not measure:
+        return Choice(name, f"this run began with {name}")
+    if not world.is_first:
+        return choose_loader("auto", world.device)
+    with open_loader(training, index, "auto") as loader:
+        return Choice(loader.name, loader.why)
+
+
+def open_loader(training: Training, index: Index, loader: Choice | LoaderName) -> Loader:
+    """The views of the steps still to be made."""
     config, world = training.config, training.world
     return make_loader(
         index,
@@ -172,7 +205,7 @@ def open_loader(training: Training, index: Index, asked: LoaderName) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        loader=asked,
+        loader=loader,
         workers=config.data.workers,
     )
 
@@ -221,7 +254,7 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
             run_folder.check_folder(output, "overwrite" if overwrite else "new")
         index, test_index = open_images(config, say=print)
         training = build(config, world, index)
-        with open_loader(training, index, asked.data.loader) as loader:
+        with open_loader(training, index, loader_choice(training, index, asked, measure=True)) as loader:
             for line in describe(training, index, loader):
                 print(printable_lines(line))
         if config.run.knn_max_images > 0:

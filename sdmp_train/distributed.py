@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -109,6 +109,15 @@ def reduce_mean(values: Tensor, world: World) -> Tensor:
         dist.all_reduce(values)
         values /= world.size
     return values
+
+
+def said_by_first(choice: str, known: Sequence[str], world: World) -> str:
+    """What the first rank chose among the `known`, on every rank."""
+    if world.size == 1:
+        return choice
+    number = torch.tensor(known.index(choice))
+    dist.broadcast(number, 0, group=world.host)
+    return known[int(number)]
 
 
 @contextmanager

@@ -11,31 +11,31 @@ on no worker count, no world size and no loader, and a resumed run sees what the
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
-from sdmp_kernels import backends
 from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
+from .choice import Choice, LoaderName, choose_loader, faster_loader, open_loader
 from .folders import find_splits, holds_images
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
-from .schedule import EvalSchedule, Schedule, TrainSchedule, as_recipes, steps_per_epoch
+from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
 
 __all__ = [
     "BadFile",
     "Batch",
+    "Choice",
     "DataError",
     "EvalView",
     "Index",
     "Loader",
+    "LoaderName",
     "Source",
     "TooManyBadFiles",
     "ViewRecipe",
@@ -53,8 +53,6 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-LoaderName = Literal["auto", "dali", "torchvision"]
-
 
 def make_loader(
     index: Source,
@@ -67,12 +65,15 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str,
-    loader: LoaderName = "auto",
+    loader: LoaderName | Choice = "auto",
     workers: int | None = None,
 ) -> Loader:
     """Batches of augmented views for the steps `start_step` to `steps - 1`.
 
     `batch_size` is this rank's; `steps` counts from the start of the run, so `steps - start_step` batches come.
+    `loader`: "auto" measures both for about a second where 20,000 images or more are to come, takes the faster and says
+    both rates (`Loader.why`); with fewer it is DALI where that is installed. Of several ranks let one measure, and give
+    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels.
     `workers`: decoding threads (DALI) or processes (torchvision, 0 decodes in this process); default: the cores this
     process may use, divided by the ranks that share the machine.
     """
@@ -86,7 +87,14 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-    return _carry_out(schedule, device, loader, workers, world_size)
+    device, workers = _place(device), _worker_count(workers, world_size)
+    if isinstance(loader, Choice):
+        choice = loader
+    elif loader == "auto":
+        choice = faster_loader(schedule, device, workers)
+    else:
+        choice = choose_loader(loader, device)
+    return open_loader(choice, schedule, device, workers)
 
 
 def eval_loader(
@@ -108,52 +116,20 @@ def eval_loader(
     """
     recipes = as_recipes([eval_view(size_px, resize_px)])
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
-    return _carry_out(schedule, device, loader, workers, world_size)
+    device = _place(device)
+    return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))
 
 
-def _carry_out(
-    schedule: Schedule, device: torch.device | str, loader: LoaderName, workers: int | None, world_size: int
-) -> Loader:
+def _place(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    unnumbered = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
+
+
+def _worker_count(workers: int | None, world_size: int) -> int:
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be 0 or more, or None for the cores at hand, but is {workers}")
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    name, why = choose_loader(loader, device)
-    if workers is None:
-        workers = _cores() // max(1, min(world_size, torch.cuda.device_count()))
-    if name == "dali":
-        from .dali import DaliLoader
-
-        return DaliLoader(schedule, device=device, workers=max(1, workers), why=why)
-    from .torchvision import TorchvisionLoader
-
-    return TorchvisionLoader(schedule, device=device, workers=workers, why=why)
-
-
-def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["dali", "torchvision"], str]:
-    """The loader to use, and why, as a sentence. `DataError` where the one asked for is missing."""
-    if loader not in ("auto", "dali", "torchvision"):
-        raise ValueError(f"loader must be 'auto', 'dali' or 'torchvision', but is {loader!r}")
-    if loader == "torchvision":
-        return "torchvision", "torchvision was asked for; Pillow decodes on the CPU"
-    missing = _dali_missing(device)
-    if missing and loader == "dali":
-        raise DataError(f"loader='dali' cannot be used: {missing}; use loader='torchvision'")
-    if missing:
-        return "torchvision", f"{missing}; Pillow decodes on the CPU"
-    where = f"decodes and cuts on {device}" if device.type == "cuda" else "decodes on the CPU"
-    asked = "was asked for" if loader == "dali" else "is installed"
-    return "dali", f"DALI {asked}; it {where}, and augment ({backends()['augment'][device.type]}) makes the views"
-
-
-def _dali_missing(device: torch.device) -> str:
-    """Why DALI cannot serve this device, or an empty text. Looks for it without importing it."""
-    if device.type not in ("cpu", "cuda"):
-        return f"DALI does not serve {device.type} devices"
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "DALI is not installed (pip install 'sdmp-kernels[dali]' on Linux)"
-    return ""
+    return _cores() // max(1, min(world_size, torch.cuda.device_count())) if workers is None else workers
 
 
 def _cores() -> int:

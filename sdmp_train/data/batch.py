@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ class Loader(ABC):
     Use it as a context manager, or call `close()` when done: it ends worker threads or processes.
     """
 
-    name: str
-    """ "dali" or "torchvision"."""
+    name: Literal["dali", "torchvision"]
     why: str
     """Why this loader was chosen, as a sentence to print."""
 

@@ -23,6 +23,7 @@ from sdmp_train.distributed import (
     mirror_images,
     reduce_max,
     reduce_mean,
+    said_by_first,
     together,
 )
 from sdmp_train.guard import FAILED, StopRequest
@@ -91,6 +92,7 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
+            "said": ("x", "a", "b").index(said_by_first("ba"[world.rank], ("x", "a", "b"), world)),
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -223,6 +225,10 @@ def test_rows_are_gathered_in_rank_order_and_flags_agree(two_ranks):
     for rank in two_ranks[1]:
         assert rank["gathered"][:, 0].tolist() == [0, 0, 1, 1]
         assert rank["largest"].tolist() == [1.0, 0.0]
+
+
+def test_the_first_rank_decides(two_ranks):
+    assert [rank["said"] for rank in two_ranks[1]] == [2, 2]
 
 
 def test_batch_norm_over_two_ranks_is_batch_norm_over_the_whole_batch(two_ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from sdmp_train.__main__ import main
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
 from sdmp_train.commands import dry_run, pretrain
 from sdmp_train.config import Config, ConfigError, ModelConfig
-from sdmp_train.data import DataError
+from sdmp_train.data import Choice, DataError
 from sdmp_train.evaluate.knn import image_features
 from sdmp_train.loop import Outcome
 from sdmp_train.run import Run
@@ -313,7 +314,7 @@ def test_the_loader_that_ran_is_stored_and_another_one_stops_a_resume(
     tiny: Config, tmp_path: Path, monkeypatch, capsys
 ):
     config = replace(tiny, data=replace(tiny.data, loader="auto"))
-    monkeypatch.setattr("sdmp_train.data._dali_missing", lambda device: "there is no DALI here")
+    monkeypatch.setattr("sdmp_train.data.choice.dali_missing", lambda device: "there is no DALI here")
     path = stopped(config, tmp_path / "run")
     assert stored_config(tmp_path / "run").data.loader == "torchvision"
     assert json.loads((path / "state.json").read_text())["config"]["data"]["loader"] == "torchvision"
@@ -329,6 +330,21 @@ def test_the_loader_that_ran_is_stored_and_another_one_stops_a_resume(
             pretrain(replace(config, data=replace(config.data, loader=loader)), tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match=r"--loader dali: .*there is no DALI here"):
         pretrain(replace(config, data=replace(config.data, loader="dali")), tmp_path / "run", resume=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="DALI is not installed")
+@pytest.mark.parametrize("faster", ["dali", "torchvision"])
+def test_the_measured_choice_is_stored_and_kept(faster: str, tiny: Config, tmp_path: Path, monkeypatch, capsys):
+    config = replace(tiny, data=replace(tiny.data, loader="auto"))
+    monkeypatch.setattr("sdmp_train.data.faster_loader", lambda *_: Choice(faster, "measured"))
+    path = stopped(config, tmp_path / "run")
+    assert f"loader   {faster}: measured" in capsys.readouterr().out
+    assert stored_config(tmp_path / "run").data.loader == faster
+    assert json.loads((path / "state.json").read_text())["config"]["data"]["loader"] == faster
+    other = "torchvision" if faster == "dali" else "dali"
+    monkeypatch.setattr("sdmp_train.data.faster_loader", lambda *_: Choice(other, "measured again"))
+    assert pretrain(limit(config, max_steps=3), tmp_path / "run", resume=True) == 0
+    assert f"loader   {faster}: this run began with {faster}" in capsys.readouterr().out
 
 
 def test_going_on_with_another_number_of_processes_is_said(tiny: Config, tmp_path: Path, capsys):
