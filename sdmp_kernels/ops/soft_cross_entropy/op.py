@@ -168,7 +168,9 @@ def _(*_arguments):
 def _multiplied(gradient: Tensor, grad: Tensor, reduction: str, correction: Tensor | None, out: Tensor) -> Tensor:
     """`gradient` times `grad` and the correction, in `out`."""
     if correction is not None and correction.numel():
-        return OP.module("triton").multiplied(gradient, grad, reduction, correction, out)
+        from sdmp_kernels.ops.loss_launches import multiplied
+
+        return multiplied(gradient, grad, correction if reduction == "mean" else None, out)
     return scaled(gradient, grad, out)
 
 

@@ -4,14 +4,13 @@ sweep     a program owns a tile of rows and walks along their columns with a run
           gradient is wanted, once more: the second time it finds them in the L2 cache, since no more programs run than
           rows fit into half of it. Rows of few columns share a program.
 reduce    one program: the losses added up, and what corrects the gradient of a mean where rows were left out.
-multiply  the gradient times the upstream factor, in the backward pass: one launch that leaves at once where it is 1.
+multiply  of `loss_launches.py`: the gradient times the upstream factor, in the backward pass: one launch that leaves at once where it is 1.
 
 Bytes and floors (8,192 x 65,536 bf16, an H200 copying 4.3 TB/s): loss 1.07 GB, 250 us; with gradient 2.15 GB, 500 us.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from sdmp_kernels import _launch
 from sdmp_kernels._launch import Call, Compile
+from sdmp_kernels.ops.loss_launches import Chip, chip_of, multiply_call, tile_of
 from sdmp_kernels.ops.soft_cross_entropy.arguments import Given
 from sdmp_kernels.ops.soft_cross_entropy.triton_kernels import (
-    soft_cross_entropy_multiply_kernel,
     soft_cross_entropy_reduce_kernel,
     soft_cross_entropy_sweep_kernel,
 )
@@ -31,12 +30,8 @@ from sdmp_kernels.ops.soft_cross_entropy.triton_kernels import (
 KERNELS = (
     "soft_cross_entropy_sweep_kernel",
     "soft_cross_entropy_reduce_kernel",
-    "soft_cross_entropy_multiply_kernel",
+    "loss_multiply_kernel",
 )
-# Columns from which a row has programs of its own and more warps.
-_WIDE = 2048
-# (multiprocessors, bytes of L2 cache) where no GPU says: a few rows at a time, so that programs come round.
-_INTERPRETED = (2, 1024)
 
 
 def sweep(
@@ -49,7 +44,7 @@ def sweep(
     scale = 1 / n if reduction == "mean" else 1.0
     options = (label_smoothing, form, scale)
     out = (losses, factors, gradient)
-    sweep_call(*_device(logits.device), logits, given, *options, None, correction, *out).launch(logits.device)
+    sweep_call(chip_of(logits.device), logits, given, *options, None, correction, *out).launch(logits.device)
     if reduction == "none":
         return losses, correction
     loss = losses.new_empty(())
@@ -77,22 +72,13 @@ def backward(
         correction = logits.new_ones(1, dtype=torch.float32)
     whole = logits.new_empty(logits.shape) if out is None or not out.is_contiguous() else out
     options = (label_smoothing, form, 1 / n if mean else 1.0)
-    call = sweep_call(*_device(logits.device), logits, given, *options, grad.expand(n), correction, None, None, whole)
+    call = sweep_call(chip_of(logits.device), logits, given, *options, grad.expand(n), correction, None, None, whole)
     call.launch(logits.device)
     return whole if out is None or out is whole else out.copy_(whole)
 
 
-def multiplied(gradient: Tensor, grad: Tensor, reduction: str, correction: Tensor, out: Tensor) -> Tensor:
-    """`gradient` (N, K) times `grad`, () or (N,), and the correction of a mean, in `out`, which may be `gradient`."""
-    arch, slots, _ = _device(gradient.device)
-    multiply_call(arch, slots, gradient, grad, reduction, correction, out).launch(gradient.device)
-    return out
-
-
 def sweep_call(
-    arch: str,
-    slots: int,
-    cache: int,
+    chip: Chip,
     logits: Tensor,
     given: Given,
     label_smoothing: float,
@@ -104,7 +90,7 @@ def sweep_call(
     factors: Tensor | None,
     gradient: Tensor | None,
 ) -> Call:
-    """The launch of sweep. `slots` and `cache`: multiprocessors and bytes of L2 cache."""
+    """The launch of sweep."""
     n, k = logits.shape
     stride_n, stride_k = logits.stride()
     unit = stride_k == 1 or k == 1
@@ -114,11 +100,11 @@ def sweep_call(
     constants: dict[str, Any] = {"ALIGN": align, "UNIT": unit, "MIXTURE": form == "log_mixture"}
     constants |= {"SMOOTH": label_smoothing != 0, "CLASSES": classes is not None, "LOSS": losses is not None}
     constants |= {"GRAD": gradient is not None, "UPSTREAM": upstream is not None}
-    warps = _tile(arch, "sweep", k, constants)
+    warps = tile_of(chip.arch, "soft_cross_entropy.sweep", k, constants)
     tiles = triton.cdiv(n, constants["BLOCK_N"])
     programs = tiles
     if gradient is not None:
-        programs = min(tiles, max(slots, cache // 2 // (k * logits.element_size() * constants["BLOCK_N"])))
+        programs = min(tiles, max(chip.slots, chip.cache // 2 // (k * logits.element_size() * constants["BLOCK_N"])))
     # What is absent is never touched; something of a fixed type stands in for it.
     target = (given.first.contiguous(), given.second.contiguous(), given.weight.contiguous())
     absent = correction
@@ -146,36 +132,6 @@ def reduce_call(arch: str, losses: Tensor, factors: Tensor, out: Tensor, correct
     return Call(soft_cross_entropy_reduce_kernel, (1,), args, given["num_warps"], 1, constants)
 
 
-def multiply_call(
-    arch: str, slots: int, gradient: Tensor, grad: Tensor, reduction: str, correction: Tensor, out: Tensor
-) -> Call:
-    """The launch of multiply."""
-    n, k = gradient.shape
-    constants: dict[str, Any] = {"ALIGN": math.gcd(k, 16), "CORRECTED": reduction == "mean", "PER_ROW": grad.ndim > 0}
-    constants |= {"IN_PLACE": out is gradient}
-    warps = _tile(arch, "multiply", k, constants)
-    tiles = triton.cdiv(n, constants["BLOCK_N"])
-    args = (gradient, grad, correction, out, n, k // constants["ALIGN"], grad.stride(0) if grad.ndim else 0, tiles)
-    return Call(soft_cross_entropy_multiply_kernel, (min(tiles, 8 * slots),), args, warps, 1, constants)
-
-
-def _tile(arch: str, kernel: str, k: int, constants: dict[str, Any]) -> int:
-    """Put the size of the tile into `constants`; the number of warps."""
-    given = _launch.constants(arch, f"soft_cross_entropy.{kernel}.{'wide' if k >= _WIDE else 'narrow'}")
-    width = min(max(16, triton.next_power_of_2(k)), given["elements"])
-    constants |= {"BLOCK_N": given["elements"] // width, "BLOCK_K": width}
-    return given["num_warps"]
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[str, int, int]:
-    """(architecture, multiprocessors, bytes of L2 cache)."""
-    if device.type != "cuda":
-        return _launch.architecture(device), *_INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    return _launch.architecture(device), properties.multi_processor_count, properties.L2_cache_size
-
-
 def compiles(arch: str) -> list[Compile]:
     """The kernels for every dtype, width, form and way the logits may lie, and what they may be asked for."""
     f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
@@ -201,7 +157,7 @@ def compiles(arch: str) -> list[Compile]:
         wide = ("no_spills", "wide_loads", "wide_stores")
         found.append(made.sweep(None, made.logits).compilation(f"soft_cross_entropy gradient {name}", wide))
         for which, grad in (("all", row[0]), ("rows", row)):
-            call = multiply_call(arch, 108, made.logits, grad, "mean", one, made.logits)
+            call = multiply_call(made.chip, made.logits, grad, one, made.logits)
             found.append(call.compilation(f"soft_cross_entropy multiply {which} {name}", wide))
     made = _Meta(arch, bf16, 1000, classes=torch.empty(1000, device="meta"))
     found.append(made.sweep(row, made.logits).compilation("soft_cross_entropy both bfloat16 1000 classes", wide))
@@ -228,7 +184,8 @@ class _Meta:
         strided = self.logits if unit else self.logits.t().contiguous().t()
         column = torch.empty(64, dtype=torch.int64, device="meta")
         weight = torch.empty(64, device="meta")
-        self.head = (arch, 108, 40 * 2**20, strided, Given(column, column, weight, classes, -100), smoothing, form, 1.0)
+        self.chip = Chip(arch, 108, 40 * 2**20)
+        self.head = (self.chip, strided, Given(column, column, weight, classes, -100), smoothing, form, 1.0)
 
     def sweep(self, row: Tensor | None, out: Tensor | None) -> Call:
         """The losses in `row`, the gradient in `out`, where they are; without losses, of a given upstream gradient."""

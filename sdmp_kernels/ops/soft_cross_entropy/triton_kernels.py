@@ -164,7 +164,9 @@ def soft_cross_entropy_sweep_kernel(
                     out -= (given * smoothing * per_k)[:, None]
                 out -= tl.where(here[None, :] == first[:, None], (unsmoothed * at_first)[:, None], 0.0)
                 out -= tl.where(here[None, :] == second[:, None], (unsmoothed * at_second)[:, None], 0.0)
-                tl.store(out_ptrs[:, None] + here[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+                place = out_ptrs[:, None] + here[None, :]
+                # Nobody reads it soon: rows that are to be read again stay in the cache.
+                tl.store(place, out.to(out_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -188,38 +190,3 @@ def soft_cross_entropy_reduce_kernel(
         loss *= correction
         tl.store(correction_ptr, correction)
     tl.store(out_ptr, loss)
-
-
-@triton.jit(do_not_specialize=["N", "groups", "stride_up", "tiles"])
-def soft_cross_entropy_multiply_kernel(
-    gradient_ptr, up_ptr, correction_ptr, out_ptr, N, groups, stride_up, tiles, ALIGN: tl.constexpr,
-    CORRECTED: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient (N, K) times its upstream factor, and the correction; where that is 1, in place, nothing at all."""
-    correction = 1.0
-    if CORRECTED:
-        correction = tl.load(correction_ptr)
-    K = groups * ALIGN
-    if not PER_ROW:
-        factor = tl.load(up_ptr).to(tl.float32) * correction
-        first = tl.where(IN_PLACE & (factor == 1.0), tiles, tl.program_id(0))
-    else:
-        first = tl.program_id(0)
-    for tile in range(first, tiles, tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = row < N
-        if PER_ROW:
-            by = tl.load(up_ptr + row * stride_up, mask=inside, other=1).to(tl.float32)  # narrow: one per row
-            by *= correction
-        else:
-            by = tl.zeros([BLOCK_N], tl.float32) + factor
-        # A row whose factor is 1 stays as it is.
-        wanted = inside & (by != 1.0) if IN_PLACE else inside
-        place = row * (groups.to(tl.int64) * ALIGN)
-        for start in range(0, K, BLOCK_K):
-            column = start + tl.arange(0, BLOCK_K)
-            mask = wanted[:, None] & (column < K)[None, :]
-            at = place[:, None] + column[None, :]
-            values = tl.load(gradient_ptr + at, mask=mask, other=0).to(tl.float32) * by[:, None]
-            tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
