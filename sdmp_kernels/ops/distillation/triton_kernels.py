@@ -320,8 +320,8 @@ def distillation_loss_kernel(
 
     Of the `count` rows from `begin` on, and behind them of their mirrored ones.
     """
-    place = tl.program_id(0).to(tl.int64)
-    row = tl.where(place < count, begin + place, n - 1 - begin - (place - count))
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.where(program < count, begin + program, n - 1 - begin - (program - count))
     v = tl.arange(0, VIEWS)
     plane = views.to(tl.int64) * n * chunks
     tops_ptr = partial_ptr + ((v * n.to(tl.int64) + row) * chunks)[:, None]
