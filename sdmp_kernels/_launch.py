@@ -32,8 +32,9 @@ class Compile(NamedTuple):
         divisible: pointer and integer arguments known to be multiples of 16 (what Triton specialises on by itself).
         num_warps, num_stages: as launched.
         facts: of "wide_loads", "wide_stores" (every access of a tensor is 128-bit, but for those whose source line
-            says `# narrow: <why>`), "no_spills", "tensor_cores" (any), "warpgroup_mma" (HGMMA on sm_90, tcgen05 on
-            sm_100; holds of itself elsewhere) and "registers<=N". Shared memory is always checked.
+            says `# narrow: <why>`), "no_spills", "tensor_cores" (any), "warpgroup_mma" (HGMMA on sm_90, and not
+            waited for one by one; tcgen05 on sm_100; holds of itself elsewhere) and "registers<=N". Shared memory is
+            always checked.
         name: how reports call it.
     """
 

@@ -7,21 +7,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oldest_triton import OLDEST, Unavailable, unpacked
 
-from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT
+from sdmp_kernels._launch import Compile
+from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT, Report, failures
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SERVED = [op for op in OPS if importlib.util.find_spec(f"sdmp_kernels.ops.{op}.triton") is not None]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
     # In interpreter mode, which the tests run in, nothing compiles.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), str(ROOT)])
     command = [sys.executable, "-m", "sdmp_kernels.ahead_of_time", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -57,6 +61,28 @@ def test_every_declared_fact_holds(reports: list[dict[str, Any]], arch: str) -> 
     failed = {r["name"]: r["failed"] for r in reports if r["arch"] == arch and r["failed"]}
     assert not failed
     assert any(r["arch"] == arch for r in reports)
+
+
+def test_every_declared_fact_holds_on_the_oldest_triton_too(tmp_path: Path) -> None:
+    """Its compiler needs other registers, and GPU hosts have it."""
+    try:
+        folder = unpacked()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    file = tmp_path / "reports.json"
+    done = run("--arch", "sm_90", "--json", str(file), path=[folder])
+    assert file.exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    found = json.loads(file.read_text())
+    assert {r["triton"] for r in found} == {OLDEST}
+    assert not {r["name"]: r["failed"] for r in found if r["failed"]}
+    assert len(found) == sum(len(launches("sm_90", op)) for op in SERVED)
+
+
+@pytest.mark.parametrize(("waits", "fails"), [(5, False), (80, True)])
+def test_products_that_wait_for_each_other_are_found(waits: int, fails: bool) -> None:
+    item = Compile(None, {}, {}, (), 8, 2, ("warpgroup_mma",), "attend")
+    report = Report("attend", "sm_90", 8, 2, tensor_cores={"HGMMA": 40}, waits=waits)
+    assert bool(failures(item, "sm_90", report)) is fails
 
 
 @pytest.mark.parametrize("arch", LIKE_SM_80)

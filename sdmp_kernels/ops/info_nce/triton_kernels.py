@@ -139,19 +139,27 @@ def info_nce_attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    whole = count // BLOCK_N * BLOCK_N if PEEL else 0
-    for block in range(0, whole, BLOCK_N):
-        k = _tile(k_tile, d, column < BLOCK_N, D, BLOCK_D, False)
-        z = tl.dot(q, tl.trans(k), input_precision="ieee")
-        acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False)
-        k_tile += BLOCK_N * D
-    for block in range(whole, count, BLOCK_N):
-        keep = block + column < count
-        k = _tile(k_tile, d, keep, D, BLOCK_D, True)
-        k_rows = k_ptr + tl.cast(block, tl.int64) * D
-        z = _products(q, k, q_ptr, row < N, k_rows, keep, D, BLOCK_M, BLOCK_N, SLICE)
-        acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
-        k_tile += BLOCK_N * D
+    if PEEL:
+        whole = count // BLOCK_N * BLOCK_N
+        for block in range(0, whole, BLOCK_N):
+            k = _tile(k_tile, d, column < BLOCK_N, D, BLOCK_D, False)
+            z = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False)
+            k_tile += BLOCK_N * D
+        # Not a second loop: the pointers carried through both would take registers that are needed.
+        if whole < count:
+            keep = whole + column < count
+            k = _tile(k_tile, d, keep, D, BLOCK_D, True)
+            z = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+    else:
+        for block in range(0, count, BLOCK_N):
+            keep = block + column < count
+            k = _tile(k_tile, d, keep, D, BLOCK_D, True)
+            k_rows = k_ptr + tl.cast(block, tl.int64) * D
+            z = _products(q, k, q_ptr, row < N, k_rows, keep, D, BLOCK_M, BLOCK_N, SLICE)
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+            k_tile += BLOCK_N * D
     place = split.to(tl.int64) * N + row
     tl.store(peak_ptr + place, peak, mask=row < N)  # narrow: one number per row
     tl.store(total_ptr + place, total, mask=row < N)  # narrow: one number per row
