@@ -21,13 +21,22 @@ def check_target(
     Raises:
         TypeError, ValueError: naming the argument. Values are looked at on the CPU only.
     """
+    return looked_at(argument, target, rows, columns, like, ignored)[0]
+
+
+def looked_at(
+    argument: str, target: object, rows: int, columns: int, like: Tensor, ignored: int | None = None
+) -> tuple[TwoHot, bool]:
+    """`check_target`, and whether every column is known to be in range and not `ignored`."""
     if not isinstance(target, (tuple, list)) or len(target) != 3:
         raise TypeError(f"{argument} must be a TwoHot(first, second, weight), got {type(target).__name__}")
     target = target if isinstance(target, TwoHot) else TwoHot(*target)
     if not _fits(target, rows, like.device):
         _check_kind(argument, target, rows, like)
+    whole = False
     if rows and readable(*target):
-        if not (within(target.first, columns) and within(target.second, columns)):
+        whole = within(target.first, columns) and within(target.second, columns)
+        if not whole:
             _check_columns(argument, target, columns, ignored)
         low, high = extremes(target.weight)
         if not (low >= 0 and high <= 1):
@@ -35,7 +44,7 @@ def check_target(
                 f"{argument}.weight must hold shares in [0, 1], got {low:.6g} to {high:.6g}; "
                 "give the share of `first`, the rest goes to `second`"
             )
-    return target
+    return target, whole and (ignored is None or not 0 <= ignored < columns)
 
 
 _INDICES, _WEIGHTS = (torch.int64,), (torch.float32, torch.float64)

@@ -48,10 +48,13 @@ def _problem(
     """
     sets = []
     for t, k in enumerate(keys):
-        hidden = excluded[t] if excluded and excluded[t].numel() else None
-        u, v = (kept_columns(column[t], hidden, len(k)) for column in (first, second))
+        u, v, hidden = first[t], second[t], None
+        if excluded and excluded[t].numel():
+            hidden = excluded[t]
+            u, v = kept_columns(u, hidden, k.shape[0]), kept_columns(v, hidden, k.shape[0])
         sets.append(KeySet(k, u, v, weight[t], hidden, term_weight[t] if term_weight else 1.0))
-    scale = 1 / q.shape[0] if reduction == "mean" and q.shape[0] else 1.0
+    rows = q.shape[0]
+    scale = 1 / rows if reduction == "mean" and rows else 1.0
     return Problem(q, sets, temperature, form, scale, bool(term_weight))
 
 
@@ -202,7 +205,7 @@ def _backward(ctx, grad, *_constants):
         return None, *[None] * ctx.terms
     _, _, need_q, *need_k = ctx.needs_input_grad
     q, stats, dq, *rest = ctx.saved_tensors
-    if not ctx.again and len(dq) == 1 and dq.dtype == q.dtype and readable(grad, dq) and owned_gradient():
+    if not ctx.again and dq.shape[0] == 1 and dq.dtype == q.dtype and readable(grad, dq) and owned_gradient():
         return scaled(dq[0], grad, dq[0]), *[None] * ctx.terms
     count = ctx.terms if ctx.again else 0
     keys, first, second, weight = (rest[i * count : (i + 1) * count] for i in range(4))

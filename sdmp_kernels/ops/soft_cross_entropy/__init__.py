@@ -8,7 +8,7 @@ from torch import Tensor
 from sdmp_kernels._checks import check_integer, check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.losses import FLOATS
 from sdmp_kernels.ops.soft_cross_entropy import op as _op
-from sdmp_kernels.ops.target import check_options, check_target
+from sdmp_kernels.ops.target import check_options, looked_at
 from sdmp_kernels.plan import TwoHot
 
 
@@ -68,13 +68,14 @@ def soft_cross_entropy(
     check_options(form, reduction)
     smoothing = check_number("label_smoothing", label_smoothing, low=0.0, high=1.0, what="a number in [0, 1]")
     ignored = check_integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1, what="an integer")
-    target = check_target("target", target, logits.shape[0], logits.shape[1], logits, ignored)
+    target, whole = looked_at("target", target, logits.shape[0], logits.shape[1], logits, ignored)
     if class_weight is not None:
         _check_class_weight(class_weight, logits)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if inplace_backward and wanted and logits.is_leaf:
         raise ValueError("inplace_backward=True writes over the logits, which must not be a leaf that wants a gradient")
-    options = (class_weight, smoothing, form, ignored, reduction, wanted and not inplace_backward, inplace_backward)
+    skipped = None if whole else ignored
+    options = (class_weight, smoothing, form, skipped, reduction, wanted and not inplace_backward, inplace_backward)
     loss, _, _ = _op.soft_cross_entropy_op.overload(logits, *target, *options)
     return loss
 

@@ -17,14 +17,14 @@ class Given(NamedTuple):
         first, second: (N,) int64. A column out of [0, K), or `ignored`, is left out.
         weight: (N,) of `first`; that of `second` is the rest.
         class_weight: (K,) what multiplies the weights of each column, or None.
-        ignored: a column that is left out, in range or not.
+        ignored: a column that is left out, in range or not; None where all are known to be in range and to count.
     """
 
     first: Tensor
     second: Tensor
     weight: Tensor
     class_weight: Tensor | None
-    ignored: int
+    ignored: int | None
 
 
 class Rows(NamedTuple):
@@ -52,9 +52,12 @@ class Rows(NamedTuple):
 def rows_of(given: Given, columns: int, dtype: torch.dtype) -> Rows:
     """The rows of a target over `columns` columns, factors in `dtype`. On the CPU usual targets are what they are."""
     first, second, weight, class_weight, ignored = given
-    usual = class_weight is None and first.is_cpu and not 0 <= ignored < columns
-    if usual and within(first, columns) and within(second, columns):
-        return Rows(first, second, weight, None, None)
+    if class_weight is None and first.is_cpu:
+        if ignored is None:
+            return Rows(first, second, weight, None, None)
+        if not 0 <= ignored < columns and within(first, columns) and within(second, columns):
+            return Rows(first, second, weight, None, None)
+    ignored = -1 if ignored is None else ignored
     kept_first, kept_second = ((column >= 0) & (column < columns) & (column != ignored) for column in (first, second))
     first, second = torch.where(kept_first, first, 0), torch.where(kept_second, second, 0)
     weight = weight.to(dtype)

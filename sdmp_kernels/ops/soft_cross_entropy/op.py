@@ -58,14 +58,15 @@ def soft_cross_entropy_op(
     class_weight: Optional[Tensor],
     label_smoothing: float,
     form: str,
-    ignore_index: int,
+    ignore_index: Optional[int],
     reduction: str,
     need_grad: bool,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient, correction): (N,) or reduced to (); (N, K) gradient of the sum of the loss once it is multiplied
     by the correction, or (0, K) where it is left to the backward pass; (1,), or of no elements for 1. `in_place`: the
-    backward pass writes the gradient over the logits.
+    backward pass writes the gradient over the logits. `ignore_index` is None where every column is known to be in range
+    and none is ignored.
     """
     if logits.shape[0] == 0:
         return _outputs(logits, class_weight, label_smoothing, reduction, need_grad)
@@ -119,7 +120,7 @@ def soft_cross_entropy_backward_op(
     class_weight: Optional[Tensor],
     label_smoothing: float,
     form: str,
-    ignore_index: int,
+    ignore_index: Optional[int],
     reduction: str,
     gradient: Optional[Tensor] = None,
     correction: Optional[Tensor] = None,
@@ -150,7 +151,7 @@ def soft_cross_entropy_inplace_backward_op(
     class_weight: Optional[Tensor],
     label_smoothing: float,
     form: str,
-    ignore_index: int,
+    ignore_index: Optional[int],
     reduction: str,
     correction: Tensor,
 ) -> None:

@@ -119,7 +119,14 @@ def sweep_call(
         logits if gradient is None else gradient,
     )
     step = 0 if upstream is None else upstream.stride(0)
-    sizes = (n, k // align, *strides, step, max(-1, min(given.ignored, 2**31 - 1)), tiles)
+    sizes = (
+        n,
+        k // align,
+        *strides,
+        step,
+        -1 if given.ignored is None else max(-1, min(given.ignored, 2**31 - 1)),
+        tiles,
+    )
     args = (*pointers, *sizes, label_smoothing, 1 / k, scale)
     return Call(soft_cross_entropy_sweep_kernel, (programs,), args, warps, 1, constants)
 
