@@ -14,12 +14,13 @@ import torch
 import torch.multiprocessing as mp
 from tiny_runs import as_batch, build_training, random_views, with_mixing
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import MixPlan, make_plan
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
 from sdmp_train.data import Batch
 from sdmp_train.distributed import (
-    CpuSyncBatchNorm,
+    SyncBatchNorm,
     World,
     gather_rows,
     join_world,
@@ -236,18 +237,43 @@ def leave(world: World, code: int | None) -> float:
 
 
 def batch_norm(world: World) -> dict[str, torch.Tensor]:
-    """Output, gradient and statistics of a synchronised batch norm on this rank's half of a batch."""
+    """Output, gradients and statistics of a synchronised batch norm on this rank's half of a batch."""
     x = norm_input().chunk(2)[world.rank].clone().requires_grad_()
-    layer = CpuSyncBatchNorm.take_over(filled_norm())
-    y = layer(x)
-    (y * weights(world.rank, y)).sum().backward()
+    layer = SyncBatchNorm.take_over(filled_norm())
+    with Seen() as seen:
+        y = layer(x)
+        (y * weights(world.rank, y)).sum().backward()
+    plain = SyncBatchNorm.take_over(nn.BatchNorm1d(5, affine=False, momentum=None))
+    rows = torch.randn(4, 5, generator=torch.Generator().manual_seed(3 + world.rank))
+    half = filled_norm()
     return {
         "y": y.detach(),
         "dx": x.grad,
         "mean": layer.running_mean,
         "var": layer.running_var,
         "dw": layer.weight.grad,
+        "db": layer.bias.grad,
+        "waits": torch.tensor(len(seen.waits)),
+        "plain": plain(plain(rows)),
+        "plain_mean": plain.running_mean,
+        "half": SyncBatchNorm.take_over(half)(x.detach().bfloat16()),
+        "evaluated": layer.eval()(x.detach()),
     }
+
+
+class Seen(TorchDispatchMode):
+    """Operators that would make the host wait for a GPU: values that are read, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(
+            word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+        ):
+            self.waits.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def norm_input() -> torch.Tensor:
@@ -395,3 +421,25 @@ def test_batch_norm_over_two_ranks_is_batch_norm_over_the_whole_batch(two_ranks)
     for f in found:
         torch.testing.assert_close(f["mean"], layer.running_mean)
         torch.testing.assert_close(f["var"], layer.running_var)
+        assert f["waits"] == 0
+        assert f["half"].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0]["db"] + found[1]["db"], layer.bias.grad, rtol=1e-4, atol=1e-4)
+    fresh = filled_norm()(norm_input().bfloat16().float())
+    torch.testing.assert_close(torch.cat([f["half"] for f in found]).float(), fresh, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat([f["evaluated"] for f in found]), layer.eval()(norm_input()))
+
+
+def test_batch_norm_without_weights_and_with_averaged_statistics(two_ranks):
+    layer = nn.BatchNorm1d(5, affine=False, momentum=None)
+    rows = torch.cat([torch.randn(4, 5, generator=torch.Generator().manual_seed(3 + rank)) for rank in (0, 1)])
+    expected = layer(layer(rows))
+    found = [rank["norm"] for rank in two_ranks[1]]
+    torch.testing.assert_close(torch.cat([f["plain"] for f in found]), expected)
+    assert all(torch.allclose(f["plain_mean"], layer.running_mean, atol=1e-6) for f in found)
+
+
+def test_a_wait_for_a_gpu_is_seen():
+    with Seen() as seen:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert len(seen.waits) == 2

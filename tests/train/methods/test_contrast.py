@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import as_batch, at_step, build_method, dense_loss, random_features, random_views
+from tiny_runs import as_batch, at_step, build_method, dense_loss, random_features, random_views, with_mixing
 from torch import nn
+from torch.nn.functional import normalize
 
 from sdmp_train.config import Config, ConfigError, ModelConfig
-from sdmp_train.methods.contrast import ContrastConfig, build_student, mlp_head
+from sdmp_train.methods import contrast
+from sdmp_train.methods.contrast import ContrastConfig, Features, build_student, mlp_head
 from sdmp_train.models import build_backbone
 
 
@@ -54,6 +57,62 @@ def test_the_heads_fit_whatever_architecture_takes_the_images(arch: str, image_p
     student = build_student(backbone, ContrastConfig(dim=8, mlp_dim=16), seed=0)
     (queries,) = student(torch.zeros(2, 3, image_px, image_px))
     assert queries.shape == (2, 8)
+
+
+# Each logit is off by 2^-8 / T at most and a term 2 T CE by twice that, times 2 T, see `Contrast.encode`.
+WORST = 2.0**-6
+
+
+@pytest.mark.parametrize("mixing", ["none", "sdmp"])
+def test_features_are_bf16_under_bf16_precision_and_the_loss_is_near_that_of_float32(tiny: Config, mixing: str):
+    config = with_mixing(replace(tiny, run=replace(tiny.run, precision="bf16")), mixing=mixing)
+    method = build_method(config)
+    plan = method.plan(at_step(1))
+    with torch.no_grad():
+        features = method.encode(method.mix(as_batch(random_views(config)), plan))
+    found = [*features.queries.values(), *features.keys.values()]
+    assert {t.dtype for t in found} == {torch.bfloat16}
+    single = Features(*({name: t.float() for name, t in part.items()} for part in features))
+    generator = torch.Generator().manual_seed(0)
+    exact = Features(
+        *(
+            {name: normalize(torch.randn(t.shape, generator=generator), dim=1) for name, t in part.items()}
+            for part in single
+        )
+    )
+    near = Features(*({name: t.bfloat16() for name, t in part.items()} for part in exact))
+    total = sum(term.weight for term in method.terms)
+    losses = [method.loss(given, plan, None, at_step(1)) for given in (features, single, near, exact)]
+    # The products themselves are exact, and added up in float32: only the rounding of the features counts.
+    assert abs(float(losses[0].total - losses[1].total)) <= 1e-6 * total
+    assert abs(float(losses[2].total - losses[3].total)) <= WORST * total
+    # And of random unit vectors, whose errors are as random, a twentieth of the worst.
+    assert 0 < abs(float(losses[2].total - losses[3].total)) <= WORST / 20 * total
+
+
+def test_one_call_per_query_with_an_upstream_factor_of_one(tiny: Config, monkeypatch):
+    """The weights of the terms are the op's business; the log has each term as it is."""
+    method = build_method(with_mixing(tiny))
+    plan = method.plan(at_step(1))
+    features = method.encode(method.mix(as_batch(random_views(tiny)), plan))
+    honest, factors = contrast.info_nce, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        loss, terms = honest(*args, **options)
+        loss.register_hook(lambda grad: factors.append(float(grad)))
+        return loss, terms
+
+    monkeypatch.setattr(contrast, "info_nce", watched)
+    loss = method.loss(features, plan, None, at_step(1))
+    loss.total.backward()
+    assert factors == [1.0] * len(features.queries)
+    temperature, total = method.heads.temperature, 0.0
+    for term in method.terms:
+        target, query = method.target(term, plan), features.queries[term.query]
+        alone = honest(query, features.keys[term.key], target, temperature=temperature)
+        total += float(term.weight * 2 * temperature * alone.detach())
+    assert float(loss.total.detach()) == pytest.approx(total, rel=1e-6)
+    assert set(loss.terms) == {term.name for term in method.terms}
 
 
 def test_heads_depend_on_the_seed_alone_and_global_random_state_is_not_moved(tiny: Config):

@@ -61,7 +61,11 @@ def test_labels_are_the_shares_of_the_pixels_that_reached_the_encoder(tiny: Conf
     """The weight of the source target is measured from the pixels of the query, not read from the plan."""
     method = build_method(with_mixing(tiny, rules=("cutmix",)))
     targets: list[TwoHot] = []
-    monkeypatch.setattr(contrast, "info_nce", lambda q, k, target, **_: targets.extend(target) or [q.sum() for _ in k])
+    monkeypatch.setattr(
+        contrast,
+        "info_nce",
+        lambda q, k, target, **_: targets.extend(target) or (q.sum(), torch.zeros(len(k))),
+    )
     views = random_views(tiny)
     share: dict[str, Tensor] = {}
     for step in range(4):
