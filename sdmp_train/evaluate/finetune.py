@@ -209,7 +209,7 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
     with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
         stop.speaks = world.is_first
         subject = open_subject(config, "finetune", drop_path=config.drop_path)
-        train, test = labelled_images(subject.data)
+        train, test = labelled_images(subject.data, progress=stop.check, say=log.say)
         recipe = RECIPES[config.recipe]
         fraction = recipe.fraction if config.fraction is None else config.fraction
         train, which = some_images(train, fraction, config.train_list, config.seed)
