@@ -160,6 +160,8 @@ def test_the_cheap_cells_come_first_and_every_arm_of_a_seed_together():
     cells = gain_map(arguments()).cells
     costs = [cell.images * cell.epochs for cell in cells]
     assert costs == sorted(costs) and costs[0] == 100_000
+    batch = gain_map(arguments()).recipe.optim.batch_size
+    assert all(images % batch == 0 for images in {cell.images for cell in cells})  # no image is left out of a pass
     arms = len(reproduce.arms_there_are())
     for first in range(0, len(cells), arms):
         assert len({(c.images, c.epochs, c.seed) for c in cells[first : first + arms]}) == 1
