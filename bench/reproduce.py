@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -164,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
     cells = part_of(cells, args.part)
     if not cells:
         print("no cell matches --only and --part")
+        return WRONG
+    if experiment.small and importlib.util.find_spec("sklearn") is None:
+        print("the linear classifier needs scikit-learn: pip install 'sdmp-kernels[plots]'")
         return WRONG
     folder = args.folder or ROOT / "runs" / "reproduce" / experiment.name
     data = args.data or unpacked(ROOT / "runs" / "reproduce")
