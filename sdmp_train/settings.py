@@ -60,8 +60,9 @@ class DataConfig:
     """Mean of red, green and blue on the 0 to 1 scale."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue on the 0 to 1 scale."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """Who decodes. `auto` measures both for a second where a run is long enough, and keeps the faster."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """Who decodes. `auto` measures dali and torchvision for a second where a run is long enough, and keeps the faster;
+    `resident` decodes every image once and keeps all on the device, where they fit."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do where a file is no readable image: stop and name it, or leave it out (up to 1 % of the files)."""
     workers: Annotated[int | None, arg(aliases=("-j",))] = None

@@ -19,7 +19,7 @@ import torch
 from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
-from .choice import Choice, LoaderName, choose_loader, faster_loader, open_loader
+from .choice import LOADERS, Choice, LoaderName, choose_loader, faster_loader, open_loader
 from .folders import find_splits, holds_images
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
@@ -28,6 +28,7 @@ from .shapes import shapes_folder
 from .source import Source
 
 __all__ = [
+    "LOADERS",
     "BadFile",
     "Batch",
     "Choice",
@@ -73,7 +74,8 @@ def make_loader(
     `batch_size` is this rank's; `steps` counts from the start of the run, so `steps - start_step` batches come.
     `loader`: "auto" measures both for about a second where 20,000 images or more are to come, takes the faster and says
     both rates (`Loader.why`); with fewer it is DALI where that is installed. Of several ranks let one measure, and give
-    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels.
+    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels. "resident" decodes every image once, when
+    it is opened, and keeps all of them on the device; `DataError` where they do not fit.
     `workers`: decoding threads (DALI) or processes (torchvision, 0 decodes in this process); default: the cores this
     process may use, divided by the ranks that share the machine.
     """
@@ -113,8 +115,11 @@ def eval_loader(
 
     `resize_px`: the shorter side before the crop; default `size_px * 256 / 224`, and `size_px` up to 64 px.
     With `world_size > 1` a rank gets one contiguous part of the rows (parts differ by at most one row).
+    `loader`: "resident", which would decode all for one look at each, is "torchvision" here: the same pixels.
     """
     recipes = as_recipes([eval_view(size_px, resize_px)])
+    if loader == "resident":
+        loader = "torchvision"  # the same pixels, and each image is needed once
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
     return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))
