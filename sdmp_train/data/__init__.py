@@ -1,4 +1,4 @@
-"""From a folder of image files to uint8 views on a device.
+"""From a folder, list or archive of images to uint8 views on a device.
 
     index = open_folder("photos")
     with make_loader(index, byol_views(224), batch_size=256, steps=1000, seed=0, device="cuda") as loader:
@@ -26,6 +26,7 @@ from .index import Index, open_folder
 from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
+from .sources import kind_of, open_source
 
 __all__ = [
     "LOADERS",
@@ -48,8 +49,10 @@ __all__ = [
     "eval_view",
     "find_splits",
     "holds_images",
+    "kind_of",
     "make_loader",
     "open_folder",
+    "open_source",
     "shapes_folder",
     "steps_per_epoch",
 ]
