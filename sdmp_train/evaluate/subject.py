@@ -63,7 +63,7 @@ class SubjectConfig:
     """Decoding threads; None chooses by the number of cores."""
     bad_images: Literal["stop", "skip"] | None = None
     """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
+    loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
     """Who decodes; default: the run's choice."""
 
     def __post_init__(self) -> None:
