@@ -17,7 +17,7 @@ import torch
 from global_random import untouched
 from torch import Tensor
 
-import sdmp_kernels.timm
+import sdmp_kernels.timm.mixup
 from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, mix, soft_cross_entropy
 from sdmp_kernels.timm import Mixup
 
@@ -453,8 +453,8 @@ def test_a_plan_is_replayed() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_call_is_one_fused_call(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original: Callable[..., Any] = sdmp_kernels.timm.mix
-    monkeypatch.setattr(sdmp_kernels.timm, "mix", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original: Callable[..., Any] = sdmp_kernels.timm.mixup.mix
+    monkeypatch.setattr(sdmp_kernels.timm.mixup, "mix", lambda *a, **k: calls.append(k) or original(*a, **k))
     images = pictures()
     Mixup(1.0, 1.0, mode=mode, resizemix_alpha=1.0)(images, class_numbers())
     assert len(calls) == 1

@@ -145,7 +145,7 @@ class Mixup:
             raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
         if plan is not None and not self.correct_lam:
             raise ValueError("plan cannot be replayed with correct_lam=False: a plan holds the counted lam only")
-        rules = self._rules() if plan is None else plan.rules
+        rules = self._rules(self.mixup_enabled) if plan is None else plan.rules
         images = _as_images(x, rules)
         target = self._check_target(target, len(x))
         lam = None
@@ -175,11 +175,15 @@ class Mixup:
         """
         return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), check_size(size))[0]
 
-    def _draw(self, n: int, size: tuple[int, int]) -> tuple[MixPlan, Tensor | None]:
-        """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's."""
+    def _draw(self, n: int, size: tuple[int, int], *, enabled: bool | None = None) -> tuple[MixPlan, Tensor | None]:
+        """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's.
+
+        enabled: whether anything is mixed; default `mixup_enabled`.
+        """
+        enabled = self.mixup_enabled if enabled is None else enabled
         unit = self._units(n)
         count = int(unit.max(initial=-1)) + 1
-        if self.mixup_enabled:
+        if enabled:
             rng = self._draws.next()
             rule, drawn = self._draw_rules(rng, count)
             boxes = self._draw_boxes(rng, rule, drawn, size)
@@ -188,7 +192,7 @@ class Mixup:
             boxes = np.zeros((count, 4), dtype=np.int32)
         rule, drawn = rule[unit], drawn[unit].astype(np.float32)
         plan = make_plan(torch.from_numpy(rule), torch.from_numpy(drawn), size, box=torch.from_numpy(boxes[unit]))
-        plan = allowing(plan, self._rules())
+        plan = allowing(plan, self._rules(enabled))
         if self.correct_lam or self.cutmix_minmax is not None:
             return plan, None
         uncorrected = np.where(rule == Rule.CUTMIX, drawn, plan.lam.numpy())
@@ -214,9 +218,9 @@ class Mixup:
         share = self.switch_prob if blend and paste else float(bool(paste))
         return ({Rule.MIXUP: 1 - share} if blend else {}) | {rule: share / len(paste) for rule in paste}
 
-    def _rules(self) -> tuple[Rule, ...]:
+    def _rules(self, enabled: bool) -> tuple[Rule, ...]:
         """The rules that may occur, the same for every call."""
-        if not self.mixup_enabled:
+        if not enabled:
             return (Rule.KEEP,)
         rules = [rule for rule, chance in self._chances().items() if chance > 0 and self.mix_prob > 0]
         return tuple(([Rule.KEEP] if self.mix_prob < 1 else []) + rules)
