@@ -19,7 +19,7 @@ from torch import nn
 from sdmp_kernels import MixPlan, draw_plan
 
 from ..config import Config, OptimConfig, RunConfig
-from ..data import Batch, Index, RandAugmentErase, ViewRecipe, crop_flip_view
+from ..data import Batch, Index, LoaderName, RandAugmentErase, ViewRecipe, crop_flip_view
 from ..distributed import World, join_world
 from ..durable import replacing, write_durably
 from ..export import write_export
@@ -238,7 +238,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     data = subject.data
     changes_views = config.randaugment is not None or config.erase_prob > 0
     host = RandAugmentErase(data.image_px, data.mean, data.std, config.randaugment, config.erase_prob)
-    loader: Literal["dali", "torchvision"] = "torchvision" if changes_views else resolved_loader(data.loader, world)
+    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world)
     loop = Config(
         data=replace(data, loader=loader),
         optim=OptimConfig(
