@@ -107,7 +107,7 @@ def words(found: dict[str, list[str]]) -> str:
         short = name.rsplit(".", 1)[-1]
         refused = any(short in names for names in _REFUSED.values())
         lines.append(
-            f"  {name} -> " + ("refused" if refused else f"sdmp_kernels.timm.{short}") + f" in {len(modules)} modules"
+            f"  {name} -> " + ("refused" if refused else f"sdmp_kernels.timm.{short}") + f" ({', '.join(modules)})"
         )
     return "\n".join(lines)
 
