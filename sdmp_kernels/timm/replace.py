@@ -106,9 +106,8 @@ def words(found: dict[str, list[str]]) -> str:
     for name, modules in found.items():
         short = name.rsplit(".", 1)[-1]
         refused = any(short in names for names in _REFUSED.values())
-        lines.append(
-            f"  {name} -> " + ("refused" if refused else f"sdmp_kernels.timm.{short}") + f" in {len(modules)} modules"
-        )
+        ours, where = "refused" if refused else f"sdmp_kernels.timm.{short}", ", ".join(modules)
+        lines.append(f"  {name} -> {ours} ({where})")
     return "\n".join(lines)
 
 
