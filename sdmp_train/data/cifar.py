@@ -69,7 +69,7 @@ class CifarIndex(Index):
     def fingerprint(self) -> str:
         """Changes when a pixel does."""
         digest = hashlib.sha256(super().fingerprint.encode())
-        digest.update(np.ascontiguousarray(self.pixels))
+        digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.hexdigest()
 
     def subset(self, rows: NDArray[np.integer]) -> Self:
