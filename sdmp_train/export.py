@@ -33,7 +33,10 @@ MODEL_ARGUMENTS = {
     "embed_dim": (1, 2**14),
     "depth": (1, 256),
     "num_heads": (1, 256),
+    "stem_width": (1, 2**12),
 }
+STAGES, WIDEST = 4, 2**14
+"""What `channels` of a ResNet may be: that many numbers, up to that."""
 
 
 def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int) -> None:
@@ -58,13 +61,18 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "stem": config.model.stem,
         "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
+    write_export(frozen, description, folder)
+
+
+def write_export(frozen: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Write `folder` anew from a backbone in eval mode on the CPU and what its config.json shall say; as above."""
     draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({key: value.clone().contiguous() for key, value in frozen.state_dict().items()}, draft / WEIGHTS)
     (draft / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
     (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)  # safetensors writes for the owner alone
-    check_equal(frozen, load_exported(draft)[0], config.data.image_px)
+    check_equal(frozen, load_exported(draft)[0], description["pretrained_cfg"]["input_size"][1])
     put_in_place(draft, folder)
 
 
@@ -79,11 +87,11 @@ def put_in_place(draft: Path, folder: Path) -> None:
     draft.rename(folder)
 
 
-def load_exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_exported(folder: Path, *, drop_path: float = 0.0) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone in an exported folder, in eval mode on the CPU, and its description.
 
     The folder may be anybody's: only what `check_description` knows reaches timm, and no memory is taken for weights
-    that the file does not hold.
+    that the file does not hold. `drop_path`: as `build_backbone` has it; it takes effect in training mode.
 
     Raises:
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
@@ -99,7 +107,8 @@ def load_exported(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         expected = make_model(model, model.arch, description["model_args"], "meta").state_dict()
         compare(str(folder / WEIGHTS), expected, tensors)
-        backbone = make_model(model, model.arch, description["model_args"], "cpu")
+        arguments = {**description["model_args"], **({"drop_path_rate": drop_path} if drop_path else {})}
+        backbone = make_model(model, model.arch, arguments, "cpu")
     backbone.load_state_dict(tensors)
     return backbone.eval(), description
 
@@ -115,7 +124,16 @@ def check_description(description: dict[str, Any]) -> None:
     arguments = description.setdefault("model_args", {})
     require(isinstance(arguments, dict), "model_args", arguments, "names and values")
     for key, value in arguments.items():
-        known = ", ".join(MODEL_ARGUMENTS)
+        if key == "stem_type":
+            require(value == "deep", "model_args: stem_type", value, "'deep'")
+            continue
+        if key == "channels":
+            four = (
+                isinstance(value, list) and len(value) == STAGES and all(is_whole_number(v, 1, WIDEST) for v in value)
+            )
+            require(four, "model_args: channels", value, f"{STAGES} whole numbers from 1 to {WIDEST}")
+            continue
+        known = ", ".join([*MODEL_ARGUMENTS, "channels", "stem_type"])
         require(key in MODEL_ARGUMENTS, "a name in model_args", key, f"one of {known}: others could open files")
         low, high = MODEL_ARGUMENTS[key]
         require(is_whole_number(value, low, high), f"model_args: {key}", value, f"a whole number from {low} to {high}")

@@ -172,6 +172,12 @@ class Log:
         if self.quiet:
             return
         self._write(line)
+        self.progress(line)
+
+    def progress(self, line: str) -> None:
+        """How far something is: on the live line, or plainly but not more often than every 5 s; not in train.log."""
+        if self.quiet:
+            return
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=line)
         elif time.monotonic() - self._printed_at >= PLAIN_SECONDS:

@@ -12,7 +12,7 @@ from .data import Batch, Loader
 from .distributed import reduce_max
 from .guard import FAILED, LateFlags, StopRequest, stop_flag
 from .log import Log
-from .meter import Meter
+from .meter import Meter, line_of
 from .methods.method import Loss, Step
 from .optim import clip_gradients, drop_frozen_gradients, set_schedules
 from .training import Training
@@ -48,7 +48,7 @@ def train(
         flags.push(training.step - 1, batch.ids, made.flags)
         last = training.step == training.last_step
         meter.add(made)
-        if last or training.step % config.run.log_every_steps == 0:
+        if training.writes_line(training.step):
             write_line(training, meter, log)
         with meter.paused():
             after_step(training)
@@ -93,7 +93,9 @@ def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Ste
             features = method.encode(images)
             loss = method.loss(features, plan, batch, at)
             backward(loss, len(batches))
-            losses.append(loss._replace(total=loss.total.detach(), facts={**method.facts(plan), **loss.facts}))
+            health = method.health(features) if training.writes_line(training.step + 1) else {}
+            facts = {**method.facts(plan), **loss.facts, **health}
+            losses.append(loss._replace(total=loss.total.detach(), facts=facts))
         return update(training, mean_of(losses), stop)
 
 
@@ -133,12 +135,11 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
 
 
 def write_line(training: Training, meter: Meter, log: Log) -> None:
-    """One object for metrics.jsonl and one line for people."""
-    values = meter.read()
-    log.metrics(
-        {"step": training.step, "epoch": training.at.epoch, "lr": training.optimizer.param_groups[0]["lr"], **values}
-    )
-    log.report(
-        f"step {training.step}/{training.last_step}  epoch {training.at.epoch:.1f}  loss {values['loss']:.3f}  "
-        f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
-    )
+    """One object for metrics.jsonl and one line for people; once, a warning where features have likely collapsed."""
+    values, at = meter.read(), training.at
+    log.metrics({"step": at.step, "epoch": at.epoch, "lr": training.optimizer.param_groups[0]["lr"], **values})
+    log.report(f"step {at.step}/{training.last_step}  epoch {at.epoch:.1f}  {line_of(values)}")
+    why = training.method.collapse(values) if at.epoch > training.config.optim.warmup_epochs else None
+    if why is not None and not training.warned:
+        training.warned = True
+        log.say(f"warning  likely collapsed at step {at.step}: {why}")

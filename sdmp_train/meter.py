@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -60,3 +60,15 @@ class Meter:
         values["data_wait_fraction"] = min(self._waited_seconds / seconds, 1.0)
         self._clear()
         return values
+
+
+def line_of(values: Mapping[str, float]) -> str:
+    """What of a reading people want to see: the loss and its terms, the spread of the features, the speed."""
+    terms = ", ".join(f"{name[5:]} {value:.2f}" for name, value in values.items() if name.startswith("loss_"))
+    spread = ""
+    if {"feature_std", "effective_rank"} <= set(values):
+        spread = f"features std {values['feature_std']:.2f}, rank {values['effective_rank']:.1f}  "
+    return (
+        f"loss {values['loss']:.3f}  {f'({terms})  ' if terms else ''}{spread}"
+        f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
+    )

@@ -52,16 +52,18 @@ def open_images(config: Config, progress: Progress | None = None, say: Say | Non
         return index, replace(index.subset(np.arange(0)), notes=(str(error),))
 
 
-def measured_images(data: DataConfig) -> tuple[Index, Index | None]:
-    """The images of the bank, and those of the queries where they are of another split.
+def measured_images(
+    data: DataConfig, progress: Progress | None = None, say: Say | None = print
+) -> tuple[Index, Index | None]:
+    """The images of the bank, and those of the queries where they are of another split; the rest as `open_images`.
 
     Raises:
         ConfigError, DataError: they cannot be measured on; the message says why, and what to give.
     """
-    train = open_split(data, "train", say=print)
+    train = open_split(data, "train", progress, say)
     if len(train.classes) < 2:
         raise ConfigError(f"{printable(train.root)} cannot be measured on: {NO_CLASSES}; found {len(train.classes)}")
-    return train, test_split(data, train, None, print)
+    return train, test_split(data, train, progress, say)
 
 
 def open_split(
