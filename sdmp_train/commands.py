@@ -288,6 +288,10 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     return 0
 
 
+VERIFIED_CLASSES = 20
+"""Classes that `verify` prints one by one: its report fits on a screen."""
+
+
 def verify_folder(folder: str) -> int:
     """Decode every image once and print what is there, and what of it no run would use.
 
@@ -296,8 +300,12 @@ def verify_folder(folder: str) -> int:
     """
     index = open_source(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
     print(index.summary())
-    for number, name in enumerate(index.classes):
-        print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")
+    counts = [int((index.labels == number).sum()) for number in range(len(index.classes))]
+    for name, count in zip(index.classes[:VERIFIED_CLASSES], counts, strict=False):
+        print(f"  {count:8}  {printable(name)}")
+    if len(counts) > VERIFIED_CLASSES:
+        rest = counts[VERIFIED_CLASSES:]
+        print(f"  and {len(rest)} more classes of {min(rest)} to {max(rest)} images")
     if index.faults:
         raise DataError(index.faults)
     print("every image decodes")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdmp_kernels.views import byol_views
+from sdmp_train.commands import verify_folder
 from sdmp_train.data import Batch, DataError, Index, kind_of, make_loader, open_source
 from sdmp_train.data.index import find_bad
 
@@ -181,3 +182,15 @@ def test_a_shard_cut_after_it_was_indexed_is_named(tmp_path: Path, places: dict[
     (tmp_path / "a.tar").write_bytes(places["shard"].read_bytes()[: int(index.places[20, 1])])
     with pytest.raises(DataError, match=r"a\.tar/.*is cut: the shard ends"):
         batches(index)
+
+
+def test_verify_takes_any_source_and_fits_on_a_screen(
+    tmp_path: Path, index: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in range(30):
+        (tmp_path / f"{row}.jpg").write_bytes(index.read(row))
+    (tmp_path / "list.txt").write_text("".join(f"{row}.jpg class{row:02d}\n" for row in range(30)))
+    verify_folder(str(tmp_path / "list.txt"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("30 images, 30 classes")
+    assert lines[20:] == ["         1  class19", "  and 10 more classes of 1 to 1 images", "every image decodes"]
