@@ -21,11 +21,17 @@ class SoftTargetCrossEntropy(nn.Module):
     Args:
         smoothing: s in [0, 1] of targets that are class numbers or two-hot, which the maker of a two-hot target leaves
             to the loss: (1 - s) * target + s / K. Dense targets are taken as they are, as timm does.
+        ignore_index: a class number that stands for no label; a mixed row keeps the label of its other image.
+        class_weight: (K,) weights of the classes. Both as in `soft_cross_entropy`, and not for dense targets.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    class_weight: Tensor | None
+
+    def __init__(self, smoothing: float = 0.0, *, ignore_index: int = -100, class_weight: Tensor | None = None) -> None:
         super().__init__()
         self.smoothing = check_number("smoothing", smoothing, low=0.0, high=1.0, what="a number in [0, 1]")
+        self.ignore_index = ignore_index
+        self.register_buffer("class_weight", class_weight)
 
     def forward(self, x: Tensor, target: Tensor | TwoHot) -> Tensor:
         """The loss.
@@ -39,7 +45,13 @@ class SoftTargetCrossEntropy(nn.Module):
         """
         if isinstance(target, Tensor) and target.shape == x.shape:
             return -(target * F.log_softmax(x, dim=-1)).sum(-1).mean()
-        return soft_cross_entropy(x, _two_hot(target, x), label_smoothing=self.smoothing)
+        return soft_cross_entropy(
+            x,
+            _two_hot(target, x, self.ignore_index),
+            label_smoothing=self.smoothing,
+            ignore_index=self.ignore_index,
+            class_weight=self.class_weight,
+        )
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -137,7 +149,7 @@ class BinaryCrossEntropy(nn.Module):
         return slope if self.weight is None else slope * self.weight.to(x.dtype).expand(x.shape[-1])[columns]
 
 
-def _two_hot(target: Tensor | TwoHot, x: Tensor) -> TwoHot:
+def _two_hot(target: Tensor | TwoHot, x: Tensor, ignored: int | None = None) -> TwoHot:
     if isinstance(target, TwoHot):
         return target
-    return TwoHot.from_labels(class_numbers("target", target, len(x), x.shape[-1]))
+    return TwoHot.from_labels(class_numbers("target", target, len(x), x.shape[-1], ignored))

@@ -91,3 +91,14 @@ def test_refuses_labels_that_do_not_fit(kind: Any):
         kind()(logits(), torch.full((N,), K))
     with pytest.raises(TypeError, match="target must hold integer class numbers"):
         kind()(logits(), torch.zeros(N))
+
+
+def test_ignored_labels_and_class_weights_are_those_of_the_op() -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, weight = torch.tensor([0, 3, -1, 4, 2, -1]), torch.rand(5, dtype=torch.float64) + 0.5
+    loss = SoftTargetCrossEntropy(ignore_index=-1, class_weight=weight)
+    expected = torch.nn.functional.cross_entropy(x, labels, weight=weight, ignore_index=-1)
+    torch.testing.assert_close(loss(x, labels), expected)
+    torch.testing.assert_close(loss(x, TwoHot(labels, labels, torch.ones(6))), expected)
+    mixed = loss(x, TwoHot(labels, labels.flip(0), torch.full((6,), 0.25)))
+    assert mixed.isfinite() and not torch.allclose(mixed, expected)
