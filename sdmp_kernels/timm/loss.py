@@ -152,4 +152,5 @@ class BinaryCrossEntropy(nn.Module):
 def _two_hot(target: Tensor | TwoHot, x: Tensor, ignored: int | None = None) -> TwoHot:
     if isinstance(target, TwoHot):
         return target
-    return TwoHot.from_labels(class_numbers("target", target, len(x), x.shape[-1], ignored))
+    labels = class_numbers("target", target, len(x), x.shape[-1], ignored)
+    return TwoHot(labels, labels, torch.ones(len(labels), device=labels.device))
