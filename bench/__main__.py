@@ -17,6 +17,7 @@ python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, 
 python -m bench losses   info_nce, soft_cross_entropy, distillation, beside literal and best eager, torch.compile,
                          SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
 python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
+python -m bench price    what SDMP adds to a step beyond its extra forward passes, MoCo v3 and DINO, on this CPU
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
 python -m bench tune     measure the launch tables of the Triton kernels for this GPU
@@ -38,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     overhead = commands.add_parser("overhead", help="what a call costs on the host")
     overhead.add_argument("--seconds", type=float, default=3.0, help="timed seconds per op (default 3)")
     overhead.add_argument("--json", type=Path, help="also write the rows to this file")
+    price = commands.add_parser("price", help="what SDMP adds to a step")
+    price.add_argument("--blocks", type=int, default=20, help="interleaved blocks (default 20)")
+    price.add_argument("--seconds", type=float, default=1.0, help="timed seconds of each arm in a block (default 1)")
+    price.add_argument("--batch-size", type=int, default=64, help="images of a step (default 64)")
+    price.add_argument("--json", type=Path, help="also write the rows to this file")
     loader = commands.add_parser("loader", help="images/s from files to views")
     loader.add_argument("--data", type=Path, help="folder of photographs (default: the sample in the shared data)")
     loader.add_argument("--seconds", type=float, default=6.0, help="timed seconds per loader and round (default 6)")
@@ -99,6 +105,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import loader
 
         return loader.run(args)
+    if args.command == "price":
+        from bench import price
+
+        return price.run(args)
     if args.command == "overhead":
         from bench import overhead
 
