@@ -24,6 +24,7 @@ import torch
 
 from bench import environment
 from bench.step import as_batch, make_training, one_step
+from sdmp_kernels.views import view_size
 
 BLOCKS = 20
 METHODS = {"mocov3": "quickstart", "dino": "quickstart-dino"}
@@ -82,7 +83,7 @@ def step_of(method: str, mixing: str, batch_size: int) -> Callable[[], Any]:
     training = make_training(config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     views = tuple(
-        torch.randint(0, 256, (batch_size, 3, recipe.size_px, recipe.size_px), dtype=torch.uint8, generator=generator)
+        torch.randint(0, 256, (batch_size, 3, *view_size(recipe.size_px)), dtype=torch.uint8, generator=generator)
         for recipe in training.method.views(training.at)
     )
     batch = as_batch(tuple(view.contiguous(memory_format=torch.channels_last) for view in views))
@@ -136,5 +137,6 @@ def line(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return (
         f"{row['method']:<8} batch {row['batch_size']}: {sdmp:.1f} ms with SDMP / ({plain:.1f} ms without + "
-        f"{extra:.1f} ms of extra forward) = {row['price']:.3f} (95 %: {low:.3f} to {high:.3f}, {len(row['prices'])} blocks)"
+        f"{extra:.1f} ms of extra forward) = {row['price']:.3f} "
+        f"(95 %: {low:.3f} to {high:.3f}, {len(row['prices'])} blocks)"
     )
