@@ -98,6 +98,7 @@ def test_no_setting_is_left_out_below() -> None:
     assert {name for name, _ in FLAGS.values()} == names
 
 
+@pytest.mark.slow
 def test_every_setting_moves_something(tiny_dino: Config) -> None:
     config = of(tiny_dino, warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=2)
     config = replace(config, optim=replace(config.optim, warmup_epochs=0))
