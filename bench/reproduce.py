@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -97,8 +98,11 @@ def arms_there_are() -> dict[str, Arm]:
     return {name: arm for name, arm in ARMS.items() if arm.method in METHODS}
 
 
-def narrow(config: Config, width: int, batch_size: int = 128) -> Config:
-    """The recipe for two CPU cores: a ResNet-10 of this width, small heads, a smaller batch."""
+def narrow(config: Config, width: int, batch_size: int = 100) -> Config:
+    """The recipe for two CPU cores: a ResNet-10 of this width, small heads, a smaller batch.
+
+    The batch divides every share of the images, so that cells of equal cost make equally many steps.
+    """
     from sdmp_train.config import ModelConfig
 
     model = ModelConfig(arch="resnet10t", stem="cifar", width=width)
@@ -161,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
     cells = part_of(cells, args.part)
     if not cells:
         print("no cell matches --only and --part")
+        return WRONG
+    if experiment.small and importlib.util.find_spec("sklearn") is None:
+        print("the linear classifier needs scikit-learn: pip install 'sdmp-kernels[plots]'")
         return WRONG
     folder = args.folder or ROOT / "runs" / "reproduce" / experiment.name
     data = args.data or unpacked(ROOT / "runs" / "reproduce")

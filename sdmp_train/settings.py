@@ -45,7 +45,8 @@ class DataConfig:
     """What is read and how it is augmented."""
 
     data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of images, any tree; with one folder per class, kNN is measured. `embedded`: the built-in shapes."""
+    """Images: a folder, any tree (with one folder per class, kNN is measured); a list of files (.txt); tar shards, one
+    or a folder of them; CIFAR's binary archive or folder. `embedded`: the built-in shapes."""
     test_data: str | None = None
     """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
     image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
@@ -60,8 +61,9 @@ class DataConfig:
     """Mean of red, green and blue on the 0 to 1 scale."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue on the 0 to 1 scale."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """Who decodes. `auto` measures both for a second where a run is long enough, and keeps the faster."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """Who decodes. `auto` measures dali and torchvision for a second where a run is long enough, and keeps the faster;
+    `resident` decodes every image once and keeps all on the device, where they fit."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do where a file is no readable image: stop and name it, or leave it out (up to 1 % of the files)."""
     workers: Annotated[int | None, arg(aliases=("-j",))] = None

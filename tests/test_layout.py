@@ -25,6 +25,7 @@ VIEW_RECIPES = {"byol_views", "dino_views"}
 
 # Files of tests that are about no single module, and what they are about.
 SUITES = {
+    "test_docs.py": "README.md and docs",
     "test_golden_training.py": "whole trainings, bit for bit",
     "test_layout.py": "this file",
     "test_native_build.py": "setup.py and csrc",

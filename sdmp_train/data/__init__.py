@@ -1,4 +1,4 @@
-"""From a folder of image files to uint8 views on a device.
+"""From a folder, list or archive of images to uint8 views on a device.
 
     index = open_folder("photos")
     with make_loader(index, byol_views(224), batch_size=256, steps=1000, seed=0, device="cuda") as loader:
@@ -19,7 +19,7 @@ import torch
 from sdmp_kernels.views import EvalView, Interpolation, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
-from .choice import Choice, LoaderName, choose_loader, faster_loader, open_loader
+from .choice import LOADERS, Choice, LoaderName, choose_loader, faster_loader, open_loader
 from .folders import find_splits, holds_images
 from .host import HostTransform, RandAugmentErase
 from .images import BadFile, DataError, TooManyBadFiles
@@ -27,8 +27,10 @@ from .index import Index, open_folder
 from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
+from .sources import kind_of, open_source
 
 __all__ = [
+    "LOADERS",
     "BadFile",
     "Batch",
     "Choice",
@@ -50,8 +52,10 @@ __all__ = [
     "eval_view",
     "find_splits",
     "holds_images",
+    "kind_of",
     "make_loader",
     "open_folder",
+    "open_source",
     "shapes_folder",
     "steps_per_epoch",
 ]
@@ -78,7 +82,8 @@ def make_loader(
     `batch_size` is this rank's; `steps` counts from the start of the run, so `steps - start_step` batches come.
     `loader`: "auto" measures both for about a second where 20,000 images or more are to come, takes the faster and says
     both rates (`Loader.why`); with fewer it is DALI where that is installed. Of several ranks let one measure, and give
-    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels.
+    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels. "resident" decodes every image once, when
+    it is opened, and keeps all of them on the device; `DataError` where they do not fit.
     `workers`: decoding threads (DALI) or processes (torchvision, 0 decodes in this process); default: the cores this
     process may use, divided by the ranks that share the machine.
     `repeats`: how often an image comes in a row, in views of its own (repeated augmentation).
@@ -132,8 +137,11 @@ def eval_loader(
 
     `resize_px`: the shorter side before the crop; default `size_px * 256 / 224`, and `size_px` up to 64 px.
     With `world_size > 1` a rank gets one contiguous part of the rows (parts differ by at most one row).
+    `loader`: "resident", which would decode all for one look at each, is "torchvision" here: the same pixels.
     """
     recipes = as_recipes([eval_view(size_px, resize_px, interpolation)])
+    if loader == "resident":
+        loader = "torchvision"  # the same pixels, and each image is needed once
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
     return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))

@@ -75,7 +75,7 @@ def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:
         if config.output is None:
             raise ConfigError("output is missing; give --output DIR, a folder for the features")
         folder = Path(config.output)
-        index = chosen_images(config, subject, log)
+        index = chosen_images(config, subject, log, stop)
         log.say(f"weights  {subject.name}")
         log.say(f"data     {index.summary()}")
         subject.backbone.to(world.device)
@@ -111,11 +111,11 @@ def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:
         return shapes
 
 
-def chosen_images(config: EmbedConfig, subject: Subject, log: Log) -> Index:
+def chosen_images(config: EmbedConfig, subject: Subject, log: Log, stop: StopRequest) -> Index:
     """The images of `split`."""
     if config.split == "all":
-        return open_split(subject.data, "train", say=log.say)
-    train, test = knn_images(*measured_images(subject.data), max_images=EVERY_IMAGE)
+        return open_split(subject.data, "train", stop.check, log.say)
+    train, test = knn_images(*measured_images(subject.data, stop.check, log.say), max_images=EVERY_IMAGE)
     return train if config.split == "train" else test
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from sdmp_kernels import MixPlan, draw_plan
 
 from ..config import Config, OptimConfig, RunConfig
-from ..data import Batch, Index, RandAugmentErase, ViewRecipe, crop_flip_view
+from ..data import Batch, Index, LoaderName, RandAugmentErase, ViewRecipe, crop_flip_view
 from ..distributed import World, join_world
 from ..durable import replacing, write_durably
 from ..export import write_export
@@ -209,7 +209,7 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
     with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
         stop.speaks = world.is_first
         subject = open_subject(config, "finetune", drop_path=config.drop_path)
-        train, test = labelled_images(subject.data)
+        train, test = labelled_images(subject.data, progress=stop.check, say=log.say)
         recipe = RECIPES[config.recipe]
         fraction = recipe.fraction if config.fraction is None else config.fraction
         train, which = some_images(train, fraction, config.train_list, config.seed)
@@ -238,7 +238,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     data = subject.data
     changes_views = config.randaugment is not None or config.erase_prob > 0
     host = RandAugmentErase(data.image_px, data.mean, data.std, config.randaugment, config.erase_prob)
-    loader: Literal["dali", "torchvision"] = "torchvision" if changes_views else resolved_loader(data.loader, world)
+    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world)
     loop = Config(
         data=replace(data, loader=loader),
         optim=OptimConfig(

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from .. import checkpoint, run_folder
 from ..config import Config, ConfigError
-from ..data import DataError, HostTransform, Index, choose_loader, make_loader, steps_per_epoch
+from ..data import DataError, HostTransform, Index, LoaderName, choose_loader, make_loader, steps_per_epoch
 from ..distributed import World, together
 from ..durable import write_durably
 from ..log import Log
@@ -108,7 +108,7 @@ class Fitting:
         }
 
 
-def resolved_loader(loader: Literal["auto", "dali", "torchvision"], world: World) -> Literal["dali", "torchvision"]:
+def resolved_loader(loader: LoaderName, world: World) -> LoaderName:
     """What `auto` means here: on a GPU the loaders' pixels differ, so that a training keeps its own."""
     try:
         return choose_loader(loader, world.device).name

@@ -108,7 +108,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
         stop.speaks = world.is_first
         subject = open_subject(config, "knn")
         data = subject.data
-        train, test = measured_images(data)
+        train, test = measured_images(data, stop.check, log.say)
         most, precision = as_the_run_did(config, subject, world)
         bank_images, query_images = knn_images(train, test, max_images=most)
         for what, images in (("bank images", bank_images), ("query images", query_images)):

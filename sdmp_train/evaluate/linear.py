@@ -244,7 +244,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, Any]:
     with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
         stop.speaks = world.is_first
         subject = open_subject(config, "linear")
-        train, test = labelled_images(subject.data)
+        train, test = labelled_images(subject.data, progress=stop.check, say=log.say)
         subject.backbone.to(world.device)
         digest = subject.digest
         fitting = linear_fitting(config, subject, world, train)

@@ -27,7 +27,7 @@ from ..log import LineFile, Log
 from ..models import check_name
 from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
 from ..settings import ConfigError, DataConfig, require
-from ..splits import measured_images
+from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
 from ..text import one_line, printable
 from ..training import versions
@@ -63,7 +63,7 @@ class SubjectConfig:
     """Decoding threads; None chooses by the number of cores."""
     bad_images: Literal["stop", "skip"] | None = None
     """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
+    loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
     """Who decodes; default: the run's choice."""
 
     def __post_init__(self) -> None:
@@ -194,10 +194,12 @@ def measured_data(config: Named, pixels: Mapping[str, Any]) -> DataConfig:
     )
 
 
-def labelled_images(data: DataConfig, test_data: str | None = None) -> tuple[Index, Index]:
+def labelled_images(
+    data: DataConfig, test_data: str | None = None, *, progress: Progress | None = None, say: Say | None = print
+) -> tuple[Index, Index]:
     """Bank and queries, all of them, with the same class numbers; `test_data` goes before that of `data`."""
-    train, test = measured_images(data if test_data is None else replace(data, test_data=test_data))
-    return knn_images(train, test, max_images=EVERY_IMAGE)
+    asked = data if test_data is None else replace(data, test_data=test_data)
+    return knn_images(*measured_images(asked, progress, say), max_images=EVERY_IMAGE)
 
 
 def knn_images(train: Index, test: Index | None, max_images: int) -> tuple[Index, Index]:

@@ -62,6 +62,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Experiment:
 
 
 def test_cells_run_stop_and_go_on_and_nothing_is_measured_twice(small, pictures: Path, tmp_path: Path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     places = {"data": pictures, "folder": tmp_path / "runs", "json": tmp_path / "map.json"}
     assert reproduce.run(arguments(**places, minutes=1e-6)) == reproduce.LATER
     assert (
@@ -160,6 +161,8 @@ def test_the_cheap_cells_come_first_and_every_arm_of_a_seed_together():
     cells = gain_map(arguments()).cells
     costs = [cell.images * cell.epochs for cell in cells]
     assert costs == sorted(costs) and costs[0] == 100_000
+    batch = gain_map(arguments()).recipe.optim.batch_size
+    assert all(images % batch == 0 for images in {cell.images for cell in cells})  # no image is left out of a pass
     arms = len(reproduce.arms_there_are())
     for first in range(0, len(cells), arms):
         assert len({(c.images, c.epochs, c.seed) for c in cells[first : first + arms]}) == 1
@@ -211,7 +214,10 @@ def test_the_linear_classifier_on_known_answers():
     assert 0.4 < found < 0.95
 
 
-def test_without_scikit_learn_there_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+def test_without_scikit_learn_there_is_a_reason(small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(reproduce.importlib.util, "find_spec", lambda name: None)
+    assert reproduce.run(arguments(json=tmp_path / "map.json", data=tmp_path)) == reproduce.WRONG
+    assert "needs scikit-learn" in capsys.readouterr().out and not (tmp_path / "map.json").exists()
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     rows = Features(torch.eye(4), torch.arange(4))
     assert linear(rows, rows) == (None, "scikit-learn is not installed")

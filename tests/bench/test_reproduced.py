@@ -129,15 +129,15 @@ def test_two_processes_lose_nothing_of_each_other(tmp_path: Path):
 
 def test_the_page_gets_its_section_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     page = tmp_path / "reproduction.md"
-    page.write_text("before\n<!-- map-small:begin -->\nold\n<!-- map-small:end -->\nafter\n")
+    page.write_text("before\n<!-- map-small:begin -->\nFORMER\n<!-- map-small:end -->\nafter\n")
     readme = tmp_path / "README.md"
-    readme.write_text("one\n<!-- map-small-finding:begin -->\nold\n<!-- map-small-finding:end -->\ntwo\n")
+    readme.write_text("one\n<!-- map-small-finding:begin -->\nFORMER\n<!-- map-small-finding:end -->\ntwo\n")
     monkeypatch.setattr(reproduced, "PAGE", page)
     monkeypatch.setattr(reproduced, "README", readme)
     found = document(tmp_path / "map.json", NUMBERS)
     assert write(found) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "FORMER" not in text
     assert table(found) in text and "12 trainings, 0.2 hours on Test CPU, 2 cores" in text
     assert readme.read_text() == (
         f"one\n<!-- map-small-finding:begin -->\n{finding(found)}\n<!-- map-small-finding:end -->\ntwo\n"

@@ -58,7 +58,8 @@ def test_every_preset_names_itself_its_number_and_its_source():
 def unused(name: str, value: object, config: Config) -> bool:
     """A setting that moves nothing: one that is off, or another optimiser's."""
     group, _, key = name.partition(".")
-    other_optimiser = key.startswith("lars") if config.optim.opt == "adamw" else key == "betas"
+    owners = {"betas": "adamw", "momentum": "sgd", "lars_momentum": "lars", "lars_trust": "lars", "lars_clip": "lars"}
+    other_optimiser = group == "optim" and owners.get(key, config.optim.opt) != config.optim.opt
     has_scales = key == "crop_min_frac" and hasattr(config.method, "global_crops_scale")
     return group == "run" or value is None or other_optimiser or has_scales or name in NOT_MATHS
 

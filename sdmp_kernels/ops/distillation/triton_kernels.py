@@ -350,8 +350,10 @@ def distillation_loss_kernel(
     sums = tl.sum(total, 1)
     tl.store(stats_ptr + v * n.to(tl.int64) + row, top, mask=v < views)  # narrow: one per crop
     tl.store(stats_ptr + (views + v) * n.to(tl.int64) + row, sums, mask=v < views)  # narrow: one per crop
-    terms = tl.sum(mass, 1) * tl.log(tl.where(v < views, sums, 1.0)) - tl.sum(crossed, 1) * to_natural
-    tl.store(loss_ptr + row, tl.sum(terms, 0) * scale)
+    # In float64, which costs nothing here: each crop's share, and their sum, would else be rounded once more.
+    logs = tl.log(tl.where(v < views, sums, 1.0)).to(tl.float64)
+    terms = tl.sum(mass.to(tl.float64), 1) * logs - tl.sum(crossed.to(tl.float64), 1) * to_natural
+    tl.store(loss_ptr + row, (tl.sum(terms, 0) * scale).to(tl.float32))
 
 
 @triton.jit

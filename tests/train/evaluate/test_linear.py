@@ -184,6 +184,14 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bits(tiny: Config, tmp_path: P
     assert again["sweep"] == plain["sweep"]
 
 
+def test_a_stop_is_heard_while_the_images_are_looked_at(tiny: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(StopRequest, "check", lambda self, *_: (_ for _ in ()).throw(Stopped("asked")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing is remembered of them
+    with pytest.raises(Stopped):
+        evaluate_linear(settings(tiny, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

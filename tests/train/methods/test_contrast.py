@@ -106,7 +106,7 @@ def test_one_call_per_query_with_an_upstream_factor_of_one(tiny: Config, monkeyp
     loss = method.loss(features, plan, None, at_step(1))
     loss.total.backward()
     assert factors == [1.0] * len(features.queries)
-    temperature, total = method.heads.temperature, 0.0
+    temperature, total = method.temperature, 0.0
     for term in method.terms:
         target, query = method.target(term, plan), features.queries[term.query]
         alone = honest(query, features.keys[term.key], target, temperature=temperature)
