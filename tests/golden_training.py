@@ -44,6 +44,7 @@ RUNS = {
         }.items()
     },
     "dino": (1, "--preset quickstart-dino --batch-size 32 --depth 2 --drop-path-rate 0.1"),
+    "dino-plain": (1, "--preset quickstart-dino --mixing none --batch-size 32 --depth 2 --no-norm-last-layer"),
     "two-processes": (2, f"--preset quickstart -b 16 --depth 2 --variant extra --rules mixup cutmix {HEADS}"),
 }
 
