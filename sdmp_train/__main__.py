@@ -68,7 +68,9 @@ class PretrainArguments:
 class ExportArguments:
     """Write the backbone of a run's checkpoint as safetensors with timm's names."""
 
-    run: Positional[str]
+    folder: Positional[str | None] = None
+    """The same as --run."""
+    run: str | None = None
     """Run folder."""
     step: int | None = None
     """Step of the checkpoint; default the newest."""
@@ -80,8 +82,20 @@ class ExportArguments:
 class VerifyArguments:
     """Index a folder of images, decode every one, and report."""
 
-    folder: Positional[str]
+    folder: Positional[str | None] = None
+    """The same as --data."""
+    data: str | None = None
     """Folder of images."""
+
+
+def one_of(name: str, flag: str | None, positional: str | None) -> str:
+    """What is given with `--name` or without it. Raises `ConfigError` where it is neither or two different ones."""
+    given = {value for value in (flag, positional) if value is not None}
+    if not given:
+        raise ConfigError(f"{name} is missing; give --{name} FOLDER")
+    if len(given) > 1:
+        raise ConfigError(f"--{name} names {flag}, and {positional} is given besides; give one of them")
+    return given.pop()
 
 
 def parse(kind: type[T], subcommand: str, argv: Sequence[str], default: T | None = None) -> T:
@@ -199,7 +213,7 @@ def run_export(argv: Sequence[str]) -> int:
     from .commands import export_checkpoint
 
     arguments = parse(ExportArguments, "export", argv)
-    run = Path(arguments.run)
+    run = Path(one_of("run", arguments.run, arguments.folder))
     return export_checkpoint(
         run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
     )
@@ -216,7 +230,8 @@ def run_presets(argv: Sequence[str]) -> int:
 def run_verify(argv: Sequence[str]) -> int:
     from .commands import verify_folder
 
-    return verify_folder(parse(VerifyArguments, "verify", argv).folder)
+    arguments = parse(VerifyArguments, "verify", argv)
+    return verify_folder(one_of("data", arguments.data, arguments.folder))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

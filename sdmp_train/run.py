@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from . import checkpoint
 from .config import ConfigError, to_dict
 from .data import DataError, Index, eval_loader
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
-from .export import export_backbone
+from .export import export_backbone, how_to_load, write_card
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture
@@ -104,7 +105,7 @@ class Run:
 
     def say_how_to_go_on(self) -> None:
         """The command."""
-        self.log.say(f"go on with: python -m sdmp_train pretrain --resume {shlex.quote(str(self.folder))}")
+        self.log.say(f"go on with: python -m sdmp_train pretrain --resume {shlex.quote(str(self.folder.absolute()))}")
 
     def after_training(self) -> None:
         """The exported backbone, kNN, and what to do next.
@@ -123,8 +124,14 @@ class Run:
         self.stop.check()
         if self.measures():
             self.say_knn("trained backbone", "knn", self.training.method.backbone)
+            with contextlib.suppress(OSError):  # the card of the export stays as it was
+                write_card(self.training.config, target, self.training.step, self.numbers())
         for line in self.farewell():
             self.log.say(line)
+
+    def numbers(self) -> dict[str, str]:
+        """What was measured so far, for the model card."""
+        return {f"kNN (k = {KNN_K}), {what}": f"{accuracy:.1%}" for what, accuracy in self.accuracies.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside its tensors."""
@@ -198,11 +205,14 @@ class Run:
         gpu = self.training.world.device.type == "cuda"
         own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
+        first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
+        folder = shlex.quote(str(self.folder.absolute()))
         return [
             *([f"kNN      {known}"] if known else []),
             f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png checkpoints/ exported/)",
-            f'load     timm.create_model("local-dir:{self.folder}/exported", pretrained=True)',
-            f"measure  python -m sdmp_train eval knn --run {self.folder}",
-            f"report   python -m sdmp_train report {self.folder}",
+            f"load     {first}",
+            *(f"         {line}" for line in others),
+            f"measure  python -m sdmp_train eval knn --run {folder}",
+            f"report   python -m sdmp_train report {folder}",
             *([f"yours    python -m sdmp_train pretrain --preset {own} --data YOUR_IMAGES"] if embedded else []),
         ]

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from sdmp_train import export
 from sdmp_train.config import Config, ConfigError, ModelConfig
-from sdmp_train.export import export_backbone, load_exported
+from sdmp_train.export import export_backbone, how_to_load, load_exported, write_card
 from sdmp_train.models import build_backbone
+
+HERE = {**os.environ, "PYTHONPATH": str(Path(export.__file__).parents[1])}
 
 
 def trained(config: Config) -> torch.nn.Module:
@@ -233,3 +238,55 @@ def test_a_folder_whose_name_is_not_utf8_can_be_written_and_read(tiny: Config, t
     folder = tmp_path / os.fsdecode(b"run\xff")
     export_backbone(trained(tiny), tiny, folder, step=8)
     assert load_exported(folder)[1]["pretraining"]["steps"] == 8
+
+
+def test_timm_gives_any_family_another_classifier_and_other_channels(tiny: Config, tmp_path: Path):
+    images = torch.randn(2, 3, 64, 64)
+    families = ("test_vit", "deit3_small_patch16_224", "test_convnext", "test_resnet", "mobilenetv3_small_100")
+    for arch in families:
+        config = replace(tiny, data=replace(tiny.data, image_px=64), model=ModelConfig(arch=arch))
+        export_backbone(trained_at(config, 64), config, tmp_path / arch, step=8)
+        place = f"local-dir:{tmp_path / arch}"
+        assert timm.create_model(place, pretrained=True, num_classes=10).eval()(images).shape == (2, 10)
+        for channels in (1, 4):
+            model = timm.create_model(place, pretrained=True, in_chans=channels).eval()
+            assert model(images[:, :1].expand(-1, channels, -1, -1)).ndim == 2
+        averaged = timm.create_model(place, pretrained=True, global_pool="avg").state_dict()
+        for name, tensor in load_file(tmp_path / arch / "model.safetensors").items():
+            assert torch.equal(averaged[name], tensor), (arch, name)
+
+
+def trained_at(config: Config, px: int) -> torch.nn.Module:
+    backbone = build_backbone(config.model, px, seed=1)
+    backbone.train()(torch.randn(4, 3, px, px, generator=torch.Generator().manual_seed(0)))
+    return backbone
+
+
+@pytest.mark.parametrize("cifar", [False, True])
+def test_the_card_s_lines_load_the_export(cifar: bool, tiny: Config, tiny_resnet: Config, tmp_path: Path):
+    config = tiny_resnet if cifar else tiny
+    folder = tmp_path / "it's"
+    backbone = trained(config)
+    export_backbone(backbone, config, folder, step=8)
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "other"
+    assert front["library_name"] == ("pytorch" if cifar else "timm")
+    code = card.split("```python\n")[1].split("```")[0] + "print(backbone.num_features)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=HERE)
+    assert shown.stdout.split() == [str(backbone.num_features)], shown.stderr
+    names: dict = {}
+    exec("\n".join(how_to_load(config, str(folder))), names)
+    first, tensor = next(iter(backbone.state_dict().items()))
+    assert torch.equal(names["backbone"].state_dict()[first], tensor)
+
+
+def test_a_card_that_was_edited_stays(tiny: Config, tmp_path: Path):
+    export_backbone(trained(tiny), tiny, tmp_path / "exported", step=4)
+    write_card(tiny, tmp_path / "exported", 4, {"kNN": "50.0%"})
+    assert "| kNN | 50.0% |" in (tmp_path / "exported" / "README.md").read_text()
+    (tmp_path / "exported" / "README.md").write_text("my card")
+    export_backbone(trained(tiny), tiny, tmp_path / "exported", step=8)
+    write_card(tiny, tmp_path / "exported", 8, {})
+    assert (tmp_path / "exported" / "README.md").read_text() == "my card"
+    assert load_exported(tmp_path / "exported")[1]["pretraining"]["steps"] == 8
