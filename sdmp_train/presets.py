@@ -132,7 +132,7 @@ DINO_SOURCES = {
     DINO_CODE: "method.out_dim method.head_dim method.bottleneck_dim method.norm_last_layer method.use_bn_in_head "
     "method.student_temp method.warmup_teacher_temp method.teacher_temp method.warmup_teacher_temp_epochs "
     "method.momentum_teacher method.center_momentum method.freeze_last_layer method.drop_path_rate "
-    "method.local_crops_number method.local_px method.global_crops_scale method.local_crops_scale",
+    "method.vit_start method.local_crops_number method.local_px method.global_crops_scale method.local_crops_scale",
     ROW: "method.mixing",
     "paper, section 4.3.2": "method.rules method.per",
     "the paper's released code for MoCo v3; the paper says Beta(alpha, alpha)": "method.alpha",

@@ -31,6 +31,7 @@ from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
 from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
 from .momentum import follow
+from .start import start_vit
 
 HEAD_STD = 0.02
 MOST_ENTROPY = 0.999
@@ -67,6 +68,9 @@ class DINOConfig:
     """Epochs in which the prototypes are not trained."""
     drop_path_rate: Annotated[float, arg(name="drop-path-rate")] = 0.1
     """ViT: chance that the student's last residual branch is left out for a sample, falling to 0 towards the first."""
+    vit_start: Annotated[Literal["timm", "mocov3"], arg(name="vit-start")] = "timm"
+    """How a ViT starts: as timm's does (DINO's own), or with MoCo v3's Xavier weights, fixed sin-cos positions and frozen
+    patch projection, which suits narrow nets and short runs."""
     local_crops_number: int = 8
     """Local crops of an image; 0 leaves the two global ones."""
     local_px: int = 96
@@ -258,6 +262,8 @@ class DINO:
         self.world: World = setup.world
         self.crops = crops_of(config)
         options = {**self.backbone_options(config), "more_px": (config.local_px,) if config.local_crops_number else ()}
+        if config.vit_start == "mocov3":
+            options["start"] = lambda vit: start_vit(vit, freeze_patches=True)
         backbone = build_backbone(**options)
         is_vit = hasattr(backbone, "patch_embed")
         with torch.random.fork_rng(devices=[]):
