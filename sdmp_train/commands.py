@@ -288,13 +288,15 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     return 0
 
 
-def verify_folder(folder: str) -> int:
+def verify_folder(folder: str, max_pixels: int | None = None) -> int:
     """Decode every image once and print what is there, and what of it no run would use.
 
     Raises:
         DataError: some files are no readable images, or a class folder has none; it names them.
     """
-    index = open_folder(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
+    index = open_folder(
+        folder, split=None, on_bad="list", check="decode", max_pixels=max_pixels, progress=reporting(print, None)
+    )
     print(index.summary())
     for number, name in enumerate(index.classes):
         print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")

@@ -134,7 +134,7 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         "license_name: not-stated",
         "pipeline_tag: image-feature-extraction",
         "tags:",
-        "- self-supervised-learning" if config.method_name != "supervised" else "- image-classification",
+        f"- {config.method_name}",
         "- sdmp",
         "---",
         CARD_MARK,

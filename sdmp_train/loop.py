@@ -15,6 +15,7 @@ from .log import Log
 from .meter import Meter
 from .methods.method import Loss, Step
 from .optim import clip_gradients, drop_frozen_gradients, set_schedules
+from .text import duration
 from .training import Training
 
 
@@ -133,12 +134,16 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
 
 
 def write_line(training: Training, meter: Meter, log: Log) -> None:
-    """One object for metrics.jsonl and one line for people."""
-    values = meter.read()
-    log.metrics(
-        {"step": training.step, "epoch": training.at.epoch, "lr": training.optimizer.param_groups[0]["lr"], **values}
+    """One object for metrics.jsonl, one line for people, and its head for the live line."""
+    values, lr = meter.read(), training.optimizer.param_groups[0]["lr"]
+    log.metrics({"step": training.step, "epoch": training.at.epoch, "lr": lr, **values})
+    left = (training.last_step - training.step) * values["step_seconds"]
+    head = (
+        f"step {training.step}/{training.last_step}  loss {values['loss']:.3f}  {values['images_per_second']:.3g} img/s"
     )
     log.report(
-        f"step {training.step}/{training.last_step}  epoch {training.at.epoch:.1f}  loss {values['loss']:.3f}  "
-        f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
+        f"{head}  epoch {training.at.epoch:.1f}  lr {lr:.2e}  {duration(values['step_seconds'])} a step  "
+        f"waiting for data {values['data_wait_fraction']:.0%}  memory {values['memory_gib']:.1f} GiB  "
+        f"left {duration(left)}",
+        live=head,
     )

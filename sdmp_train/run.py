@@ -24,6 +24,7 @@ from .presets import FOR_OWN_IMAGES
 from .run_folder import CHECKPOINTS, EXPORTED
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
+from .text import duration
 from .training import Training, backbone_place, state_parts, versions
 
 KNN_K = 20
@@ -44,6 +45,7 @@ class Run:
     log: Log
     stop: StopRequest
     failed_saves: int = 0
+    began_at: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
 
@@ -240,7 +242,9 @@ class Run:
         embedded = self.training.config.data.data == EMBEDDED
         first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
         folder = shlex.quote(str(self.folder.absolute()))
+        loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         return [
+            f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
             *([f"kNN      {known}"] if known else []),
             f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png checkpoints/ exported/)",
             f"load     {first}",

@@ -57,6 +57,10 @@ class KnnConfig:
     """Also measure the pixels themselves."""
     bad_images: Literal["stop", "skip"] | None = None
     """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
+    max_bad_frac: float | None = None
+    """With --bad-images skip: the share of files that may be left out; default: as the run did."""
+    max_pixels: int | None = None
+    """Files that claim more pixels are bad; default: as the run did."""
     loader: Literal["auto", "dali", "torchvision"] | None = None
     """Who decodes; default: the run's choice."""
 
@@ -129,6 +133,8 @@ def measured_data(config: KnnConfig, pixels: dict[str, Any]) -> DataConfig:
         std=tuple(pixels["std"]),
         workers=config.workers,
         bad_images=config.bad_images or stored.bad_images,
+        max_bad_frac=stored.max_bad_frac if config.max_bad_frac is None else config.max_bad_frac,
+        max_pixels=stored.max_pixels if config.max_pixels is None else config.max_pixels,
         loader=config.loader or stored.loader,
     )
 
