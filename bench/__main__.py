@@ -21,6 +21,8 @@ python -m bench overhead what a call costs on the host: the first, and each one 
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
 python -m bench tune     measure the launch tables of the Triton kernels for this GPU
 python -m bench table    the table of the README, from the newest results of every machine
+python -m bench reproduce table5|map   is the method any good? Table 5, and where the gain begins: whole trainings,
+                         resumable, within --minutes
 python -m bench env      what this machine is, and which libraries there are to compare with
 python -m bench offline  carry wheels to a GPU host without a package registry
 """
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = commands.add_parser("table", help="the README's table")
     table.add_argument("--write", action="store_true", help="put it between the README's markers")
     table.add_argument("--plots", action="store_true", help="draw the plots of the newest results again")
+    again = commands.add_parser("reproduce", help="the paper's Table 5, and where the gain begins")
+    _reproducing(again)
     check = commands.add_parser("check", help="one of the checks that `gpu` runs")
     check.add_argument("name", choices=("ceilings", "large", "nosync"))
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -111,6 +115,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import table
 
         return table.run(args)
+    if args.command == "reproduce":
+        from bench import reproduce
+
+        return reproduce.run(args)
     if args.command == "offline":
         from bench import offline
 
@@ -144,6 +152,24 @@ def _one_arm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, required=True, help="how long to time it")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
     parser.add_argument("--json", type=Path, required=True, help="where its entry goes")
+
+
+def _reproducing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", choices=("table5", "map"))
+    parser.add_argument("--small", action="store_true", help="the same for two CPU cores, with a narrow ResNet")
+    parser.add_argument(
+        "--data", type=Path, help="CIFAR-10 as train/CLASS and test/CLASS (default: the shared archive)"
+    )
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on later")
+    parser.add_argument("--seeds", type=int, help="seeds of every cell (default: table5 1, map 3)")
+    parser.add_argument("--epochs", type=int, help="table5: passes over the images (default 200, with --small 20)")
+    parser.add_argument("--width", type=int, default=8, help="with --small: channels of the first stage (default 8)")
+    parser.add_argument("--only", help="only cells whose name contains this")
+    parser.add_argument("--part", help="i/n: every n-th cell, so that n processes share an experiment")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: GPU if any)")
+    parser.add_argument("--folder", type=Path, help="run folders (default runs/reproduce/NAME)")
+    parser.add_argument("--json", type=Path, help="results (default bench/results/reproduce/NAME.json)")
+    parser.add_argument("--write", action="store_true", help="put table and picture into docs/reproduction.md and end")
 
 
 def _measuring(parser: argparse.ArgumentParser) -> None:

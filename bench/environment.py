@@ -99,12 +99,13 @@ def nvcc() -> str | None:
     return found[1] if found else None
 
 
-def commit() -> tuple[str | None, bool | None]:
-    """(commit, whether the tree differs from it); (None, None) outside a git checkout."""
+def commit(*but: str) -> tuple[str | None, bool | None]:
+    """(commit, whether the tree differs from it, `but` for these paths); (None, None) outside a git checkout."""
     head = output("git", "rev-parse", "--verify", "--quiet", "HEAD")
     if not head:
         return None, None
-    return head, bool(output("git", "status", "--porcelain", "--untracked-files=no"))
+    paths = ["--", ".", *(f":!{path}" for path in but)]
+    return head, bool(output("git", "status", "--porcelain", "--untracked-files=no", *paths))
 
 
 def describe() -> dict[str, Any]:

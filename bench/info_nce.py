@@ -190,7 +190,8 @@ def our_info_nce(inputs: Inputs) -> Callable[[], Tensor]:
     q, keys, targets, t = inputs["q"], inputs["k"], inputs["targets"], inputs["temperature"]
     if len(keys) == 1:
         return lambda: info_nce(q, keys[0], targets[0], temperature=t)  # type: ignore[return-value]
-    return lambda: torch.stack(list(info_nce(q, keys, targets, temperature=t))).sum()
+    # As the trainer calls it: one weighted sum.
+    return lambda: info_nce(q, keys, targets, temperature=t, term_weight=[1.0] * len(keys))  # type: ignore[return-value]
 
 
 def _arms(

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.arms import loss_arm
 from bench.environment import PACKAGES, version
 from bench.harness import Absent, Arm, Call, Inputs
 from sdmp_kernels import Rule
@@ -280,6 +282,55 @@ def hard_cross_entropy(name: str, module: str, package: str, function: str) -> A
         return max(worst, float((results[0].double() - torch.cat(losses).mean()).abs()))
 
     return Arm(name, named(package, HARD), "peer", bind, check, tolerance=5e-2)
+
+
+# Dense labels, as the users of timm and torchvision meet them: made of the labels in every step, then a soft loss.
+
+
+def timm_dense_labels(forward: bool) -> Arm:
+    """timm's `mixup_target` with a share per sample, and its SoftTargetCrossEntropy."""
+
+    def make(inputs: Inputs) -> Callable[[], Tensor]:
+        mixup_target = require("timm.data.mixup", "timm").mixup_target
+        loss = require("timm.loss", "timm").SoftTargetCrossEntropy()
+        logits, (labels, _, weight) = inputs["logits"], inputs["target"]
+        columns = logits.shape[1]
+        return lambda: loss(logits, mixup_target(labels, columns, weight[:, None]))
+
+    words = "dense mixed labels and SoftTargetCrossEntropy"
+    return loss_arm("timm dense labels", named("timm", words), "peer", make, forward=forward)
+
+
+def torchvision_dense_labels(forward: bool) -> Arm:
+    """The labels of torchvision v2's MixUp and `F.cross_entropy`; the images it wants with them are one pixel each."""
+    used: dict[str, Tensor] = {}
+
+    def make(inputs: Inputs) -> Callable[[], Tensor]:
+        v2 = require("torchvision.transforms.v2", "torchvision")
+        logits, labels = inputs["logits"], inputs["target"].first
+        transform = v2.MixUp(num_classes=logits.shape[1])
+        pixels = torch.zeros(len(labels), 1, 1, 1, device=labels.device)
+
+        def loss() -> Tensor:
+            _, used["dense"] = transform(pixels, labels)
+            return F.cross_entropy(logits, used["dense"].to(logits.dtype))
+
+        return loss
+
+    @torch.no_grad()
+    def check(inputs: Inputs, results: Sequence[Tensor]) -> float:
+        source, losses, worst = inputs["logits"], [], 0.0
+        for rows in torch.arange(len(source), device=source.device).split(256):
+            z, dense = source[rows].double(), used["dense"][rows].double()
+            losses.append(F.cross_entropy(z, dense, reduction="none"))
+            if not forward:
+                grad = torch.softmax(z, 1) - dense
+                worst = max(worst, float((results[1][rows].double() * len(source) - grad).abs().max()))
+        return max(worst, float((results[0].double() - torch.cat(losses).mean()).abs()))
+
+    words = "dense mixed labels of one lam for the batch, partner by roll(1), and F.cross_entropy"
+    arm = loss_arm("torchvision dense labels", named("torchvision", words), "peer", make, forward=forward)
+    return replace(arm, check=check, tolerance=5e-2)
 
 
 def present() -> list[tuple[str, str]]:

@@ -107,6 +107,8 @@ def _arms(n: int, columns: int, dtype: torch.dtype, device: torch.device, size: 
     if size != "tiny" and not forward:
         yield from compiled("gathered", gathered_cross_entropy, _given)
         yield from compiled("dense target", dense_cross_entropy, _given)
+    yield peers.timm_dense_labels(forward)
+    yield peers.torchvision_dense_labels(forward)
     if not forward:
         functional = "liger_kernel.transformers.functional"
         yield peers.hard_cross_entropy("Liger", functional, "liger-kernel", "liger_cross_entropy")

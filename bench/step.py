@@ -67,7 +67,9 @@ def make_training(config: Config, device: torch.device, method_class: type[Metho
     from sdmp_train.training import assemble
 
     precision: Any = "bf16" if device.type == "cuda" else "fp32"
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    # A step between two lines: where one is written the host waits for the device, and looks at the features.
+    run = dataclasses.replace(config.run, precision=precision, log_every_steps=10**9)
+    config = dataclasses.replace(config, run=run)
     return assemble(config, World(device), steps_per_epoch=1000, method_class=method_class)
 
 
@@ -106,7 +108,7 @@ def plain_class() -> type[MoCoV3]:
             return images
 
         def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
-            total, scale = torch.zeros((), device=self.world.device), self.config.temperature
+            total, scale = torch.zeros((), device=self.world.device), self.temperature
             for term in self.terms:
                 logits = features.queries[term.query] @ features.keys[term.key].T / scale
                 first, second, weight = self.target(term, plan)

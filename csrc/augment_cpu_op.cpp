@@ -61,19 +61,6 @@ void check_boxes(const AugmentJob& job) {
   }
 }
 
-using Kernel = decltype(&portable::augment);
-
-// The one for the best instruction set that was built and that this processor has.
-Kernel kernel() {
-#if defined(SDMP_WITH_AVX512)
-  if (runs_avx512()) return avx512::augment;
-#endif
-#if defined(SDMP_WITH_AVX2)
-  if (runs_avx2()) return avx2::augment;
-#endif
-  return portable::augment;
-}
-
 void augment_cpu(std::vector<Tensor> images, const Tensor& box, const Tensor& flip, const Tensor& brightness,
                  const Tensor& contrast, const Tensor& saturation, const Tensor& hue, const Tensor& gray,
                  const Tensor& sigma, const Tensor& solarize, bool cubic, Tensor out) {
@@ -106,7 +93,7 @@ void augment_cpu(std::vector<Tensor> images, const Tensor& box, const Tensor& fl
   job.cubic = cubic;
   job.out = static_cast<uint8_t*>(out.data_ptr());
   job.out_image = job.n == 1 ? 0 : out.stride(0);
-  const Kernel run = kernel();
+  const auto run = SDMP_BEST(augment);
   torch::stable::parallel_for(0, job.n, 1, [&](int64_t begin, int64_t end) { run(job, begin, end); });
 }
 

@@ -104,8 +104,7 @@ class Distiller {
       double scale = 0;
       Student* out = nullptr;
       if (job_.gradient != nullptr) {
-        scale = job_.scale / job_.student_temperature;
-        if (job_.upstream != nullptr) scale *= job_.upstream[row * job_.upstream_step];
+        scale = job_.scale.of(row) / job_.student_temperature;
         out = reinterpret_cast<Student*>(job_.gradient) + (v * student.rows + row) * n_;
       }
       const double crossed = combine(z, peak, used, static_cast<float>(total / sum), static_cast<float>(scale), out);

@@ -18,19 +18,13 @@ struct Weights {
   int64_t view, crop, row;
 };
 
-struct DistillationJob {
+struct DistillationJob : LossJob {
   Crops student, teacher;
   Weights own, other;
   const int64_t* partner;  // (N,) contiguous, or null for the flip
   const float* center;     // (K,) contiguous, or null
   double student_temperature, teacher_temperature;
-  double* losses;          // (N,), or null
-  char* gradient;          // (V, N, K) contiguous, of the type of the student, or null
-  double scale;            // of the gradient, and where `upstream` is not null its rows too
-  const float* upstream;   // (N,)
-  int64_t upstream_step;
   bool pairs;              // a task owns rows i and n-1-i, whose partners they are
-  bool stream;             // write past the cache: the gradient is larger than it
   int64_t units;           // pairs, or rows
 };
 

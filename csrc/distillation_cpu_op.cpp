@@ -5,21 +5,6 @@
 namespace sdmp {
 namespace {
 
-decltype(&portable::distillation) kernel() {
-  switch (instruction_set()) {
-#if defined(SDMP_WITH_AVX512)
-    case Set::kAvx512:
-      return avx512::distillation;
-#endif
-#if defined(SDMP_WITH_AVX2)
-    case Set::kAvx2:
-      return avx2::distillation;
-#endif
-    default:
-      return portable::distillation;
-  }
-}
-
 Crops crops_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 3, name, " must have three dimensions");
   const int64_t column = tensor.size(2) == 1 ? 1 : tensor.stride(2);
@@ -62,34 +47,10 @@ void distillation_cpu(const Tensor& student, const Tensor& teacher, const Tensor
   }
   job.student_temperature = student_temperature;
   job.teacher_temperature = teacher_temperature;
-  job.scale = scale;
-  job.upstream = nullptr;
-  job.upstream_step = 0;
-  if (upstream.has_value()) {
-    STD_TORCH_CHECK(upstream->dim() == 1 && upstream->size(0) == n && upstream->scalar_type() == ScalarType::Float,
-                    "upstream must be float32 of shape (", n, ",)");
-    job.upstream = static_cast<const float*>(upstream->data_ptr());
-    job.upstream_step = upstream->stride(0);
-  }
-  std::vector<double> losses(loss.has_value() ? n : 0);
-  if (loss.has_value()) {
-    STD_TORCH_CHECK(loss->scalar_type() == ScalarType::Float && loss->is_contiguous() &&
-                        (loss->dim() == 0 || (loss->dim() == 1 && loss->size(0) == n)),
-                    "loss must be float32 of shape () or (", n, ",)");
-  }
-  job.losses = loss.has_value() ? losses.data() : nullptr;
-  job.gradient = nullptr;
-  job.stream = false;
-  if (gradient.has_value()) {
-    STD_TORCH_CHECK(gradient->dim() == 3 && gradient->numel() == student.numel() && gradient->is_contiguous() &&
-                        gradient->scalar_type() == student.scalar_type(),
-                    "gradient must be contiguous and like the student");
-    job.gradient = static_cast<char*>(gradient->data_ptr());
-    job.stream = gradient->numel() * static_cast<int64_t>(gradient->element_size()) >= kLossStreamBytes;
-  }
+  const std::vector<double> losses = prepare(job, n, scale_of(scale, upstream, n), loss, gradient, student);
   job.pairs = job.other.data != nullptr && job.partner == nullptr;
   job.units = job.pairs ? (n + 1) / 2 : n;
-  const auto run = kernel();
+  const auto run = SDMP_BEST(distillation);
   const int64_t elements = (job.student.crops + job.teacher.crops) * k * (job.pairs ? 2 : 1);
   run_rows(job.units, elements, distillation_scratch(job),
            [&](int64_t begin, int64_t end, float* scratch) { run(job, begin, end, scratch); });

@@ -25,7 +25,7 @@ void info_nce(const InfoNceJob& job, int64_t begin, int64_t end, float* scratch)
       for (int64_t r = 0; r < 4; ++r) job.stats[r * job.stats_step + i] = said[r];
     }
     if (job.gradient) {
-      const double scale = job.scale * (job.upstream == nullptr ? 1.0 : job.upstream[i * job.upstream_step]);
+      const double scale = job.scale.of(i);
       const double factor = scale * (pulls.first + pulls.second) / sum;
       const Pulls drawn = {scale * pulls.first, scale * pulls.second};
       write_gradient(scratch, n, static_cast<float>(factor), 0.0f, t, drawn, false, z);

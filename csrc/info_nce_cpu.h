@@ -17,9 +17,7 @@ struct InfoNceJob {
   double* stats;          // four rows of numbers, `stats_step` apart, see `reference.forward`; or null
   int64_t stats_step;
   double unit;            // product as it is to be told, per product here
-  double scale;           // of the gradient, and where `upstream` is not null its rows too
-  const float* upstream;
-  int64_t upstream_step;
+  Scale scale;            // of the gradient
 };
 
 // Elements of scratch that one thread needs.

@@ -10,27 +10,6 @@
 namespace sdmp {
 namespace {
 
-decltype(&portable::info_nce) kernel() {
-  switch (instruction_set()) {
-#if defined(SDMP_WITH_AVX512)
-    case Set::kAvx512:
-      return avx512::info_nce;
-#endif
-#if defined(SDMP_WITH_AVX2)
-    case Set::kAvx2:
-      return avx2::info_nce;
-#endif
-    default:
-      return portable::info_nce;
-  }
-}
-
-void check_upstream(const std::optional<Tensor>& upstream, int64_t rows) {
-  STD_TORCH_CHECK(!upstream.has_value() || (upstream->dim() == 1 && upstream->size(0) == rows &&
-                                            upstream->scalar_type() == ScalarType::Float),
-                  "upstream must be float32 of shape (", rows, ",)");
-}
-
 // A result (terms, ...) of which one term is written: contiguous, `size` elements a term.
 template <class Value>
 Value* term_of(std::optional<Tensor>& tensor, const char* name, ScalarType type, int64_t term, int64_t size) {
@@ -64,11 +43,8 @@ void info_nce_rows_cpu(Tensor products, const Tensor& first, const Tensor& secon
     job.stats_step = stats->stride(0);
   }
   job.unit = unit;
-  job.scale = scale;
-  check_upstream(upstream, job.rows);
-  job.upstream = upstream.has_value() ? static_cast<const float*>(upstream->data_ptr()) : nullptr;
-  job.upstream_step = upstream.has_value() ? upstream->stride(0) : 0;
-  const auto run = kernel();
+  job.scale = scale_of(scale, upstream, job.rows);
+  const auto run = SDMP_BEST(info_nce);
   run_rows(job.rows, job.columns, info_nce_scratch(job.columns),
            [&](int64_t begin, int64_t end, float* scratch) { run(job, begin, end, scratch); });
 }
@@ -118,7 +94,7 @@ void info_nce_few_cpu(const Tensor& q_given, const Tensor& k_given, const Tensor
   const int64_t n = q_matrix.rows, m = k_matrix.rows, d = q_matrix.columns;
   STD_TORCH_CHECK(k_matrix.columns == d, "q and k must have the same number of columns");
   const TargetView target = target_of(first, second, weight, n);
-  check_upstream(upstream, n);
+  const Scale factor = scale_of(scale / temperature, upstream, n);
   float* losses = term_of<float>(loss, "loss", ScalarType::Float, term, reduced ? 1 : n);
   double* said = term_of<double>(stats, "stats", ScalarType::Double, term, 4 * n);
   float* dqs = term_of<float>(dq, "dq", ScalarType::Float, term, n * d);
@@ -149,10 +125,7 @@ void info_nce_few_cpu(const Tensor& q_given, const Tensor& k_given, const Tensor
       said[3 * n + i] = pulls.second;
     }
     if (dqs == nullptr && dks == nullptr) continue;
-    const double row = scale / temperature *
-                       (upstream.has_value()
-                            ? static_cast<const float*>(upstream->data_ptr())[i * upstream->stride(0)]
-                            : 1.0);
+    const double row = factor.of(i);
     for (double& value : z) value *= row * (pulls.first + pulls.second) / sum;
     // A column of weight 0 is not touched: it may be out of range.
     if (t.w > 0) z[t.first] -= row * pulls.first;

@@ -23,4 +23,20 @@ struct TargetView {
   bool wide;
 };
 
+// What a gradient is multiplied by: one number, and where `rows` is not null that of each row too.
+struct Scale {
+  double all = 1;
+  const float* rows = nullptr;  // (rows,), `step` apart
+  int64_t step = 0;
+  double of(int64_t row) const { return rows == nullptr ? all : all * rows[row * step]; }
+};
+
+// What comes out of a loss whose logits are given, beside its own arguments.
+struct LossJob {
+  double* losses = nullptr;  // (rows,), not scaled, or null
+  char* gradient = nullptr;  // contiguous, of the type of the logits, or null
+  Scale scale;               // of the gradient
+  bool stream = false;       // write past the cache: the gradient is larger than it
+};
+
 }  // namespace sdmp

@@ -44,19 +44,6 @@ inline TargetView target_of(const Tensor& first, const Tensor& second, const Ten
           static_cast<const char*>(weight.data_ptr()), first.stride(0), second.stride(0), weight.stride(0), wide};
 }
 
-// The best instruction set that was built and that this processor has.
-enum class Set { kPortable, kAvx2, kAvx512 };
-
-inline Set instruction_set() {
-#if defined(SDMP_WITH_AVX512)
-  if (runs_avx512()) return Set::kAvx512;
-#endif
-#if defined(SDMP_WITH_AVX2)
-  if (runs_avx2()) return Set::kAvx2;
-#endif
-  return Set::kPortable;
-}
-
 struct FreeMemory {
   void operator()(float* memory) const { std::free(memory); }
 };
@@ -72,6 +59,34 @@ void run_rows(int64_t rows, int64_t elements_per_row, int64_t scratch, Run run) 
     if (!memory) throw std::bad_alloc();
     run(begin, end, memory.get());
   });
+}
+
+inline Scale scale_of(double all, const std::optional<Tensor>& upstream, int64_t rows) {
+  if (!upstream.has_value()) return {all};
+  STD_TORCH_CHECK(upstream->dim() == 1 && upstream->size(0) == rows && upstream->scalar_type() == ScalarType::Float,
+                  "upstream must be float32 of shape (", rows, ",)");
+  return {all, static_cast<const float*>(upstream->data_ptr()), upstream->stride(0)};
+}
+
+// What a job is to fill, of `rows` rows: the losses that are returned, and `gradient`, which is like `logits`.
+inline std::vector<double> prepare(LossJob& job, int64_t rows, Scale scale, const std::optional<Tensor>& loss,
+                                   const std::optional<Tensor>& gradient, const Tensor& logits) {
+  std::vector<double> losses(loss.has_value() ? rows : 0);
+  if (loss.has_value()) {
+    STD_TORCH_CHECK(loss->scalar_type() == ScalarType::Float && loss->is_contiguous() &&
+                        (loss->dim() == 0 || (loss->dim() == 1 && loss->size(0) == rows)),
+                    "loss must be float32 of shape () or (", rows, ",)");
+    job.losses = losses.data();
+  }
+  job.scale = scale;
+  if (gradient.has_value()) {
+    bool alike = gradient->dim() == logits.dim() && gradient->scalar_type() == logits.scalar_type();
+    for (int64_t d = 0; alike && d < logits.dim(); ++d) alike = gradient->size(d) == logits.size(d);
+    STD_TORCH_CHECK(alike && gradient->is_contiguous(), "gradient must be contiguous and like the logits");
+    job.gradient = static_cast<char*>(gradient->data_ptr());
+    job.stream = gradient->numel() * static_cast<int64_t>(gradient->element_size()) >= kLossStreamBytes;
+  }
+  return losses;
 }
 
 // The losses as the result has them: one by one, or added up in order where it has no dimension.

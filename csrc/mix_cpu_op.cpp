@@ -55,22 +55,6 @@ void run_tasks(const Job& job, Run run) {
   });
 }
 
-struct Kernels {
-  decltype(&portable::mix) mix;
-  decltype(&portable::mix_backward) mix_backward;
-};
-
-// Those for the best instruction set that was built and that this processor has.
-Kernels kernels() {
-#if defined(SDMP_WITH_AVX512)
-  if (runs_avx512()) return {avx512::mix, avx512::mix_backward};
-#endif
-#if defined(SDMP_WITH_AVX2)
-  if (runs_avx2()) return {avx2::mix, avx2::mix_backward};
-#endif
-  return {portable::mix, portable::mix_backward};
-}
-
 void check_plan_values(const PlanView& plan, int64_t n, int64_t partner_rows) {
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(plan.rule[i] <= static_cast<uint8_t>(kLastRule), "rule of row ", i, " is ",
@@ -117,7 +101,7 @@ void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const 
   job.stream = !job.in_place && bytes >= kStreamBytes;
   job.units = job.pairs ? (job.n + 1) / 2 : job.n;
   job.geometry = geometry_of({job.images, job.partners, job.mixed, job.clean}, job.channels, job.height, job.width);
-  run_tasks(job, kernels().mix);
+  run_tasks(job, SDMP_BEST(mix));
 }
 
 void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_clean,
@@ -160,7 +144,7 @@ void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::option
   } else {
     job.units = job.n + (job.own_partners ? 0 : job.partner_rows);
   }
-  run_tasks(job, kernels().mix_backward);
+  run_tasks(job, SDMP_BEST(mix_backward));
 }
 
 }  // namespace

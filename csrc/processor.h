@@ -14,3 +14,24 @@ inline bool runs_avx512() {
 #endif
 
 }  // namespace sdmp
+
+// SDMP_BEST(name): of portable::name, avx2::name and avx512::name the one for the best instruction set that was built and
+// that this processor has. Within namespace sdmp.
+#if defined(SDMP_WITH_AVX512)
+#define SDMP_IF_AVX512(name) \
+  if (runs_avx512()) return avx512::name;
+#else
+#define SDMP_IF_AVX512(name)
+#endif
+#if defined(SDMP_WITH_AVX2)
+#define SDMP_IF_AVX2(name) \
+  if (runs_avx2()) return avx2::name;
+#else
+#define SDMP_IF_AVX2(name)
+#endif
+#define SDMP_BEST(name)                      \
+  ([]() -> decltype(&portable::name) {       \
+    SDMP_IF_AVX512(name)                     \
+    SDMP_IF_AVX2(name)                       \
+    return portable::name;                   \
+  }())

@@ -37,7 +37,7 @@ void rows(const SoftCrossEntropyJob& job, int64_t begin, int64_t end, float* scr
       job.losses[i] = loss;
     }
     if (job.gradient != nullptr) {
-      const double scale = job.scale * (job.upstream == nullptr ? 1.0 : job.upstream[i * job.upstream_step]);
+      const double scale = job.scale.of(i);
       const double kept = scale * (1 - job.smoothing);
       Pulls pulls = pulls_of(t, a, b, job.mixture);
       const double factor = kept * (pulls.first + pulls.second) + scale * job.smoothing;

@@ -5,17 +5,11 @@
 
 namespace sdmp {
 
-struct SoftCrossEntropyJob {
+struct SoftCrossEntropyJob : LossJob {
   Matrix logits;
   TargetView target;
   double smoothing;
   bool mixture;
-  double* losses;         // (N,), or null
-  char* gradient;         // (N, K) contiguous, of the type of the logits, or null
-  double scale;           // of the gradient, and where `upstream` is not null its rows too
-  const float* upstream;
-  int64_t upstream_step;
-  bool stream;            // write past the cache: the gradient is larger than it
 };
 
 // Elements of scratch that one thread needs.

@@ -1,6 +1,7 @@
 """Per-sample image mixing and soft-label losses for accelerators. Everything public is named here."""
 
 from sdmp_kernels._backends import backends, use_backend
+from sdmp_kernels.clip import clip_loss
 from sdmp_kernels.ops.augment import augment
 from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
@@ -18,6 +19,7 @@ __all__ = [
     "augment",
     "backends",
     "byol_views",
+    "clip_loss",
     "dino_views",
     "distillation",
     "draw_plan",

@@ -70,8 +70,20 @@ def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) 
     return np.array([int(rule) for rule in chances], dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
 
 
-def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | None) -> Tensor:
-    """`labels` as (N,) int64 class numbers, checked to be below `num_classes` where that needs no host sync."""
+def check_ignored(ignored: int | None) -> int | None:
+    """`ignore_index` of a drop-in: any integer, or None."""
+    if ignored is None:
+        return None
+    return check_integer("ignore_index", ignored, low=-(2**63), high=2**63 - 1, what="an integer, or None")
+
+
+def class_numbers(
+    argument: str, labels: Tensor, rows: int, num_classes: int | None, ignored: int | None = None
+) -> Tensor:
+    """`labels` as (N,) int64 class numbers, checked to be below `num_classes` where that needs no host sync.
+
+    ignored: a number that stands for no class, in range or not.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{argument} must be a tensor of class numbers of shape (N,), got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -79,18 +91,37 @@ def class_numbers(argument: str, labels: Tensor, rows: int, num_classes: int | N
     if labels.shape not in ((rows,), (rows, 1)):
         raise ValueError(f"{argument} must have shape ({rows},), one class number per image, got {tuple(labels.shape)}")
     labels = labels.reshape(rows).long()
-    if rows and readable(labels) and (int(labels.min()) < 0 or (num_classes and int(labels.max()) >= num_classes)):
+    known = labels if ignored is None or not readable(labels) else labels[labels != ignored]
+    if len(known) and readable(known) and (int(known.min()) < 0 or (num_classes and int(known.max()) >= num_classes)):
         raise ValueError(
             f"{argument} must hold class numbers in [0, {num_classes or 'number of classes'}), "
-            f"got {int(labels.min())} to {int(labels.max())}"
+            f"got {int(known.min())} to {int(known.max())}"
         )
     return labels
 
 
-def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K."""
+def soft_rows(labels: Tensor, target: TwoHot) -> Tensor:
+    """(N, K): rows of shares mixed as their images are, float32, or float64 where they are.
+
+    target: `label_target` of the row numbers, so that `second` is the row whose labels come in.
+    """
+    exact = labels.to(torch.float64 if labels.dtype == torch.float64 else torch.float32)
+    weight = target.weight[:, None].to(exact.dtype)
+    return exact * weight + exact[target.second] * (1 - weight)
+
+
+def dense_target(target: TwoHot, num_classes: int, smoothing: float = 0.0, ignored: int | None = None) -> Tensor:
+    """(N, K) float32: (1 - s) * (weight at `first` + (1 - weight) at `second`) + s / K.
+
+    ignored: a column whose weight a row loses, with its part of the s / K, so that no loss and no gradient comes of it.
+    """
     # As `TwoHot.dense`, without looking at the columns again.
+    columns = [(target.first, target.weight), (target.second, 1 - target.weight)]
     dense = target.weight.new_full((len(target.weight), num_classes), smoothing / num_classes)
-    for column, weight in ((target.first, target.weight), (target.second, 1 - target.weight)):
+    if ignored is not None:
+        columns = [(column, torch.where(column == ignored, 0.0, weight)) for column, weight in columns]
+        dense *= (columns[0][1] + columns[1][1])[:, None]
+        columns = [(torch.where(column == ignored, 0, column), weight) for column, weight in columns]
+    for column, weight in columns:
         dense.scatter_add_(1, column[:, None], (1 - smoothing) * weight[:, None])
     return dense

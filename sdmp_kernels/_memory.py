@@ -23,9 +23,8 @@ def new_empty(like: Tensor) -> Tensor:
     has the same switch for the whole process (THP_MEM_ALLOC_ENABLE); a refusal by the system changes nothing.
     """
     out = like.new_empty(like.shape)
-    advise = _madvise()
-    size = out.numel() * out.element_size()
-    if advise is not None and out.device.type == "cpu" and size > _MAPPED_AFRESH:
+    size = out.nbytes
+    if size > _MAPPED_AFRESH and out.is_cpu and (advise := _madvise()) is not None:
         start = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         stop = (out.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
         advise(start, stop - start, mmap.MADV_HUGEPAGE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number
-from sdmp_kernels._drop_in import LABELS, Draws, class_numbers, dense_target
+from sdmp_kernels._drop_in import LABELS, Draws, check_ignored, class_numbers, dense_target, soft_rows
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, check_size, draw_boxes, make_plan
 
@@ -31,8 +31,9 @@ class _Mixing(nn.Module):
         per: str = "batch",
         labels: str = "dense",
         seed: int | None = None,
+        ignore_index: int | None = None,
     ) -> None:
-        """Make the transform; torchvision's arguments, and `per`, `labels` and `seed`.
+        """Make the transform; torchvision's arguments, and `per`, `labels`, `seed` and `ignore_index`.
 
         Args:
             alpha: lam ~ Beta(alpha, alpha), above 0.
@@ -49,6 +50,7 @@ class _Mixing(nn.Module):
                 that call `torch.manual_seed` with one number draw alike, as with torchvision: add the rank to it, or
                 to `seed`. Processes forked by other means than a DataLoader draw alike too. `copy.deepcopy` of an
                 object without `seed` draws afresh; a pickled object goes on where it was.
+            ignore_index: a class number that stands for no label, as in `Mixup` of `sdmp_kernels.timm`.
 
         Raises:
             TypeError, ValueError: for anything else, naming the argument.
@@ -67,6 +69,7 @@ class _Mixing(nn.Module):
         self.per = per
         check_choice("labels", labels, LABELS)
         self.labels = labels
+        self.ignore_index = check_ignored(ignore_index)
         self._draws = Draws(seed)
 
     @property
@@ -173,17 +176,17 @@ class _Mixing(nn.Module):
     def _mix_labels(self, labels: Tensor, plan: MixPlan) -> Tensor | TwoHot:
         plan = plan.to(labels.device)
         if labels.ndim == 1:
-            numbers = class_numbers("labels", labels.as_subclass(Tensor), len(labels), self.num_classes)
+            numbers = class_numbers(
+                "labels", labels.as_subclass(Tensor), len(labels), self.num_classes, self.ignore_index
+            )
             target = plan.label_target(numbers)
             if self.labels == "two_hot":
                 return target
             assert self.num_classes is not None  # _find_labels refused
-            return dense_target(target, self.num_classes)
+            return dense_target(target, self.num_classes, ignored=self.ignore_index)
         rows = plan.label_target(torch.arange(len(labels), device=labels.device))
         kind = labels.dtype if labels.is_floating_point() else torch.float32
-        exact = labels.to(torch.float64 if kind == torch.float64 else torch.float32)
-        weight = rows.weight[:, None].to(exact.dtype)
-        return (exact * weight + exact[rows.second] * (1 - weight)).to(kind)
+        return soft_rows(labels, rows).to(kind)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, num_classes={self.num_classes}, per={self.per!r}, labels={self.labels!r}"

@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
-from .presets import get_preset, presets
+from .presets import get_preset, origins_of, table_of_presets
 from .stop import EndedElsewhere, Stopped, StopRequest, ignore_stop_signals
 from .text import printable_lines
 
@@ -25,9 +25,16 @@ ABOUT = f"""\
 {PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
 {PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
 {PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
-{PROGRAM} eval knn --run RUN           nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval knn RUN                 nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
+{PROGRAM} eval finetune RUN            accuracy once the whole network is trained on all labels, or on few
+{PROGRAM} eval robustness RUN ...      that network on ImageNet-A, -R and -C
+{PROGRAM} eval embed RUN --output DIR  features of images, as .npy or safetensors
+{PROGRAM} eval pictures RUN            attention, patch features, nearest neighbours, a map of the features
+{PROGRAM} eval --help                  all of them
+{PROGRAM} report RUN [RUN ...]         one HTML page about runs: curves, kNN, pictures, the paper's numbers
 {PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
-{PROGRAM} presets                      recipes, with the paper's numbers
+{PROGRAM} presets [NAME]               recipes, with the paper's numbers; where one's settings come from
 {PROGRAM} verify DIR                   index and check a folder of images
 {PROGRAM} SUBCOMMAND --help            the flags of a subcommand
 """
@@ -185,17 +192,23 @@ def run_plan(argv: Sequence[str]) -> int:
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    from .evaluate.command import PROTOCOLS
+    from .evaluate.command import PROTOCOLS, describe_protocols
 
     name, rest = (argv[0], argv[1:]) if argv else ("", argv)
     if name in ("-h", "--help"):
-        for protocol in PROTOCOLS:
-            print(f"{PROGRAM} eval {protocol} --help")
+        print(describe_protocols(PROGRAM))
         return DONE
     if name not in PROTOCOLS:
         raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
     settings, evaluate = PROTOCOLS[name]
     evaluate(parse(settings, f"eval {name}", rest))
+    return DONE
+
+
+def run_report(argv: Sequence[str]) -> int:
+    from .evaluate.report import ReportConfig, write_report
+
+    write_report(parse(ReportConfig, "report", argv))
     return DONE
 
 
@@ -210,12 +223,10 @@ def run_export(argv: Sequence[str]) -> int:
 
 
 def run_presets(argv: Sequence[str]) -> int:
-    if argv:
-        raise ConfigError(f"presets takes no arguments, got {' '.join(argv)}")
-    known = presets()
-    widest = max(len(name) for name in known)
-    for name, preset in known.items():
-        print(f"{name:{widest}}  {preset.result}  [{preset.source}]")
+    if len(argv) > 1:
+        raise ConfigError(f"presets takes no arguments or the name of one, got {' '.join(argv)}")
+    for line in origins_of(argv[0]) if argv else table_of_presets():
+        print(line)
     return DONE
 
 
@@ -230,6 +241,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": run_pretrain,
     "plan": run_plan,
     "eval": run_eval,
+    "report": run_report,
     "export": run_export,
     "presets": run_presets,
     "verify": run_verify,

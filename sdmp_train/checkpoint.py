@@ -27,7 +27,7 @@ from .run_folder import SAVED
 from .text import brief, one_line
 
 if TYPE_CHECKING:
-    from .optim import LARS, AdamW
+    from .optim import Optimizer
 
 MANIFEST = "manifest.json"
 # Far above what a state or a manifest takes.
@@ -255,7 +255,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 
 
 def load_optimizer(
-    optimizer: AdamW | LARS,
+    optimizer: Optimizer,
     tensors: Mapping[str, Tensor],
     names: Mapping[nn.Parameter, str],
     *,

@@ -15,7 +15,7 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_folder
+from .data import LOADERS, Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_source
 from .distributed import World, join_world, said_by_first, together
 from .export import export_backbone
 from .file_list import store_file_list
@@ -80,7 +80,7 @@ def pretrain(
                 )
             choice = loader_choice(training, index, asked, measure=kept is None)
             stop.check()
-        training.config = config = with_loader(config, said_by_first(choice.name, ("dali", "torchvision"), world))
+        training.config = config = with_loader(config, said_by_first(choice.name, LOADERS, world))
         with together(world):
             loader = stack.enter_context(open_loader(training, index, choice._replace(name=config.data.loader)))
             claimed = claimed or claim(stack, world, folder, mode, may_rename=output is None)
@@ -288,18 +288,26 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     return 0
 
 
+VERIFIED_CLASSES = 20
+"""Classes that `verify` prints one by one: its report fits on a screen."""
+
+
 def verify_folder(folder: str, max_pixels: int | None = None) -> int:
     """Decode every image once and print what is there, and what of it no run would use.
 
     Raises:
         DataError: some files are no readable images, or a class folder has none; it names them.
     """
-    index = open_folder(
+    index = open_source(
         folder, split=None, on_bad="list", check="decode", max_pixels=max_pixels, progress=reporting(print, None)
     )
     print(index.summary())
-    for number, name in enumerate(index.classes):
-        print(f"  {int((index.labels == number).sum()):8}  {printable(name)}")
+    counts = [int((index.labels == number).sum()) for number in range(len(index.classes))]
+    for name, count in zip(index.classes[:VERIFIED_CLASSES], counts, strict=False):
+        print(f"  {count:8}  {printable(name)}")
+    if len(counts) > VERIFIED_CLASSES:
+        rest = counts[VERIFIED_CLASSES:]
+        print(f"  and {len(rest)} more classes of {min(rest)} to {max(rest)} images")
     if index.faults:
         raise DataError(index.faults)
     print("every image decodes")

@@ -17,7 +17,11 @@ import yaml
 
 from .durable import write_durably
 from .flags import AvoidSubcommands, OmitArgPrefixes
+from .methods.dacl import DACL
+from .methods.dino import DINO
+from .methods.imix import IMix
 from .methods.method import Method
+from .methods.mochi import MoCHi
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
 from .reading import read_yaml
@@ -45,6 +49,10 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     "mocov3": MoCoV3,
+    "dino": DINO,
+    "imix": IMix,
+    "dacl": DACL,
+    "mochi": MoCHi,
     "supervised": Supervised,
 }
 

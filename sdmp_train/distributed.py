@@ -85,15 +85,20 @@ def mirror_rank(world: World) -> int:
 
 
 def mirror_images(images: Tensor, world: World) -> Tensor:
-    """(N, 3, H, W) of the rank at the other end, point to point: no rank ever holds the images of all."""
+    """(N, 3, H, W) of the rank at the other end, channels_last: no rank ever holds the images of all."""
+    return mirror_rows(images.permute(0, 2, 3, 1), world).permute(0, 3, 1, 2)
+
+
+def mirror_rows(rows: Tensor, world: World) -> Tensor:
+    """The tensor of the same shape on the rank at the other end, point to point."""
     peer = mirror_rank(world)
     if peer == world.rank:
-        return images
-    sent = images.permute(0, 2, 3, 1).contiguous()
+        return rows
+    sent = rows.contiguous()
     received = torch.empty_like(sent)
     for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
         work.wait()
-    return received.permute(0, 3, 1, 2)
+    return received
 
 
 def reduce_max(flags: Tensor, world: World) -> Tensor:
@@ -157,7 +162,7 @@ def distribute(module: nn.Module, world: World, *, trained: bool = True) -> nn.M
     """The module with synchronised batch norm; if it is trained, wrapped so that gradients are averaged."""
     if world.size == 1:
         return module
-    synchronise_batch_norm(module, world)
+    synchronise_batch_norm(module)
     if not trained:
         return module
     # Buffers are equal on all ranks as it is: the start is, and so are the synchronised statistics.
@@ -169,27 +174,27 @@ def distribute(module: nn.Module, world: World, *, trained: bool = True) -> nn.M
     return kind(module, device_ids=ids, **options)
 
 
-def synchronise_batch_norm(module: nn.Module, world: World) -> None:
+def synchronise_batch_norm(module: nn.Module) -> None:
     """Replace every batch norm inside `module`, in place, by one whose statistics are over all ranks."""
-    if world.device.type == "cuda":
-        for name, child in module.named_children():
-            setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-        return
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, CpuSyncBatchNorm.take_over(child))
+            setattr(module, name, SyncBatchNorm.take_over(child))
         else:
-            synchronise_batch_norm(child, world)
+            synchronise_batch_norm(child)
 
 
-class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all ranks on CPUs, which torch's SyncBatchNorm refuses. For tests and small trials."""
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over all ranks, on CPUs and GPUs, where every rank has as many rows.
+
+    One collective in each direction, and the host waits for none: torch's own looks for ranks without rows, which
+    stops the host once per layer and forward pass on a GPU, and refuses CPUs.
+    """
 
     @classmethod
-    def take_over(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> CpuSyncBatchNorm:
+    def take_over(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
         """The same layer, holding the same parameters and buffers."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        new._parameters, new._buffers = norm._parameters, norm._buffers
+        new._parameters, new._buffers, new.training = norm._parameters, norm._buffers, norm.training
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -197,42 +202,78 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training and self.running_mean is not None:
             return super().forward(input)
-        dims = [0, *range(2, input.ndim)]
-        shape = [1, -1] + [1] * (input.ndim - 2)
-        ranks = dist.get_world_size()
-        count = input.numel() / input.shape[1] * ranks
-        mean = sum_over_ranks(input.sum(dims)) / count
-        centred = input - mean.view(shape)
-        variance = sum_over_ranks(centred.square().sum(dims)) / count
-        self._track(mean.detach(), variance.detach() * count / max(count - 1, 1))
-        output = centred * (variance + self.eps).rsqrt().view(shape)
-        return output if self.weight is None else output * self.weight.view(shape) + self.bias.view(shape)
+        self._check_input_dim(input)
+        output, mean, variance = _NormOverRanks.apply(input, self.weight, self.bias, self.eps)
+        if self.training:
+            count = input.numel() // input.shape[1] * dist.get_world_size()
+            self._track(mean, variance * (count / max(count - 1, 1)))
+        return output
 
+    @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
+        momentum = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _NormOverRanks(torch.autograd.Function):
+    """(output, mean (C,), biased variance (C,)) over the rows of all ranks.
+
+    With x' the normalised input, w the weight, s the standard deviation and <.> the mean over all rows:
+    d input = w / s (d output - <d output> - x' <d output x'>). Statistics and sums in float32, float64 for float64.
+    """
+
     @staticmethod
-    def forward(ctx: object, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        variance, mean = torch.var_mean(input.to(wide), _other_dims(input), correction=0)
+        means, variances = _of_all_ranks(torch.stack((mean, variance))).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        with torch.autocast(input.device.type, enabled=False):
+            # Evaluation is the same arithmetic with given statistics, in one kernel.
+            output = nn.functional.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(input, weight, mean, (variance + eps).rsqrt())
+        ctx.affine = weight is not None and bias is not None
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        return output, mean, variance
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        input, weight, mean, inverse = ctx.saved_tensors
+        dims, shape = _other_dims(input), [1, -1] + [1] * (input.ndim - 2)
+        wide = grad.to(mean.dtype)
+        centred = input.to(mean.dtype) - mean.view(shape)
+        own = torch.stack((wide.sum(dims), (wide * centred).sum(dims) * inverse))
+        # Before it becomes that of all ranks: the gradients of weight and bias are averaged with all others.
+        d_bias, d_weight = own.clone().to(weight.dtype).unbind() if ctx.affine else (None, None)
+        dist.all_reduce(own)
+        mean_grad, mean_product = own / (input.numel() // input.shape[1] * dist.get_world_size())
+        slope = inverse if weight is None else inverse * weight.to(inverse.dtype)
+        d_input = wide - mean_grad.view(shape)
+        d_input = d_input.sub_(centred.mul_((mean_product * inverse).view(shape))).mul_(slope.view(shape))
+        return d_input.to(input.dtype), d_weight, d_bias, None
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over the ranks, differentiable: every rank's gradient reaches every rank's values."""
-    return _SumOverRanks.apply(values)
+def _other_dims(input: Tensor) -> list[int]:
+    """All dimensions but that of the channels."""
+    return [0, *range(2, input.ndim)]
+
+
+def _of_all_ranks(values: Tensor) -> Tensor:
+    """(W, ...) the values of every rank, in rank order."""
+    # A sum with zeros is exact, and one collective on one tensor, whose name no version of torch has changed.
+    found = values.new_zeros((dist.get_world_size(), *values.shape))
+    found[dist.get_rank()] = values
+    dist.all_reduce(found)
+    return found

@@ -35,9 +35,12 @@ MODEL_ARGUMENTS = {
     "embed_dim": (1, 2**14),
     "depth": (1, 256),
     "num_heads": (1, 256),
+    "stem_width": (1, 2**12),
 }
 SWITCHES = ("fc_norm",)
 """Arguments of timm's models that are true or false."""
+STAGES, WIDEST = 4, 2**14
+"""What `channels` of a ResNet may be: that many numbers, up to that."""
 
 
 def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int) -> None:
@@ -64,14 +67,20 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "stem": config.model.stem,
         "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
+    write_export(frozen, description, folder, model_card(config, step, {}))
+
+
+def write_export(frozen: nn.Module, description: dict[str, Any], folder: Path, card: str | None = None) -> None:
+    """Write `folder` anew from a backbone in eval mode on the CPU and what its config.json shall say; as above."""
     draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({key: value.clone().contiguous() for key, value in frozen.state_dict().items()}, draft / WEIGHTS)
     (draft / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
-    (draft / CARD).write_text(model_card(config, step, {}), encoding="utf-8")
+    if card is not None:
+        (draft / CARD).write_text(card, encoding="utf-8")
     (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)  # safetensors writes for the owner alone
-    check_equal(frozen, load_exported(draft)[0], config.data.image_px)
+    check_equal(frozen, load_exported(draft)[0], description["pretrained_cfg"]["input_size"][1])
     put_in_place(draft, folder)
 
 
@@ -174,8 +183,8 @@ def write_card(config: Config, folder: Path, step: int, numbers: Mapping[str, st
 def put_in_place(draft: Path, folder: Path) -> None:
     """Let the export in `draft` be the one in `folder`. A former export goes, what else lies there stays."""
     names = [WEIGHTS, DESCRIPTION, CARD]
-    if is_edited(folder / CARD):
-        (draft / CARD).unlink()
+    if is_edited(folder / CARD) or not (draft / CARD).exists():
+        (draft / CARD).unlink(missing_ok=True)
         names.remove(CARD)
     if folder.is_dir() and (folder.is_symlink() or {path.name for path in folder.iterdir()} - set(names)):
         for name in names:
@@ -194,11 +203,11 @@ def is_edited(card: Path) -> bool:
         return CARD_MARK not in file.read(2**12)
 
 
-def load_exported(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_exported(folder: Path | str, *, drop_path: float = 0.0) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone in an exported folder, in eval mode on the CPU, and its description.
 
     The folder may be anybody's: only what `check_description` knows reaches timm, and no memory is taken for weights
-    that the file does not hold.
+    that the file does not hold. `drop_path`: as `build_backbone` has it; it takes effect in training mode.
 
     Raises:
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
@@ -215,7 +224,8 @@ def load_exported(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         expected = make_model(model, model.arch, description["model_args"], "meta").state_dict()
         compare(str(folder / WEIGHTS), expected, tensors)
-        backbone = make_model(model, model.arch, description["model_args"], "cpu")
+        arguments = {**description["model_args"], **({"drop_path_rate": drop_path} if drop_path else {})}
+        backbone = make_model(model, model.arch, arguments, "cpu")
     backbone.load_state_dict(tensors)
     return backbone.eval(), description
 
@@ -231,10 +241,19 @@ def check_description(description: dict[str, Any]) -> None:
     arguments = description.setdefault("model_args", {})
     require(isinstance(arguments, dict), "model_args", arguments, "names and values")
     for key, value in arguments.items():
-        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES])
         if key in SWITCHES:
             require(isinstance(value, bool), f"model_args: {key}", value, "true or false")
             continue
+        if key == "stem_type":
+            require(value == "deep", "model_args: stem_type", value, "'deep'")
+            continue
+        if key == "channels":
+            four = (
+                isinstance(value, list) and len(value) == STAGES and all(is_whole_number(v, 1, WIDEST) for v in value)
+            )
+            require(four, "model_args: channels", value, f"{STAGES} whole numbers from 1 to {WIDEST}")
+            continue
+        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES, "channels", "stem_type"])
         require(key in MODEL_ARGUMENTS, "a name in model_args", key, f"one of {known}: others could open files")
         low, high = MODEL_ARGUMENTS[key]
         require(is_whole_number(value, low, high), f"model_args: {key}", value, f"a whole number from {low} to {high}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 try:
-    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, arg
+    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, arg
 except ModuleNotFoundError:
     _Setting = TypeVar("_Setting")
-    AvoidSubcommands = OmitArgPrefixes = Annotated[_Setting, None]  # type: ignore[misc]
+    AvoidSubcommands = OmitArgPrefixes = Positional = Annotated[_Setting, None]  # type: ignore[misc]
 
     def arg(**_: Any) -> None:  # type: ignore[misc]
         """Nothing: without tyro nobody reads how a field is spelled."""
         return None
 
 
-__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "arg"]
+__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "Positional", "arg"]

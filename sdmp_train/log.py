@@ -177,6 +177,12 @@ class Log:
         if self.quiet:
             return
         self._write(line)
+        self.progress(line, live)
+
+    def progress(self, line: str, live: str | None = None) -> None:
+        """How far something is: on the live line, or plainly but not more often than every 5 s; not in train.log."""
+        if self.quiet:
+            return
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=line if live is None else live)
         elif time.monotonic() - self._printed_at >= PLAIN_SECONDS:

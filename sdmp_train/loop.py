@@ -12,7 +12,7 @@ from .data import Batch, Loader
 from .distributed import reduce_max
 from .guard import FAILED, LateFlags, StopRequest, stop_flag
 from .log import Log
-from .meter import Meter
+from .meter import Meter, line_of
 from .methods.method import Loss, Step
 from .optim import clip_gradients, drop_frozen_gradients, set_schedules
 from .text import duration
@@ -49,7 +49,7 @@ def train(
         flags.push(training.step - 1, batch.ids, made.flags)
         last = training.step == training.last_step
         meter.add(made)
-        if last or training.step % config.run.log_every_steps == 0:
+        if training.writes_line(training.step):
             write_line(training, meter, log)
         with meter.paused():
             after_step(training)
@@ -94,7 +94,9 @@ def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Ste
             features = method.encode(images)
             loss = method.loss(features, plan, batch, at)
             backward(loss, len(batches))
-            losses.append(loss._replace(total=loss.total.detach(), facts={**method.facts(plan), **loss.facts}))
+            health = method.health(features) if training.writes_line(training.step + 1) else {}
+            facts = {**method.facts(plan), **loss.facts, **health}
+            losses.append(loss._replace(total=loss.total.detach(), facts=facts))
         return update(training, mean_of(losses), stop)
 
 
@@ -134,16 +136,14 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
 
 
 def write_line(training: Training, meter: Meter, log: Log) -> None:
-    """One object for metrics.jsonl, one line for people, and its head for the live line."""
-    values, lr = meter.read(), training.optimizer.param_groups[0]["lr"]
-    log.metrics({"step": training.step, "epoch": training.at.epoch, "lr": lr, **values})
-    left = (training.last_step - training.step) * values["step_seconds"]
-    head = (
-        f"step {training.step}/{training.last_step}  loss {values['loss']:.3f}  {values['images_per_second']:.3g} img/s"
-    )
-    log.report(
-        f"{head}  epoch {training.at.epoch:.1f}  lr {lr:.2e}  {duration(values['step_seconds'])} a step  "
-        f"waiting for data {values['data_wait_fraction']:.0%}  memory {values['memory_gib']:.1f} GiB  "
-        f"left {duration(left)}",
-        live=head,
-    )
+    """One object for metrics.jsonl and one line for people; once, a warning where features have likely collapsed."""
+    values, at, lr = meter.read(), training.at, training.optimizer.param_groups[0]["lr"]
+    log.metrics({"step": at.step, "epoch": at.epoch, "lr": lr, **values})
+    head = f"step {at.step}/{training.last_step}"
+    left = duration((training.last_step - at.step) * values["step_seconds"])
+    line = f"{head}  epoch {at.epoch:.1f}  {line_of(values)}  lr {lr:.2e}  left {left}"
+    log.report(line, live=f"{head}  loss {values['loss']:.3f}  {values['images_per_second']:.3g} img/s")
+    why = training.method.collapse(values) if at.epoch > training.config.optim.warmup_epochs else None
+    if why is not None and not training.warned:
+        training.warned = True
+        log.say(f"warning  likely collapsed at step {at.step}: {why}")

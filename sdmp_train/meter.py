@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .distributed import World, reduce_mean
 from .methods.method import Step
+from .text import duration
 
 
 class Meter:
@@ -72,3 +73,16 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def line_of(values: Mapping[str, float]) -> str:
+    """What of a reading people want to see: the loss and its terms, the spread of the features, the speed."""
+    terms = ", ".join(f"{name[5:]} {value:.2f}" for name, value in values.items() if name.startswith("loss_"))
+    spread = ""
+    if {"feature_std", "effective_rank"} <= set(values):
+        spread = f"features std {values['feature_std']:.2f}, rank {values['effective_rank']:.1f}  "
+    return (
+        f"loss {values['loss']:.3f}  {f'({terms})  ' if terms else ''}{spread}"
+        f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
+        f"  {duration(values['step_seconds'])} a step  memory {values['memory_gib']:.1f} GiB"
+    )

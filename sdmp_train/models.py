@@ -6,13 +6,13 @@ timm is imported when a model is built, not before.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .settings import ConfigError, ModelConfig, near
+from .settings import ConfigError, ModelConfig, near, require
 from .text import brief, one_line
 
 if TYPE_CHECKING:
@@ -33,12 +33,34 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12
     name = SHORT_NAMES.get(config.arch, config.arch)
     check_name(name)
     sizes = {"patch_size": config.patch_px, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
-    given = {key: value for key, value in sizes.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
     if given and not name.startswith(PLAIN_VITS):
-        raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
+        if given.keys() != {"embed_dim"} or not is_resnet(name):
+            raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
+        given = resnet_widths(given["embed_dim"], config.stem)
     by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
-    size = {"img_size": image_px} if takes_image_size(name, image_px) else {}
+    size = {"img_size": image_px} if takes(name, "img_size", image_px) else {}
     return name, {**size, **by_method, **given}
+
+
+def is_resnet(name: str) -> bool:
+    """Whether timm's model of that name is of its one family of ResNets."""
+    from timm.models.resnet import ResNet
+
+    return isinstance(create(name, {}, "meta"), ResNet)
+
+
+def resnet_widths(width: int, stem: str) -> dict[str, Any]:
+    """timm's arguments for a ResNet whose first stage has `width` channels, and each further one twice as many.
+
+    The CIFAR stem has as many as the first stage. timm sizes that of ImageNet by its kind alone, so it keeps its own.
+    """
+    stages = {"channels": [width * 2**stage for stage in range(4)]}
+    if stem != "cifar":
+        return stages
+    require(width % 2 == 0, "width", width, "an even number, for a ResNet with the CIFAR stem")
+    # Of timm's stems only the deep one has a width; `use_cifar_stem` replaces its three convolutions by one.
+    return {**stages, "stem_type": "deep", "stem_width": width // 2}
 
 
 def check_name(name: str) -> None:
@@ -54,13 +76,13 @@ def check_name(name: str) -> None:
         raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*SHORT_NAMES, *timm.list_models()])}")
 
 
-def takes_image_size(name: str, image_px: int) -> bool:
-    """Whether the model has to be told the size of its images (it has positions or windows for them)."""
+def takes(name: str, argument: str, value: Any) -> bool:
+    """Whether the model has an argument of this name, such as the size of its images (for positions or windows)."""
     try:
-        create(name, {"img_size": image_px}, "meta")
+        create(name, {argument: value}, "meta")
     except TypeError as error:
-        return "img_size" not in str(error)
-    except Exception:  # the size itself does not please it: `build_backbone` says so
+        return argument not in str(error)
+    except Exception:  # the value itself does not please it: `build_backbone` says so
         pass
     return True
 
@@ -80,6 +102,7 @@ def build_backbone(
     *,
     drop_path: float = 0.0,
     start: Callable[[VisionTransformer], None] | None = None,
+    more_px: Sequence[int] = (),
     **options: Any,
 ) -> nn.Module:
     """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
@@ -87,6 +110,7 @@ def build_backbone(
     drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
         towards the first.
     start: what to do to a ViT after timm has started it, with random numbers of the same stream.
+    more_px: sides of smaller images that it is to take as well; a ViT then interpolates its positions for them.
     options: of `timm_arguments`.
 
     Raises:
@@ -98,8 +122,11 @@ def build_backbone(
     name, arguments = timm_arguments(config, image_px, **options)
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
+    if more_px and takes(name, "dynamic_img_size", True):
+        arguments = {**arguments, "dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
-        check_forward(make_model(config, name, arguments, "meta"), name, image_px)
+        for px in (image_px, *more_px):
+            check_forward(make_model(config, name, arguments, "meta"), name, px)
         torch.manual_seed(seed)
         backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:

@@ -56,6 +56,29 @@ class AdamW(torch.optim.AdamW):
         super().__init__(parameters, lr=0.0, weight_decay=weight_decay, betas=betas, fused=True)
 
 
+class SGD(torch.optim.SGD):
+    """torch's fused SGD with momentum, whose kernel skips the step where `found_inf` is 1.
+
+    Velocities exist, as zeros, before the first step: torch would leave them unset where that one is skipped.
+    """
+
+    moments = ("momentum_buffer",)
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+    def __init__(self, parameters: Iterable[Any], *, weight_decay: float, momentum: float) -> None:
+        super().__init__(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update, or none where `found_inf` is 1."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and group["momentum"] and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        super().step()
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017) as MoCo v3 uses them.
 
@@ -118,7 +141,11 @@ class LARS(torch.optim.Optimizer):
             grads[place] = grad
 
 
-def make_optimizer(config: OptimConfig, groups: Iterable[Group]) -> AdamW | LARS:
+Optimizer = AdamW | SGD | LARS
+"""Those that read `found_inf` and name their `moments`."""
+
+
+def make_optimizer(config: OptimConfig, groups: Iterable[Group]) -> Optimizer:
     """The optimiser for those parameters of `groups` that are trained; `set_schedules` sets its rates at every step."""
     trained = [
         {
@@ -132,6 +159,8 @@ def make_optimizer(config: OptimConfig, groups: Iterable[Group]) -> AdamW | LARS
     trained = [group for group in trained if group["params"]]
     if config.opt == "adamw":
         return AdamW(trained, weight_decay=config.weight_decay, betas=config.betas)
+    if config.opt == "sgd":
+        return SGD(trained, weight_decay=config.weight_decay, momentum=config.momentum)
     return LARS(
         trained,
         weight_decay=config.weight_decay,

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -22,15 +23,13 @@ from .loop import Outcome
 from .picture import save_mix_picture
 from .presets import FOR_OWN_IMAGES
 from .run_folder import CHECKPOINTS, EXPORTED
+from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
 from .text import duration
-from .training import Training, backbone_place, state_parts, versions
+from .training import Training, backbone_place, versions
 
 KNN_K = 20
-SAVE_ATTEMPTS = 3
-RETRY_SECONDS = 2.0
-"""Between attempts at the last checkpoint: a quota or a full disk may give way."""
 
 
 @dataclass
@@ -44,10 +43,11 @@ class Run:
     run_id: str
     log: Log
     stop: StopRequest
-    failed_saves: int = 0
     began_at: float = field(default_factory=time.monotonic)
-    saved_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.training, self.folder / CHECKPOINTS, self.log, self.state)
 
     def before_training(self) -> None:
         """The picture of the mixing, a first checkpoint, kNN of pixels and of the untrained backbone.
@@ -58,7 +58,7 @@ class Run:
         if not self.training.world.is_first:
             return
         self.picture()
-        self.save()  # first of all: a disk that is too small is found now
+        self.saver.save()  # first of all: a disk that is too small is found now
         self.stop.check()
         if self.measures():
             self.say_knn("raw pixels", "knn_raw_pixels", None)
@@ -76,9 +76,8 @@ class Run:
             return
         epoch, within = divmod(training.step, training.steps_per_epoch)
         run = training.config.run
-        minutes = (time.monotonic() - self.saved_at) / 60
-        if (within == 0 and epoch % run.save_every_epochs == 0) or 0 < run.save_every_minutes <= minutes:
-            self.save()
+        if (within == 0 and epoch % run.save_every_epochs == 0) or self.saver.is_due():
+            self.saver.save()
         if within == 0 and run.knn_every_epochs and epoch % run.knn_every_epochs == 0 and self.measures():
             self.measure_meanwhile(epoch)
 
@@ -95,7 +94,7 @@ class Run:
         """The last checkpoint, and what ended the training where it is not done."""
         if not self.training.world.is_first:
             return
-        self.save(last=True)
+        self.saver.save(last=True)
         step, total = self.training.step, self.training.last_step
         if outcome is Outcome.NOT_FINITE:
             limit = self.training.config.run.max_bad_steps
@@ -137,47 +136,16 @@ class Run:
         """What was measured so far, for the model card."""
         return {f"kNN (k = {KNN_K}), {what}": f"{accuracy:.1%}" for what, accuracy in self.accuracies.items()}
 
-    def save(self, *, last: bool = False) -> None:
-        """Write a checkpoint, the last one in up to three attempts.
-
-        Raises:
-            Unwritable: three attempts in a row have failed. A failure before that is reported and survived.
-        """
-        while (error := self.try_to_save()) is not None:
-            if self.failed_saves >= SAVE_ATTEMPTS:
-                target = self.folder / CHECKPOINTS
-                raise checkpoint.Unwritable(
-                    f"checkpoints cannot be written to {target}, {SAVE_ATTEMPTS} attempts in a row have failed: {error}"
-                ) from error
-            if not last:
-                return
-            time.sleep(RETRY_SECONDS)
-
-    def try_to_save(self) -> OSError | None:
-        """Write a checkpoint and delete old ones; a failure is said, counted and returned."""
-        config, target = self.training.config, self.folder / CHECKPOINTS
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside its tensors."""
+        return {
             "run": self.run_id,
-            "config": to_dict(config),
+            "config": to_dict(self.training.config),
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
             "versions": versions(),
             "backbone": backbone_place(self.training.method),
         }
-        try:
-            checkpoint.save_checkpoint(target, self.training.step, state_parts(self.training), state)
-            for line in checkpoint.set_later_aside(target, self.training.step):
-                self.log.say(line)
-            for line in checkpoint.delete_old_checkpoints(target, config.run.keep_checkpoints):
-                self.log.say(line)
-        except OSError as error:
-            self.failed_saves += 1
-            self.log.say(f"the checkpoint of step {self.training.step} could not be written: {error}")
-            return error
-        finally:
-            self.saved_at = time.monotonic()
-        self.failed_saves = 0
-        return None
 
     def measures(self) -> bool:
         """Whether kNN is measured: it is switched on, and the images have classes that it can tell apart."""
@@ -250,5 +218,6 @@ class Run:
             f"load     {first}",
             *(f"         {line}" for line in others),
             f"measure  python -m sdmp_train eval knn --run {folder}",
+            f"report   python -m sdmp_train report {folder}",
             *([f"yours    python -m sdmp_train pretrain --preset {own} --data YOUR_IMAGES"] if embedded else []),
         ]

@@ -32,18 +32,22 @@ from .reading import open_for_append, parse_json, read_text
 MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
 CHECKPOINTS, EXPORTED = "checkpoints", "exported"
+EVALUATIONS, EVALUATED = "evaluations.jsonl", "evaluations"
+"""A line for every result, and the folder of the trainings that evaluations make; each is a run folder of its own."""
 SAVED = r"latest|step-\d+"
 """What is in the folder of checkpoints."""
 
-FILES = (MARKER, LOCK, SETTINGS, "metrics.jsonl", "train.log", "mix.png")
-"""What a run writes beside its folders."""
+FILES = (MARKER, LOCK, SETTINGS, EVALUATIONS, "metrics.jsonl", "train.log", "mix.png", "report.html")
+"""What a run, and what reports on it, write beside its folders."""
 _DRAFT = r"(\.tmp-\d+)?"
 _TOP = rf"{'|'.join(re.escape(name) for name in FILES)}|images-[0-9a-f]{{16}}\.jsonl\.gz"
 OURS = {
     "": rf"({_TOP}){_DRAFT}",
     CHECKPOINTS: rf"latest{_DRAFT}",
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
-    EXPORTED: rf"(model\.safetensors|config\.json){_DRAFT}",
+    EXPORTED: rf"((model|classifier)\.safetensors|(config|classes)\.json){_DRAFT}",
+    "report-figures": rf"(knn|losses|method|speed|optimiser|lam)\.png{_DRAFT}",
+    "pictures": rf"((attention|patches|neighbours|embedding)\.png|captions\.json){_DRAFT}",
 }
 """The files that a run writes, by their folder (names of checkpoints stand as *)."""
 _CHECKPOINT = re.compile(r"step-\d+(\.tmp-\d+|\.damaged(-\d+)?|\.abandoned-\d+)?")
@@ -118,9 +122,14 @@ def strangers(path: Path) -> Iterator[Path]:
                         yield from _other_files(inner, OURS[f"{CHECKPOINTS}/*"])
                 elif not _is_plain(inner, OURS[CHECKPOINTS]):
                     yield inner
-        elif is_folder and re.fullmatch(rf"{EXPORTED}{_DRAFT}", name):
-            if name == EXPORTED:
-                yield from _other_files(entry, OURS[EXPORTED])
+        elif is_folder and name == EVALUATED:
+            for inner in sorted(entry.iterdir()):
+                is_ours = inner.is_dir() and not inner.is_symlink() and is_run_folder(inner)
+                yield from strangers(inner) if is_ours else (inner,)
+        elif is_folder and re.fullmatch(rf"{EXPORTED}\.tmp-\d+", name):
+            continue
+        elif is_folder and name in OURS:
+            yield from _other_files(entry, OURS[name])
         elif not _is_plain(entry, OURS[""]):
             yield entry
 

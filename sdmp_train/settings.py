@@ -45,13 +45,14 @@ class DataConfig:
     """What is read and how it is augmented."""
 
     data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of images, any tree; with one folder per class, kNN is measured. `embedded`: the built-in shapes."""
+    """Images: a folder, any tree (with one folder per class, kNN is measured); a list of files (.txt); tar shards, one
+    or a folder of them; CIFAR's binary archive or folder. `embedded`: the built-in shapes."""
     test_data: str | None = None
     """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
     image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
     """Side of the square views, in pixels."""
     crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08
-    """Smallest area of a random crop, as a fraction of the image."""
+    """Smallest area of a random crop, as a fraction of the image (DINO has crop scales of its own)."""
     gray_prob: float = 0.2
     """Chance that a view loses its colours (BYOL: 0.2); raise it where colour says nothing about what is shown."""
     blur: bool = True
@@ -60,8 +61,9 @@ class DataConfig:
     """Mean of red, green and blue on the 0 to 1 scale."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue on the 0 to 1 scale."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """Who decodes. `auto` measures both for a second where a run is long enough, and keeps the faster."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """Who decodes. `auto` measures dali and torchvision for a second where a run is long enough, and keeps the faster;
+    `resident` decodes every image once and keeps all on the device, where they fit."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do where a file is no readable image: stop and name it, or leave it out."""
     max_bad_frac: float = 0.01
@@ -95,7 +97,7 @@ class ModelConfig:
     patch_px: int | None = None
     """ViT: side of a patch in pixels; None keeps the architecture's."""
     width: int | None = None
-    """ViT: width of the tokens; None keeps the architecture's."""
+    """ViT: width of the tokens; ResNet: channels of the first stage, doubled by each further one. None: its own."""
     depth: int | None = None
     """ViT: number of blocks; None keeps the architecture's."""
     heads: int | None = None
@@ -117,7 +119,7 @@ class OptimConfig:
     """Passes over the data."""
     warmup_epochs: float = 40
     """Epochs in which the learning rate rises from 0."""
-    opt: Literal["adamw", "lars"] = "adamw"
+    opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """Optimiser."""
     base_lr: Annotated[float, arg(name="lr")] = 1.5e-4
     """Base learning rate at batch 256; the effective one is lr * batch-size / 256, and printed."""
@@ -133,6 +135,8 @@ class OptimConfig:
     """What that norm is taken over: the whole gradient, or each parameter's by itself (DINO)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays."""
+    momentum: Annotated[float, arg(name="sgd-momentum")] = 0.9
+    """SGD's momentum."""
     lars_momentum: float = 0.9
     """LARS's momentum."""
     lars_trust: float = 0.001
@@ -159,6 +163,7 @@ class OptimConfig:
             between("clip_grad", self.clip_grad, 0, 1e9, above=True)
         for beta in self.betas:
             between("betas", beta, 0, 1 - 1e-9)
+        between("sgd_momentum", self.momentum, 0, 1 - 1e-9)
         between("lars_momentum", self.lars_momentum, 0, 1 - 1e-9)
         between("lars_trust", self.lars_trust, 0, 1e6, above=True)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from .config import Config, ConfigError, DataConfig
-from .data import Index, find_splits, holds_images, open_folder, shapes_folder
+from .data import Index, find_splits, holds_images, kind_of, open_source, shapes_folder
 from .data.annotations import KNOWN, read_annotations
 from .text import printable
 
@@ -52,16 +52,18 @@ def open_images(config: Config, progress: Progress | None = None, say: Say | Non
         return index, replace(index.subset(np.arange(0)), notes=(str(error),))
 
 
-def measured_images(data: DataConfig) -> tuple[Index, Index | None]:
-    """The images of the bank, and those of the queries where they are of another split.
+def measured_images(
+    data: DataConfig, progress: Progress | None = None, say: Say | None = print
+) -> tuple[Index, Index | None]:
+    """The images of the bank, and those of the queries where they are of another split; the rest as `open_images`.
 
     Raises:
         ConfigError, DataError: they cannot be measured on; the message says why, and what to give.
     """
-    train = open_split(data, "train", say=print)
+    train = open_split(data, "train", progress, say)
     if len(train.classes) < 2:
         raise ConfigError(f"{printable(train.root)} cannot be measured on: {NO_CLASSES}; found {len(train.classes)}")
-    return train, test_split(data, train, None, print)
+    return train, test_split(data, train, progress, say)
 
 
 def open_split(
@@ -86,7 +88,7 @@ def open_images_in(
     say: Say | None = None,
 ) -> Index:
     """A folder, or a split of it. Where damaged files are left out, every file is decoded, so that all are found."""
-    return open_folder(
+    return open_source(
         folder,
         split=split,
         on_bad=data.bad_images,
@@ -125,7 +127,10 @@ def test_split(data: DataConfig, train: Index, progress: Progress | None, say: S
     if data.test_data is not None:
         folder = Path(data.test_data)
     else:
-        found = find_splits(data_folder(data).expanduser().absolute()).test
+        whole = data_folder(data).expanduser().absolute()
+        if kind_of(whole) == "cifar":
+            return with_classes_of(train, open_images_in(data, whole, "val", progress, say))
+        found = find_splits(whole).test if kind_of(whole) == "folder" else None
         if found is None:
             return None
         folder = found
@@ -189,14 +194,22 @@ def describe_split(data: DataConfig, train: Index, test: Index | None) -> str:
     if len(train.classes) < 2:
         return f"no bank and queries: {NO_CLASSES}"
     if test is None:
-        why = find_splits(data_folder(data).expanduser().absolute()).why
-        return f"bank and queries from {printable(train.root)}, every fifth image a query: {why}"
+        return f"bank and queries from {printable(train.root)}, every fifth image a query: {why_split(data)}"
     if len(test) == 0:
         return f"no bank and queries: {test.notes[-1]}"
     chosen = "named by --test-data"
     if data.test_data is None:
-        chosen = find_splits(data_folder(data).expanduser().absolute()).why
+        chosen = why_split(data)
     return f"bank from {printable(train.root)}, queries from {printable(test.root)}: {'; '.join([chosen, *test.notes])}"
+
+
+def why_split(data: DataConfig) -> str:
+    """Which split of --data is which, and why."""
+    whole = data_folder(data).expanduser().absolute()
+    kind = kind_of(whole)
+    if kind == "folder":
+        return find_splits(whole).why
+    return "the data set's own test split" if kind == "cifar" else f"{kind} name no test split; --test-data does"
 
 
 def some(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from .file_list import changed_files
 from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
-from .optim import LARS, AdamW, make_optimizer
+from .optim import AdamW, Optimizer, make_optimizer
 from .run_folder import CHECKPOINTS
 from .text import brief
 
@@ -37,10 +37,12 @@ class Training:
     config: Config
     world: World
     method: Method
-    optimizer: AdamW | LARS
+    optimizer: Optimizer
     buffers: BufferGuard
     steps_per_epoch: int
     step: int = 0
+    warned: bool = False
+    """Whether a collapse has been said."""
 
     @property
     def total_steps(self) -> int:
@@ -56,6 +58,10 @@ class Training:
     def at(self) -> At:
         """Where it stands."""
         return At(self.step, self.total_steps, self.steps_per_epoch)
+
+    def writes_line(self, step: int) -> bool:
+        """Whether a line of numbers is written once `step` steps are made."""
+        return step == self.last_step or step % self.config.run.log_every_steps == 0
 
     @contextmanager
     def undoable(self) -> Iterator[None]:
@@ -96,7 +102,12 @@ def build(config: Config, world: World, index: Index) -> Training:
 
 
 def assemble(
-    config: Config, world: World, *, steps_per_epoch: int, classes: int = 0, method_class: type[Method] | None = None
+    config: Config,
+    world: World,
+    *,
+    steps_per_epoch: int,
+    classes: int = 0,
+    method_class: Callable[..., Method] | None = None,
 ) -> Training:
     """Model, optimiser and schedules at step 0; `method_class`: in place of the one that `config` names."""
     setup = Setup(
@@ -162,6 +173,16 @@ def load_state(
             f"cannot resume {folder}: these settings would change the training: {'; '.join(changes)}. "
             "Leave them as they were, or start a new run"
         )
+    load_parts(training, parts, state["step"], path)
+    return [*remarks, *rank_remarks(ranks, training.world.size, training.method.partners_follow_ranks)]
+
+
+def load_parts(training: Training, parts: dict[str, dict[str, Tensor]], step: int, path: Path) -> None:
+    """Put the tensors of a checkpoint, made at `step`, into `training`; `path` is what messages call it.
+
+    Raises:
+        CheckpointError: they are not those of this training.
+    """
     expected = {*training.method.state, "optim"}
     if parts.keys() != expected:
         raise checkpoint.CheckpointError(
@@ -170,11 +191,10 @@ def load_state(
         )
     for name, module in training.method.state.items():
         checkpoint.load_module(module, parts[name], f"{path}/{name}")
-    last_epoch = (state["step"] - 1) / training.steps_per_epoch
+    last_epoch = (step - 1) / training.steps_per_epoch
     names = parameter_names(training.method)
     checkpoint.load_optimizer(training.optimizer, parts["optim"], names, last_epoch=last_epoch)
-    training.step = state["step"]
-    return [*remarks, *rank_remarks(ranks, training.world.size, training.method.partners_follow_ranks)]
+    training.step = step
 
 
 def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
@@ -198,7 +218,9 @@ def rank_remarks(before: int, now: int, partners_follow_ranks: bool) -> list[str
     if before == now:
         return []
     partners = (
-        "an image is mixed with another partner (--flip global keeps them), and " if partners_follow_ranks else ""
+        "an image or its feature is mixed with another partner (--flip global, where a method has it, keeps them), and "
+        if partners_follow_ranks
+        else ""
     )
     return [
         f"ranks    {now} in place of {before}: the same images in the same order, with the same views, rules, shares "

@@ -1,8 +1,9 @@
-"""Twenty steps of three small trainings, and the SHA-256 digests of every tensor their last checkpoint holds.
+"""Twenty steps of small trainings, and the SHA-256 digests of every tensor their last checkpoint holds.
 
     python tests/golden_training.py                   print the digests of this checkout
     python tests/golden_training.py --checkout DIR    of another one, such as the commit before
     python tests/golden_training.py --record          write them to tests/golden/training.json
+    python tests/golden_training.py --runs NAME ...   these trainings alone
 
 A change that is meant to move no number is proved by equal digests; one that moves numbers records them anew and says
 why. Only the command line is used, so that checkouts of any layout can be compared.
@@ -34,6 +35,15 @@ HEADS = "--moco-dim 32 --moco-mlp-dim 64"
 RUNS = {
     "quickstart": (1, "--preset quickstart --batch-size 64"),
     "cifar-stem-lars": (1, f"--preset cifar10-r18-sdmp --image-px 16 --batch-size 8 {HEADS}"),
+    **{
+        method: (1, f"--preset quickstart --method {method} --batch-size 32 --depth 2 {HEADS} {flags}")
+        for method, flags in {
+            "imix": "--imix-rule cutmix",
+            "dacl": "--dacl-alpha 0.5",
+            "mochi": "--mochi-warmup-epochs 0.05 --mochi-hard 16 --mochi-mixed 16 --mochi-query-mixed 4",
+        }.items()
+    },
+    "dino": (1, "--preset quickstart-dino --batch-size 32 --depth 2 --drop-path-rate 0.1"),
     "two-processes": (2, f"--preset quickstart -b 16 --depth 2 --variant extra --rules mixup cutmix {HEADS}"),
 }
 
@@ -82,12 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, default=ROOT)
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     asked = parser.parse_args()
-    found = {name: digests(name, asked.checkout.resolve()) for name in RUNS}
+    found = {name: digests(name, asked.checkout.resolve()) for name in asked.runs}
     print(json.dumps({environment(): found}, indent=2))
     if asked.record:
         known = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
-        RECORDED.write_text(json.dumps({**known, environment(): found}, indent=2) + "\n", encoding="utf-8")
+        here = {**known.get(environment(), {}), **found}
+        RECORDED.write_text(json.dumps({**known, environment(): here}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

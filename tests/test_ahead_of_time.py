@@ -107,6 +107,31 @@ def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> Non
         assert arch in LIKE_SM_80 or set(names) <= {r["name"] for r in reports if r["arch"] == arch}
 
 
+@pytest.mark.parametrize(("name", "itemsize", "loads", "stores"), [
+    ("soft_cross_entropy loss bfloat16 65536", 2, 1, 0),
+    ("soft_cross_entropy both bfloat16 65536", 2, 2, 1),
+    ("soft_cross_entropy both float32 65536", 4, 2, 1),
+    ("soft_cross_entropy gradient bfloat16 65536", 2, 2, 1),
+])  # fmt: skip
+def test_each_element_is_read_and_written_as_often_as_the_model_says(
+    reports: list[dict[str, Any]], name: str, itemsize: int, loads: int, stores: int
+) -> None:
+    """In the machine's loops: one load per sweep, the second out of the L2 cache, and one store."""
+    for report in (r for r in reports if r["name"] == name):
+        block = next(
+            item.constants for item in tiles_of("soft_cross_entropy", report["arch"]) if item.name == report["name"]
+        )
+        elements = block["BLOCK_N"] * block["BLOCK_K"]
+        wide = 16 // itemsize * 32 * report["num_warps"]
+        assert report["loads"].get("128", 0) * wide == loads * elements, report["arch"]
+        assert report["stores"].get("128", 0) * wide == stores * elements, report["arch"]
+    assert any(r["name"] == name for r in reports)
+
+
+def tiles_of(op: str, arch: str) -> list[Any]:
+    return importlib.import_module(f"sdmp_kernels.ops.{op}.triton").compiles(arch)
+
+
 def test_bad_facts_are_found(tmp_path: Path) -> None:
     """The checks can fail: a narrow, spilling kernel without tensor cores is reported as all three."""
     (tmp_path / "faulty.py").write_text(FAULTY)

@@ -11,6 +11,7 @@ import pytest
 
 import sdmp_kernels
 from sdmp_train.config import METHODS
+from sdmp_train.evaluate.command import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "sdmp_train"
@@ -24,6 +25,7 @@ VIEW_RECIPES = {"byol_views", "dino_views"}
 
 # Files of tests that are about no single module, and what they are about.
 SUITES = {
+    "test_docs.py": "README.md and docs",
     "test_golden_training.py": "whole trainings, bit for bit",
     "test_layout.py": "this file",
     "test_native_build.py": "setup.py and csrc",
@@ -130,14 +132,16 @@ def test_settings_are_read_without_what_the_command_line_alone_needs():
 
 
 def test_no_evaluation_imports_the_entry_point_of_pretraining():
+    """Those that train run their methods by `loop.train`; the loop knows no evaluation."""
+    assert [name for name in imports(TRAINER / "loop.py") if name.startswith("evaluate")] == []
     for path in modules(TRAINER / "evaluate"):
-        assert not {"commands", "run", "loop", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
+        assert not {"commands", "run", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_the_command_line_knows_no_protocols_settings():
     """They are in the protocol's own file; `eval` finds it by its name."""
-    protocols = {path.stem for path in modules(TRAINER / "evaluate")} - {"__init__", "command"}
-    assert "knn" in protocols
+    protocols = set(PROTOCOLS)
+    assert protocols <= {path.stem for path in modules(TRAINER / "evaluate")}
     for name in ("__main__.py", "commands.py"):
         known = identifiers(ast.parse((TRAINER / name).read_text(encoding="utf-8")))
         assert [n for n in known for protocol in protocols if protocol in n.lower() and n != "knn_max_images"] == []

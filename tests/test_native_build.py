@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -151,6 +152,23 @@ def test_a_wheel_made_without_a_compiler_works(tmp_path: Path) -> None:
     said = installed(wheel, tmp_path / "site")
     assert said.startswith("torch (cpp: false failed: exit status 1; ")
     assert "use_backend('cpp') cannot run on this machine: false failed: exit status 1" in said
+
+
+@pytest.mark.slow
+def test_a_source_distribution_builds_without_the_repository(tmp_path: Path) -> None:
+    source = copied(tmp_path / "source")
+    make = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run([sys.executable, "-c", make, str(tmp_path)], cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.glob("sdmp_kernels-*") if path.is_dir())
+    for folder in ("csrc", "sdmp_kernels", "sdmp_train"):
+        files = {path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file()}
+        assert {path for path in files if not (unpacked / path).exists()} == set()
+    shutil.rmtree(source)
+    said = installed(wheel_of(unpacked, CXX="false"), tmp_path / "site")
+    assert said.startswith("torch (cpp: false failed: exit status 1; ")
 
 
 def test_a_wheel_made_with_a_compiler_has_the_kernels(build: dict[str, Any], tmp_path: Path) -> None:

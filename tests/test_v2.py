@@ -174,7 +174,7 @@ def test_arguments_are_torchvisions() -> None:
         for argument in theirs:
             assert ours[argument].kind == theirs[argument].kind == inspect.Parameter.KEYWORD_ONLY
             assert ours[argument].default == theirs[argument].default
-        assert set(ours) - set(theirs) == {"per", "labels", "seed"}
+        assert set(ours) - set(theirs) == {"per", "labels", "seed", "ignore_index"}
 
 
 def test_inside_torchvisions_containers() -> None:
@@ -404,3 +404,17 @@ def test_refuses_wrong_samples(
 def test_refuses_a_plan_that_does_not_fit(plan: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sdmp_kernels.v2.MixUp(num_classes=CLASSES)(pictures(), class_numbers(), plan=plan)
+
+
+def test_ignored_labels_leave_the_others_their_share() -> None:
+    transform = MixUp(num_classes=4, per="sample", seed=1, ignore_index=-100)
+    plan = transform.draw(4, (8, 8))
+    labels = torch.tensor([0, -100, -100, 3])
+    _, target = transform(torch.rand(4, 3, 8, 8), labels, plan=plan)
+    wanted = torch.zeros(4, 4)
+    for i, label in enumerate(labels.tolist()):
+        for number, share in ((label, plan.lam[i]), (int(labels[i - 1]), 1 - plan.lam[i])):
+            if number >= 0:
+                wanted[i, number] += share
+    torch.testing.assert_close(target, wanted, atol=1e-6, rtol=0)
+    assert (target[2] == 0).all()

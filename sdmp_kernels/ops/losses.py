@@ -96,6 +96,9 @@ def safe_target(first: Tensor, second: Tensor, weight: Tensor, columns: int, dty
 
 def within(columns: Tensor, count: int) -> bool:
     """Whether all columns, on the CPU, are in [0, count)."""
+    if columns.ndim == 1 and columns.shape[0] <= _FEW:
+        values = columns.tolist()
+        return not values or (min(values) >= 0 and max(values) < count)
     if columns.numel() == 0:
         return True
     low, high = extremes(columns)
@@ -105,8 +108,9 @@ def within(columns: Tensor, count: int) -> bool:
 def extremes(tensor: Tensor) -> tuple[float, float]:
     """The smallest and the largest of some numbers on the CPU; of NaN both are NaN."""
     if tensor.numel() <= _FEW:
-        values = tensor.view(-1).tolist()
-        return (min(values), max(values)) if sum(values) == sum(values) else (math.nan, math.nan)
+        values = tensor.tolist() if tensor.ndim == 1 else tensor.view(-1).tolist()
+        total = sum(values)
+        return (min(values), max(values)) if total == total else (math.nan, math.nan)
     low, high = tensor.aminmax()
     return low.item(), high.item()
 

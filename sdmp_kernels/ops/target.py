@@ -13,27 +13,38 @@ FORMS = ("ce", "log_mixture")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_target(argument: str, target: object, rows: int, columns: int, like: Tensor) -> TwoHot:
-    """`target` as a TwoHot of `rows` rows over `columns` columns, on the device of `like`.
+def check_target(
+    argument: str, target: object, rows: int, columns: int, like: Tensor, ignored: int | None = None
+) -> TwoHot:
+    """`target` as a TwoHot of `rows` rows over `columns` columns, on the device of `like`; a column may be `ignored`.
 
     Raises:
         TypeError, ValueError: naming the argument. Values are looked at on the CPU only.
     """
+    return looked_at(argument, target, rows, columns, like, ignored)[0]
+
+
+def looked_at(
+    argument: str, target: object, rows: int, columns: int, like: Tensor, ignored: int | None = None
+) -> tuple[TwoHot, bool]:
+    """`check_target`, and whether every column is known to be in range and not `ignored`."""
     if not isinstance(target, (tuple, list)) or len(target) != 3:
         raise TypeError(f"{argument} must be a TwoHot(first, second, weight), got {type(target).__name__}")
     target = target if isinstance(target, TwoHot) else TwoHot(*target)
     if not _fits(target, rows, like.device):
         _check_kind(argument, target, rows, like)
+    whole = False
     if rows and readable(*target):
-        if not (within(target.first, columns) and within(target.second, columns)):
-            _refuse_columns(argument, target, columns)
+        whole = within(target.first, columns) and within(target.second, columns)
+        if not whole:
+            _check_columns(argument, target, columns, ignored)
         low, high = extremes(target.weight)
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"{argument}.weight must hold shares in [0, 1], got {low:.6g} to {high:.6g}; "
                 "give the share of `first`, the rest goes to `second`"
             )
-    return target
+    return target, whole and (ignored is None or not 0 <= ignored < columns)
 
 
 _INDICES, _WEIGHTS = (torch.int64,), (torch.float32, torch.float64)
@@ -62,9 +73,11 @@ def _check_kind(argument: str, target: TwoHot, rows: int, like: Tensor) -> None:
         check_same_device(**{f"{argument}.{name}": tensor, "the logits": like})
 
 
-def _refuse_columns(argument: str, target: TwoHot, columns: int) -> None:
+def _check_columns(argument: str, target: TwoHot, columns: int, ignored: int | None) -> None:
     for name in ("first", "second"):
-        low, high = getattr(target, name).aminmax()
+        column = getattr(target, name)
+        column = column if ignored is None else column[column != ignored]
+        low, high = column.aminmax() if len(column) else (0, 0)
         if low < 0 or high >= columns:
             raise ValueError(
                 f"{argument}.{name} must hold columns in [0, {columns}), got {int(low)} to {int(high)}; "

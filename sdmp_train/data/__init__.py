@@ -1,4 +1,4 @@
-"""From a folder of image files to uint8 views on a device.
+"""From a folder, list or archive of images to uint8 views on a device.
 
     index = open_folder("photos")
     with make_loader(index, byol_views(224), batch_size=256, steps=1000, seed=0, device="cuda") as loader:
@@ -16,26 +16,31 @@ from collections.abc import Sequence
 
 import torch
 
-from sdmp_kernels.views import EvalView, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+from sdmp_kernels.views import EvalView, Interpolation, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
 
 from .batch import Batch, Loader
-from .choice import Choice, LoaderName, choose_loader, faster_loader, open_loader
+from .choice import LOADERS, Choice, LoaderName, choose_loader, faster_loader, open_loader
 from .folders import find_splits, holds_images
+from .host import HostTransform, RandAugmentErase
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
 from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
+from .sources import kind_of, open_source
 
 __all__ = [
+    "LOADERS",
     "BadFile",
     "Batch",
     "Choice",
     "DataError",
     "EvalView",
+    "HostTransform",
     "Index",
     "Loader",
     "LoaderName",
+    "RandAugmentErase",
     "Source",
     "TooManyBadFiles",
     "ViewRecipe",
@@ -47,8 +52,10 @@ __all__ = [
     "eval_view",
     "find_splits",
     "holds_images",
+    "kind_of",
     "make_loader",
     "open_folder",
+    "open_source",
     "shapes_folder",
     "steps_per_epoch",
 ]
@@ -67,15 +74,20 @@ def make_loader(
     device: torch.device | str,
     loader: LoaderName | Choice = "auto",
     workers: int | None = None,
+    repeats: int = 1,
+    host: HostTransform | None = None,
 ) -> Loader:
     """Batches of augmented views for the steps `start_step` to `steps - 1`.
 
     `batch_size` is this rank's; `steps` counts from the start of the run, so `steps - start_step` batches come.
     `loader`: "auto" measures both for about a second where 20,000 images or more are to come, takes the faster and says
     both rates (`Loader.why`); with fewer it is DALI where that is installed. Of several ranks let one measure, and give
-    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels.
+    all its `Choice`: on a GPU the loaders' pixels differ by up to two levels. "resident" decodes every image once, when
+    it is opened, and keeps all of them on the device; `DataError` where they do not fit.
     `workers`: decoding threads (DALI) or processes (torchvision, 0 decodes in this process); default: the cores this
     process may use, divided by the ranks that share the machine.
+    `repeats`: how often an image comes in a row, in views of its own (repeated augmentation).
+    `host`: what is done to each image's first view on the host; the torchvision loader alone does that.
     """
     schedule = TrainSchedule(
         index,
@@ -86,15 +98,26 @@ def make_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        repeats=repeats,
+        host=host,
     )
     device, workers = _place(device), _worker_count(workers, world_size)
-    if isinstance(loader, Choice):
+    if host is not None:
+        choice = _choice_for_host(loader)
+    elif isinstance(loader, Choice):
         choice = loader
     elif loader == "auto":
         choice = faster_loader(schedule, device, workers)
     else:
         choice = choose_loader(loader, device)
     return open_loader(choice, schedule, device, workers)
+
+
+def _choice_for_host(loader: LoaderName | Choice) -> Choice:
+    name = loader.name if isinstance(loader, Choice) else loader
+    if name == "dali":
+        raise DataError("loader='dali' cannot be used: these views are changed image by image; use 'torchvision'")
+    return Choice("torchvision", "the views are changed image by image on the host, which Pillow's processes do")
 
 
 def eval_loader(
@@ -104,6 +127,7 @@ def eval_loader(
     batch_size: int,
     device: torch.device | str,
     resize_px: int | None = None,
+    interpolation: Interpolation = "bilinear",
     rank: int = 0,
     world_size: int = 1,
     loader: LoaderName = "auto",
@@ -113,8 +137,11 @@ def eval_loader(
 
     `resize_px`: the shorter side before the crop; default `size_px * 256 / 224`, and `size_px` up to 64 px.
     With `world_size > 1` a rank gets one contiguous part of the rows (parts differ by at most one row).
+    `loader`: "resident", which would decode all for one look at each, is "torchvision" here: the same pixels.
     """
-    recipes = as_recipes([eval_view(size_px, resize_px)])
+    recipes = as_recipes([eval_view(size_px, resize_px, interpolation)])
+    if loader == "resident":
+        loader = "torchvision"  # the same pixels, and each image is needed once
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
     return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))

@@ -1,4 +1,4 @@
-"""What a loader hands to the training loop, and the base class of both loaders."""
+"""What a loader hands to the training loop, and the base class of the loaders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Loader(ABC):
     Use it as a context manager, or call `close()` when done: it ends worker threads or processes.
     """
 
-    name: Literal["dali", "torchvision"]
+    name: Literal["dali", "torchvision", "resident"]
     why: str
     """Why this loader was chosen, as a sentence to print."""
 

@@ -15,7 +15,8 @@ from .batch import Loader
 from .images import DataError
 from .schedule import Schedule, TrainSchedule
 
-LoaderName = Literal["auto", "dali", "torchvision"]
+LoaderName = Literal["auto", "dali", "torchvision", "resident"]
+LOADERS = ("dali", "torchvision", "resident")
 
 MEASURED_FROM_IMAGES = 20_000
 """A run that loads fewer is over before a measurement has paid for itself."""
@@ -28,15 +29,17 @@ _BATCH = 32
 class Choice(NamedTuple):
     """A loader, and why it."""
 
-    name: Literal["dali", "torchvision"]
+    name: Literal["dali", "torchvision", "resident"]
     why: str
     """As a sentence to print."""
 
 
 def choose_loader(loader: LoaderName, device: torch.device) -> Choice:
     """The loader of this name; for "auto", unmeasured, DALI where it is. `DataError` where the one asked for is not."""
-    if loader not in ("auto", "dali", "torchvision"):
-        raise ValueError(f"loader must be 'auto', 'dali' or 'torchvision', but is {loader!r}")
+    if loader not in ("auto", *LOADERS):
+        raise ValueError(f"loader must be 'auto', 'dali', 'torchvision' or 'resident', but is {loader!r}")
+    if loader == "resident":
+        return Choice("resident", f"resident was asked for; Pillow decodes once, and the images stay on {device}")
     if loader == "torchvision":
         return Choice("torchvision", "torchvision was asked for; Pillow decodes on the CPU")
     missing = dali_missing(device)
@@ -107,6 +110,10 @@ def open_loader(choice: Choice, schedule: Schedule, device: torch.device, worker
         from .dali import DaliLoader
 
         return DaliLoader(schedule, device=device, workers=max(1, workers), why=choice.why)
+    if choice.name == "resident":
+        from .resident import ResidentLoader
+
+        return ResidentLoader(schedule, device=device, workers=workers, why=choice.why)
     from .torchvision import TorchvisionLoader
 
     return TorchvisionLoader(schedule, device=device, workers=workers, why=choice.why)

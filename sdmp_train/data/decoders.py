@@ -7,6 +7,7 @@ Pillow reads everything else inside the DALI loader (docs/data.md holds the tabl
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -20,18 +21,18 @@ _BARE = frozenset({0x01, *range(0xD0, 0xD8)})
 _MOST_SEGMENTS = 10_000
 
 
-def needs_pillow(path: str) -> bool:
-    """Whether Pillow decodes this file for DALI too. Reads headers only; a file that cannot be read says True.
+def needs_pillow(file: str | bytes) -> bool:
+    """Whether Pillow decodes this file, by path or bytes, for DALI too. Reads headers only; a damaged one says True.
 
     Raises:
         OSError, ValueError: the file cannot be opened.
     """
-    with open_regular(path) as file:
-        start = file.read(12)
+    with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as opened:
+        start = opened.read(12)
         for looks, plain in _KINDS:
             if looks(start):
-                file.seek(0)
-                return not plain(file)
+                opened.seek(0)
+                return not plain(opened)
     return True
 
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,7 @@ class Index:
             digest.update(column.tobytes())
         return digest.hexdigest()
 
-    def subset(self, rows: NDArray[np.integer]) -> Index:
+    def subset(self, rows: NDArray[np.integer]) -> Self:
         """The given rows, in the given order, as an index of their own; class numbers stay."""
         return replace(
             self,
@@ -177,28 +177,68 @@ def open_folder(
         DataError: no such folder, no images, or bad files; the message says what was found and what to do.
         TooManyBadFiles: the share of bad files exceeds `max_bad_frac`.
     """
-    if on_bad not in ("stop", "skip", "list"):
-        raise ValueError(f"on_bad must be 'stop', 'skip' or 'list', but is {on_bad!r}")
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     let_pillow_open(max_pixels)
     root = _resolve(Path(path), split)
-    listing = list_files(root)
-    cache = Cache(root, cache_dir)
-    with cache.alone() if check == "decode" else nullcontext():
+    how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
+    return index_listing(root, list_files(root), how)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How files are looked at, and what becomes of bad ones: the arguments of `open_folder`."""
+
+    on_bad: Literal["stop", "skip", "list"] = "stop"
+    check: Literal["header", "decode"] = "header"
+    max_bad_frac: float = 0.01
+    max_pixels: int = MAX_PIXELS
+    cache_dir: str | os.PathLike[str] | None = None
+    workers: int | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("stop", "skip", "list"):
+            raise ValueError(f"on_bad must be 'stop', 'skip' or 'list', but is {self.on_bad!r}")
+
+
+def index_listing(
+    root: Path,
+    listing: Listing,
+    how: Checks,
+    *,
+    contents: Callable[[str], str | bytes] | None = None,
+    class_of: Callable[[str], str | None] | None = None,
+    cached_as: Path | None = None,
+) -> Index:
+    """Look at the files of a listing and make a table of those that are images.
+
+    Args:
+        root: what the names of the listing are relative to.
+        contents: name -> the path or the bytes of a file; default: its path below `root`.
+        class_of: name -> class; default: the folder of the first level.
+        cached_as: what the cache is named after; default `root`.
+
+    Raises:
+        DataError, TooManyBadFiles: as `open_folder`.
+    """
+    contents = contents or partial(os.path.join, root)
+    cache, decode = Cache(cached_as or root, how.cache_dir), how.check == "decode"
+    with cache.alone() if decode else nullcontext():
         known = cache.load()
-        checked, bad = _check_files(root, listing, known, check == "decode", max_pixels, workers, progress)
+        checked, bad = _check_files(root, listing, known, decode, how, contents)
         files = [file for file in listing.files if file.name in checked]
         if {file: checked[file.name] for file in files} != known:
             cache.store(files, checked)
     bad += listing.problems
     if not files and not bad and not listing.closed:
         raise DataError(_nothing_found(root, listing.by_suffix()))
-    classes, labels = _classes([file.name for file in files])
+    names = [file.name for file in files]
+    classes, labels = numbered([class_of(name) for name in names]) if class_of else _classes(names)
     missing, harmless = missing_classes(listing, set(classes)) if classes else ([], [])
     total = len(files) + len(bad)
     faults = _faults(bad, listing.closed, missing, total, root)
     if faults:
-        _judge(faults, len(bad), total, on_bad, max_bad_frac)
+        _judge(faults, len(bad), total, how.on_bad, how.max_bad_frac)
     return Index(
         root=root,
         paths=Paths(file.name for file in files),
@@ -274,9 +314,8 @@ def _check_files(
     listing: Listing,
     known: dict[File, Checked],
     decode: bool,
-    max_pixels: int,
-    workers: int | None,
-    progress: Callable[[int, int], None] | None,
+    how: Checks,
+    contents: Callable[[str], str | bytes],
 ) -> tuple[dict[str, Checked], list[BadFile]]:
     """What is known by name, from the cache where it knows the file, and the bad files.
 
@@ -286,18 +325,18 @@ def _check_files(
     todo: list[File] = []
     for file in listing.files:
         old = known.get(file)
-        if old is None or (decode and not old.decoded) or old.height * old.width > max_pixels:
+        if old is None or (decode and not old.decoded) or old.height * old.width > how.max_pixels:
             todo.append(file)
         else:
             checked[file.name] = old
     bad: list[BadFile] = []
     done = len(checked)
     chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
-    threads = workers or min(32, 4 * (os.cpu_count() or 1))
+    threads = how.workers or min(32, 4 * (os.cpu_count() or 1))
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # Our own limit is at or below the one Pillow warns at, and is reported by file.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        work = partial(_check_chunk, root, decode=decode, max_pixels=max_pixels)
+        work = partial(_check_chunk, root, contents, decode=decode, max_pixels=how.max_pixels)
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             for file, result in zip(chunk, results, strict=True):
                 if result is None:
@@ -307,24 +346,28 @@ def _check_files(
                 else:
                     checked[file.name] = result
             done += len(chunk)
-            if progress is not None:
-                progress(done, len(listing.files))
+            if how.progress is not None:
+                how.progress(done, len(listing.files))
     return checked, bad
 
 
-def _check_chunk(root: Path, files: list[File], *, decode: bool, max_pixels: int) -> list[Checked | BadFile | None]:
-    return [_check_file(root, file, decode, max_pixels) for file in files]
+def _check_chunk(
+    root: Path, contents: Callable[[str], str | bytes], files: list[File], *, decode: bool, max_pixels: int
+) -> list[Checked | BadFile | None]:
+    return [_check_file(os.path.join(root, file.name), file, contents, decode, max_pixels) for file in files]
 
 
-def _check_file(root: Path, file: File, decode: bool, max_pixels: int) -> Checked | BadFile | None:
-    path = os.path.join(root, file.name)
+def _check_file(
+    path: str, file: File, contents: Callable[[str], str | bytes], decode: bool, max_pixels: int
+) -> Checked | BadFile | None:
     try:
         if not file.has_suffix and not looks_like_image(path):
             return None
-        height, width = read_size(path, max_pixels)
-        pillow = needs_pillow(path)
+        held = contents(file.name)
+        height, width = read_size(held, max_pixels)
+        pillow = needs_pillow(held)
         if decode:
-            decode_rgb(path)
+            decode_rgb(held)
     except DECODE_ERRORS as error:
         return BadFile(path, describe(error))
     return Checked(height, width, decode, pillow)
@@ -407,6 +450,17 @@ def _classes(names: list[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     classes = tuple(sorted(set(folders)))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[folder] for folder in folders], dtype=np.int64)
+
+
+def numbered(names: Sequence[str | None]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Sorted classes, numbers by their value, and the number of each row; no classes where one row has none."""
+    given = [name for name in names if name is not None]
+    if len(given) < len(names) or not names:
+        return (), np.full(len(names), -1, dtype=np.int64)
+    numbers = all(name.isdecimal() for name in given)
+    classes = tuple(sorted(set(given), key=lambda name: (int(name) if numbers else 0, name)))
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([number[name] for name in given], dtype=np.int64)
 
 
 def _middle(values: NDArray[np.int32]) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdmp_kernels.views import EvalView, ViewDraws, ViewRecipe, draw_views
 
+from .host import HostTransform, host_seeds
 from .images import DataError
 from .source import Source
 
@@ -67,12 +68,18 @@ class TrainSchedule:
     seed: int
     rank: int
     world_size: int
+    repeats: int = 1
+    """How often an image comes in a row, each time in another view; an epoch has as many steps, and fewer images."""
+    host: HostTransform | None = None
+    """What is done to the first view on the host."""
     _order: tuple[int, NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_batch(self.batch_size, self.rank, self.world_size)
         if not self.recipes:
             raise ValueError("recipes must name at least one view, but is empty")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be 1 or more, but is {self.repeats}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, but is {self.seed}")
         if not 0 <= self.start_step <= self.steps:
@@ -85,7 +92,8 @@ class TrainSchedule:
     def rows(self, position: int) -> NDArray[np.int64]:
         epoch, within = divmod(self.start_step + position, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.source), seed=self.seed, epoch=epoch)
+            order = epoch_order(len(self.source), seed=self.seed, epoch=epoch)
+            self._order = epoch, np.repeat(order, self.repeats)[: len(order)]
         first = (within * self.world_size + self.rank) * self.batch_size
         return self._order[1][first : first + self.batch_size]
 
@@ -96,6 +104,11 @@ class TrainSchedule:
             draw_views(recipe, heights, widths, step=step, seed=self.seed, view=view, first_row=first_row)
             for view, recipe in enumerate(self.recipes)
         ]
+
+    def host_seeds(self, position: int, rows: int) -> NDArray[np.uint32]:
+        """For `host`, one per row."""
+        step, first_row = self.start_step + position, self.rank * self.batch_size
+        return host_seeds(seed=self.seed, step=step, first_row=first_row, rows=rows)
 
 
 @dataclass

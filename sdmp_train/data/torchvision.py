@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,9 +24,10 @@ from sdmp_kernels import augment
 from sdmp_kernels.views import view_size
 
 from .batch import Batch, Loader
+from .host import HostTransform, seeded
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
-from .schedule import Schedule
+from .schedule import Schedule, TrainSchedule
 
 _PREFETCH_BATCHES = 2
 _DECODED_AT_ONCE = 16
@@ -90,9 +92,14 @@ class TorchvisionLoader(Loader):
         return batch
 
     def close(self) -> None:
-        # An iteration still under way sees the new number and ends. Deleting torch's iterator ends its workers.
+        # An iteration still under way sees the new number and ends.
         self._iteration += 1
-        self._batches = None
+        batches, self._batches = self._batches, None
+        # Deleting torch's iterator would end its workers too, but where an error's traceback holds it nobody does; and
+        # the exit of the program would wait for processes that ignore its signals.
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
 @dataclass
@@ -120,6 +127,8 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
                 continue  # the batch is lost, but the other damaged files of it are named too
             for view, recipe, drawn in zip(views, schedule.recipes, draws, strict=True):
                 augment(images, drawn[some], recipe.size_px, interpolation=recipe.interpolation, out=view[some])
+        if isinstance(schedule, TrainSchedule) and schedule.host is not None and not bad:
+            transform(views[0], schedule.host, schedule.host_seeds(position, len(rows)))
         return views, bad
 
     def _decode(self, row: int, bad: list[BadFile]) -> Tensor:
@@ -130,6 +139,13 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
         except DECODE_ERRORS as error:
             bad.append(BadFile(source.name(row), describe(error)))
             return torch.empty(0, 0, 3, dtype=torch.uint8)
+
+
+def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:
+    """Change (N, 3, H, W) uint8 views in place, each image with numbers of its own."""
+    for image, seed in zip(view.permute(0, 2, 3, 1), seeds.tolist(), strict=True):
+        with seeded(seed):
+            image.copy_(torch.from_numpy(np.array(host(image.numpy()))))
 
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM} | {

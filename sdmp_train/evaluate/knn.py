@@ -6,69 +6,85 @@ Q queries, B bank rows, D features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..data import Index, eval_loader
-from ..distributed import join_world
-from ..export import load_exported
+from ..distributed import World, join_world
 from ..flags import arg
-from ..run_folder import EXPORTED, stored_config
+from ..log import Log
+from ..run_folder import stored_config
 from ..settings import ConfigError, DataConfig, between, require
 from ..splits import describe_split, measured_images
-from ..text import printable
+from ..stop import StopRequest
+from .features import standardise
+from .subject import (
+    EVERY_IMAGE,
+    PLACES,
+    Precision,
+    Steps,
+    Subject,
+    SubjectConfig,
+    keep_result,
+    knn_images,
+    measured_data,
+    open_subject,
+    plain_settings,
+    resolved_precision,
+    result_folder,
+    spread,
+)
+
+__all__ = [
+    "Features",
+    "KnnConfig",
+    "collapse",
+    "evaluate_knn",
+    "image_features",
+    "knn_images",
+    "measured_data",
+    "pixels",
+    "spread",
+    "standardise",
+    "weighted_knn",
+]
 
 NEIGHBOURS = (10, 20, 100, 200)
 RAW_PX = 32
-EVERY_IMAGE = 10**9
+SIMILARITIES = 2**26
+"""float32 numbers at a time."""
 # Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
 SAME_FEATURE = 1e-5
 
 
 @dataclass(frozen=True)
-class KnnConfig:
+class KnnConfig(SubjectConfig):
     """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
 
-    run: str | None = None
-    """Run folder, whose exported backbone is measured."""
-    weights: str | None = None
-    """Or the folder of an exported backbone."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of class folders; default: the run's."""
-    test_data: str | None = None
-    """Folder of the queries; default: the run's, the test split of --data, else every fifth image of --data."""
     k: tuple[int, ...] = NEIGHBOURS
     """Numbers of neighbours."""
     temperature: float = 0.07
     """Votes weigh exp(similarity / temperature)."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 256
     """Images per forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
+    knn_max_images: int | None = None
+    """Images used (four fifths bank, one fifth queries), evenly spread; default: what the run used, else all."""
+    precision: Precision | None = None
+    """Autocast of the backbone; default: the run's, else bf16 on a GPU, fp32 elsewhere."""
     raw_pixels: bool = True
     """Also measure the pixels themselves."""
-    bad_images: Literal["stop", "skip"] | None = None
-    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    max_bad_frac: float | None = None
-    """With --bad-images skip: the share of files that may be left out; default: as the run did."""
-    max_pixels: int | None = None
-    """Files that claim more pixels are bad; default: as the run did."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
-    """Who decodes; default: the run's choice."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.k) > 0 and min(self.k) >= 1, "k", self.k, "whole numbers from 1")
         between("temperature", self.temperature, 0, 1e6, above=True)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        most = self.knn_max_images
+        require(most is None or most >= 5, "knn_max_images", most, "at least 5: every fifth image is a query")
 
 
 @dataclass(frozen=True)
@@ -88,55 +104,70 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
     Raises:
         ConfigError, DataError: backbone or images cannot be measured; the message says why, and what to give.
     """
-    if (config.run is None) == (config.weights is None):
-        raise ConfigError("eval knn needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)")
-    exported = Path(config.weights) if config.weights is not None else Path(config.run or "") / EXPORTED
-    backbone, description = load_exported(exported)
-    data = measured_data(config, description["pretrained_cfg"])
-    train, test = measured_images(data)
-    bank_images, query_images = knn_images(train, test, max_images=EVERY_IMAGE)
-    for what, images in (("bank images", bank_images), ("query images", query_images)):
-        require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
-    print(describe_split(data, train, test))
-    accuracies = {}
-    with join_world(config.device) as world:
-        backbone.to(world.device)
-        sizes = f"{len(bank_images)} bank, {len(query_images)} queries, {len(bank_images.classes)} classes"
-        print(f"{printable(exported)}: {sizes}")
-        for name, model in (("backbone", backbone), ("raw pixels", None)):
+    with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
+        stop.speaks = world.is_first
+        subject = open_subject(config, "knn")
+        data = subject.data
+        train, test = measured_images(data, stop.check, log.say)
+        most, precision = as_the_run_did(config, subject, world)
+        bank_images, query_images = knn_images(train, test, max_images=most)
+        for what, images in (("bank images", bank_images), ("query images", query_images)):
+            require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
+        log.say(f"split    {describe_split(data, train, test)}")
+        log.say(f"weights  {subject.name}, {precision}")
+        log.say(f"images   {describe_shares(bank_images, query_images, train, test)}")
+        subject.backbone.to(world.device)
+        found: dict[str, dict[int, float]] = {}
+        for name, model in (("backbone", subject.backbone), ("raw pixels", None)):
             if model is None and not config.raw_pixels:
                 continue
             bank, queries = (
-                image_features(model, images, data, device=world.device, batch_size=config.batch_size)
-                for images in (bank_images, query_images)
+                image_features(
+                    model,
+                    images,
+                    data,
+                    device=world.device,
+                    bf16=precision == "bf16",
+                    batch_size=config.batch_size,
+                    between=Steps(log, stop, len(images), config.batch_size, f"images of the {what}, {name}"),
+                )
+                for what, images in (("bank", bank_images), ("queries", query_images))
             )
+            log.stop_progress()
             if (remark := collapse(bank)) is not None:
-                print(f"{name}: {remark}")
-            accuracies[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature)
-            for count, accuracy in accuracies[name].items():
-                print(f"kNN {accuracy:6.2%}  {name}, k = {count}")
-    return accuracies
+                log.say(f"{name}: {remark}")
+            found[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature, step=stop.check)
+            for count, accuracy in found[name].items():
+                log.say(f"kNN {accuracy:6.2%}  {name}, k = {count}")
+        if world.is_first:
+            row = {
+                **{what: {str(k): accuracy for k, accuracy in by_k.items()} for what, by_k in found.items()},
+                "bank_images": len(bank_images),
+                "test_images": len(query_images),
+                "settings": plain_settings(config, *PLACES),
+            }
+            keep_result(result_folder(subject, config.output), "knn", subject, row)
+        return found
 
 
-def measured_data(config: KnnConfig, pixels: dict[str, Any]) -> DataConfig:
-    """The images that `config` means, as the run reads them, in the size and range of the export's `pretrained_cfg`."""
-    stored = stored_config(Path(config.run)).data if config.run is not None else DataConfig()
-    if config.data is None and stored.data is None:
-        raise ConfigError("data is missing; give --data DIR, a folder with one folder per class")
-    return replace(
-        stored,
-        data=config.data or stored.data,
-        # A split that belongs to the run's data belongs to no other.
-        test_data=config.test_data or (stored.test_data if config.data is None else None),
-        image_px=pixels["input_size"][1],
-        mean=tuple(pixels["mean"]),
-        std=tuple(pixels["std"]),
-        workers=config.workers,
-        bad_images=config.bad_images or stored.bad_images,
-        max_bad_frac=stored.max_bad_frac if config.max_bad_frac is None else config.max_bad_frac,
-        max_pixels=stored.max_pixels if config.max_pixels is None else config.max_pixels,
-        loader=config.loader or stored.loader,
+def as_the_run_did(config: KnnConfig, subject: Subject, world: World) -> tuple[int, str]:
+    """The most images to use, and the precision: those of the run, so that it and `eval` give the same number."""
+    run = stored_config(subject.run).run if subject.run is not None else None
+    most = config.knn_max_images or (run.knn_max_images if run is not None else 0) or EVERY_IMAGE
+    return most, resolved_precision(config.precision or (run.precision if run is not None else "auto"), world)
+
+
+def describe_shares(bank: Index, queries: Index, train: Index, test: Index | None) -> str:
+    """How many of the images are bank and queries, and by which rule."""
+    classes = f"{len(bank.classes)} classes"
+    if test is None:
+        used = "" if len(bank) + len(queries) == len(train) else f"of {len(train):,} images, evenly spread, "
+        return f"{used}every fifth a query: {len(bank):,} bank, {len(queries):,} queries, {classes}"
+    bank_of, queries_of = (
+        f" of {len(all_of):,}, evenly spread" if len(some) < len(all_of) else ""
+        for some, all_of in ((bank, train), (queries, test))
     )
+    return f"{len(bank):,} bank{bank_of}; {len(queries):,} queries{queries_of}; {classes}"
 
 
 def weighted_knn(
@@ -145,13 +176,15 @@ def weighted_knn(
     neighbours: Sequence[int] = NEIGHBOURS,
     *,
     temperature: float = 0.07,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    step: Callable[[], None] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy (0 to 1) for every k: the k nearest rows of the bank vote with weight exp(similarity / 0.07).
 
     The weights are those divided by the largest of the row, which changes no winner: at a low temperature the plain
     ones overflow. Similarities and votes are float32 whatever the rows are. A k above the size of the bank means the
-    whole bank. Queries go through in chunks, so memory stays at chunk * B.
+    whole bank. Queries go through in chunks, on the device of the bank: as many as have similarities of 256 MiB.
+    `step` is called before every chunk; what it raises ends the count.
 
     Raises:
         ConfigError: for a number of neighbours or a temperature that is not above 0, an empty bank, no query, rows
@@ -164,7 +197,10 @@ def weighted_knn(
     bank_rows = bank.rows.float()
     ks = {k: min(k, len(bank_rows)) for k in neighbours}
     right = dict.fromkeys(ks, 0)
+    chunk = chunk or max(1, SIMILARITIES // len(bank_rows))
     for start in range(0, len(queries.rows), chunk):
+        if step is not None:
+            step()
         labels = queries.labels[start : start + chunk]
         similarity, nearest = (queries.rows[start : start + chunk].float() @ bank_rows.T).topk(max(ks.values()), dim=1)
         # The nearest row votes with exactly 1, so that no ballot is empty however low the temperature.
@@ -236,28 +272,6 @@ def image_features(
     return Features(torch.cat(rows)[known], torch.cat(labels)[known])
 
 
-def standardise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 images as float32, (x / 255 - mean) / std per channel."""
-    centre, scale = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - centre) / scale
-
-
 def pixels(images: Tensor) -> Tensor:
     """(N, 3, S, S) -> (N, 3 * S * S) with S at most 32: what a backbone's features have to beat."""
     return (adaptive_avg_pool2d(images, RAW_PX) if images.shape[-1] > RAW_PX else images).flatten(1)
-
-
-def knn_images(train: Index, test: Index | None, max_images: int) -> tuple[Index, Index]:
-    """Bank and queries, at most `max_images` together: the two splits, or four fifths and one fifth of the first."""
-    if test is not None:
-        return spread(train, max_images * 4 // 5), spread(test, max_images // 5)
-    chosen = spread(train, max_images)
-    is_query = np.arange(len(chosen)) % 5 == 4
-    return chosen.subset(np.flatnonzero(~is_query)), chosen.subset(np.flatnonzero(is_query))
-
-
-def spread(index: Index, count: int) -> Index:
-    """At most `count` rows, evenly spread over the index, so over its classes."""
-    if len(index) <= count:
-        return index
-    return index.subset(np.linspace(0, len(index) - 1, max(count, 1)).astype(np.int64))

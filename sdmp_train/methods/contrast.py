@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,13 @@ from ..distributed import World, distribute, gather_rows, mirror_images
 from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
-from ..settings import between, require
-from .method import At, Group, Loss, Setup
+from ..settings import DataConfig, between, require
+from .health import collapse_of, spread_of
+from .method import At, Group, Loss, Pass, Setup
+from .momentum import follow
 from .start import start_vit
+
+VIT_TEMPERATURE, RESNET_TEMPERATURE = 0.2, 1.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class ContrastConfig:
     """Momentum of the key encoder at the start."""
     momentum_cosine: Annotated[bool, arg(name="moco-m-cos")] = True
     """Let that momentum rise to 1 along half a cosine."""
-    temperature: Annotated[float, arg(name="moco-t")] = 0.2
-    """Softmax temperature."""
+    temperature: Annotated[float | None, arg(name="moco-t")] = None
+    """Softmax temperature; None is MoCo v3's own: 0.2 for a ViT, 1 for a ResNet."""
     stop_grad_conv1: bool = True
     """ViT: freeze the patch projection at its random start."""
 
@@ -53,7 +57,8 @@ class ContrastConfig:
         require(self.dim > 0, "moco_dim", self.dim, "a positive whole number")
         require(self.mlp_dim > 0, "moco_mlp_dim", self.mlp_dim, "a positive whole number")
         between("moco_m", self.momentum, 0, 1)
-        between("moco_t", self.temperature, 0, 100, above=True)
+        if self.temperature is not None:
+            between("moco_t", self.temperature, 0, 100, above=True)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class Plan:
     mixes: dict[str, MixPlan]
 
 
+def views_of(terms: Sequence[Term]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The views that are queries and those that are keys, each once."""
+    return tuple(dict.fromkeys(term.query for term in terms)), tuple(dict.fromkeys(term.key for term in terms))
+
+
+def passes_of(terms: Sequence[Term], data: DataConfig) -> list[Pass]:
+    """What goes through the backbone: every query with gradient, every key without."""
+    queries, keys = views_of(terms)
+    return [Pass(data.image_px, trained=True)] * len(queries) + [Pass(data.image_px, trained=False)] * len(keys)
+
+
 class Features(NamedTuple):
     """Unit vectors by the name of the view: queries (N, D) with gradient, keys (M, D) of all ranks without."""
 
@@ -93,6 +109,12 @@ def mlp_head(sizes: list[int], last_norm: bool) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of losses, each times its weight, and the losses themselves without gradient."""
+    total = torch.stack([weight * loss for loss, weight in zip(losses, weights, strict=True)]).sum()
+    return total, [loss.detach() for loss in losses]
+
+
 class Encoder(nn.Module):
     """Backbone and projector: what the momentum encoder is a copy of."""
 
@@ -100,9 +122,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.seen: Tensor | None = None
+        """(N, D) without gradient: what the backbone made of the images that came last."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        features = self.backbone(images)
+        self.seen = features.detach()
+        return self.projector(features)
 
 
 class Student(nn.Module):
@@ -117,9 +143,14 @@ class Student(nn.Module):
         return [self.predictor(self.encoder(view)) for view in views]
 
 
+def has_patches(backbone: nn.Module) -> bool:
+    """Whether MoCo v3's heads and temperature for a ViT are meant, or those for a ResNet."""
+    return hasattr(backbone, "patch_embed")
+
+
 def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Student:
     """MoCo v3's heads on a backbone: three layers for a ViT, two for a ResNet."""
-    is_vit = hasattr(backbone, "patch_embed")
+    is_vit = has_patches(backbone)
     width = feature_width(backbone)
     hidden = [config.mlp_dim] * (2 if is_vit else 1)
     with torch.random.fork_rng(devices=[]):
@@ -131,6 +162,9 @@ def build_student(backbone: nn.Module, config: ContrastConfig, seed: int) -> Stu
 
 class Contrast(ABC):
     """The student, its momentum encoder and the stages of a step. A method adds its terms, plan and targets."""
+
+    form: Literal["ce", "log_mixture"] = "ce"
+    """How two shares become one loss, see `info_nce`; a method with soft targets makes it a setting."""
 
     def __init__(
         self,
@@ -147,13 +181,14 @@ class Contrast(ABC):
         self.setup = setup
         self.world: World = setup.world
         self.terms = tuple(terms)
-        self.query_views = tuple(dict.fromkeys(term.query for term in self.terms))
-        self.key_views = tuple(dict.fromkeys(term.key for term in self.terms))
+        self.query_views, self.key_views = views_of(self.terms)
         self.view_names = tuple(sorted({name[0] for name in self.query_views + self.key_views}))
         self.mixed_views = tuple(sorted({name[0] for name in self.query_views + self.key_views if name[-1] == "~"}))
         backbone = build_backbone(
             **self.backbone_options(config), start=lambda vit: start_vit(vit, config.stop_grad_conv1)
         )
+        by_rule = VIT_TEMPERATURE if has_patches(backbone) else RESNET_TEMPERATURE
+        self.temperature = by_rule if config.temperature is None else config.temperature
         self.student = build_student(backbone, config, setup.seed).to(self.world.device)
         self.momentum_encoder = copy.deepcopy(self.student.encoder).requires_grad_(False)
         self.queries = distribute(self.student, self.world)
@@ -190,6 +225,11 @@ class Contrast(ABC):
     def target(self, term: Term, plan: Plan) -> TwoHot:
         """Where the query's probability should lie, from the plan that mixed the pixels."""
 
+    @property
+    def offset(self) -> int:
+        """The column of this rank's first row among the keys of all ranks."""
+        return self.world.rank * self.setup.rows
+
     def views(self, at: At) -> list[ViewRecipe]:
         """BYOL's two recipes, again for a further pair of views."""
         data = self.setup.data
@@ -201,7 +241,7 @@ class Contrast(ABC):
 
     def chance(self) -> dict[str, float]:
         """What every term, and the whole loss, is worth while the softmax is uniform: 2 T ln M per unit of weight."""
-        uniform = 2 * self.heads.temperature * math.log(self.setup.rows * self.world.size)
+        uniform = 2 * self.temperature * math.log(self.setup.rows * self.world.size)
         return {term.name: uniform for term in self.terms} | {"loss": uniform * sum(term.weight for term in self.terms)}
 
     def describe(self) -> str:
@@ -229,14 +269,19 @@ class Contrast(ABC):
         return images
 
     def encode(self, images: dict[str, Tensor]) -> Features:
-        """Queries by the student with gradient, keys of all ranks by the momentum encoder without."""
+        """Queries by the student with gradient, keys of all ranks by the momentum encoder without.
+
+        Unit vectors are made in float32. Under bf16 precision they are compared in bf16, products added up in float32,
+        as autocast has it in MoCo v3's own code; and so gathered. Each logit <q, k> / T is then off by 2^-8 / T at most
+        and a term 2 T CE, whose gradient to the logits adds up to 2 in size, by 2^-6.
+        """
         bf16 = self.setup.dtype == torch.bfloat16
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             queries = self.queries(*(images[name] for name in self.query_views))
             with torch.no_grad():
                 keys = [self.momentum_encoder(images[name]) for name in self.key_views]
-        unit_queries = [normalize(query.float(), dim=1) for query in queries]
-        unit_keys = [gather_rows(normalize(key.float(), dim=1), self.world) for key in keys]
+        unit_queries = [normalize(query.float(), dim=1).to(self.setup.dtype) for query in queries]
+        unit_keys = [gather_rows(normalize(key.float(), dim=1).to(self.setup.dtype), self.world) for key in keys]
         return Features(
             dict(zip(self.query_views, unit_queries, strict=True)),
             dict(zip(self.key_views, unit_keys, strict=True)),
@@ -244,17 +289,29 @@ class Contrast(ABC):
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
         """The weighted sum of the terms, each with MoCo v3's factor 2T; and the mean of each kind of term."""
-        temperature = self.heads.temperature
+        temperature = self.temperature
         total = torch.zeros((), device=self.world.device)
         kinds: dict[str, list[Tensor]] = {}
         for name, query in features.queries.items():
             terms = [term for term in self.terms if term.query == name]
-            targets = [self.target(term, plan) for term in terms]
-            losses = info_nce(query, [features.keys[term.key] for term in terms], targets, temperature=temperature)
-            for term, value in zip(terms, losses, strict=True):
-                total = total + term.weight * 2 * temperature * value
-                kinds.setdefault(term.name, []).append(2 * temperature * value.detach())
+            keys, targets = [features.keys[term.key] for term in terms], [self.target(term, plan) for term in terms]
+            loss, values = self.compare(query, keys, targets, [2 * temperature * term.weight for term in terms], at)
+            total = total + loss
+            for term, value in zip(terms, values, strict=True):
+                kinds.setdefault(term.name, []).append(2 * temperature * value)
         return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
+
+    def compare(
+        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Queries (N, D) against sets of keys (M, D): the weighted sum of their mean cross-entropies, and each of them.
+
+        The sum carries the gradient; the others are detached. 0-dim tensors all.
+        """
+        # The weights are in the gradient by then: the upstream factor is 1.
+        options = {"temperature": self.temperature, "form": self.form, "term_weight": weights, "with_terms": True}
+        loss, values = info_nce(query, keys, targets, **options)  # type: ignore[arg-type]
+        return loss, list(values)
 
     def groups(self) -> list[Group]:
         """All of the student alike: MoCo v3 decays norms and biases too."""
@@ -271,17 +328,23 @@ class Contrast(ABC):
         )
         self.follow_student((1 - momentum) * good)
 
-    @torch.no_grad()
     def follow_student(self, share: Tensor) -> None:
         """Move the momentum encoder's parameters (not its batch statistics) by `share` of the way to the student's."""
-        leaders: list[Tensor] = list(self.student.encoder.parameters())
-        followers: list[Tensor] = list(self.momentum_encoder.parameters())
-        ways = list(torch._foreach_sub(leaders, followers))
-        torch._foreach_mul_(ways, share)
-        torch._foreach_add_(followers, ways)
+        follow(self.student.encoder.parameters(), self.momentum_encoder.parameters(), share)
 
     def facts(self, plan: Plan) -> dict[str, Tensor]:
         """The mean of lam."""
         if not plan.mixes:
             return {}
         return {"lam_mean": torch.stack([mixed.lam.mean() for mixed in plan.mixes.values()]).mean()}
+
+    def health(self, features: Features) -> dict[str, Tensor]:
+        """The spread of what the momentum encoder's backbone made of this rank's last keys.
+
+        Not that of the keys: the batch norm at the end of a projector spreads what has collapsed before it.
+        """
+        return {} if self.momentum_encoder.seen is None else spread_of(self.momentum_encoder.seen)
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Where that spread is nearly gone."""
+        return collapse_of(numbers)

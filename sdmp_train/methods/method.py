@@ -74,6 +74,14 @@ class Group(NamedTuple):
     """Frozen until then."""
 
 
+class Pass(NamedTuple):
+    """An image that goes through the backbone, for every image of a batch."""
+
+    px: int
+    trained: bool
+    """Whether gradients go back through it."""
+
+
 class Step(NamedTuple):
     """What a step came to, on the device."""
 
@@ -101,6 +109,10 @@ class Method(Protocol):
     def backbone_options(config: Any) -> dict[str, Any]:
         """What is asked of the backbone that is evaluated and exported; see `models.timm_arguments`."""
 
+    @staticmethod
+    def passes(config: Any, data: DataConfig) -> list[Pass]:
+        """What goes through the backbone in a step, for every image of the batch."""
+
     @property
     def trained(self) -> nn.Module:
         """What the optimiser and the gradient's norm see."""
@@ -115,7 +127,7 @@ class Method(Protocol):
 
     @property
     def partners_follow_ranks(self) -> bool:
-        """Whether another number of processes mixes images with other partners."""
+        """Whether another number of processes mixes images, or features, with other partners."""
 
     def views(self, at: At) -> Sequence[ViewRecipe]:
         """How the views of a batch are made."""
@@ -140,6 +152,12 @@ class Method(Protocol):
 
     def facts(self, plan: Any) -> dict[str, Tensor]:
         """Numbers of a step's plan that are worth a line in metrics.jsonl."""
+
+    def health(self, features: Any) -> dict[str, Tensor]:
+        """Numbers that say whether features still tell images apart, where a line is written; see `health.py`."""
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Why the numbers of a line (all of them, by their names in metrics.jsonl) say that features have collapsed."""
 
     def describe(self) -> str:
         """The terms of the loss and its chance level, for people."""

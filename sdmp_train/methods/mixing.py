@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from sdmp_kernels import MixPlan, draw_plan
 
+from ..distributed import mirror_rank
 from ..settings import between, near, require
 from .method import At, Setup
 
@@ -22,6 +29,32 @@ def check_rules(rules: tuple[str, ...], alpha: float) -> None:
     between("mix_alpha", alpha, 0, 1e6, above=True)
 
 
+def generator(setup: Setup, at: At, purpose: int, place: int = 0) -> np.random.Generator:
+    """Numbers that (seed, step) alone fixes, of a stream of their own for each purpose (and place, such as a rank).
+
+    `draw_plan` uses the streams whose purpose is a small number: 0 for rules and lam, 1 + view for boxes.
+    """
+    key, counter = np.array([setup.seed, at.step], np.uint64), np.array([0, 0, place, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def place_of(setup: Setup, at: At) -> int:
+    """Which of the step's batches this is, over the ranks and over the batches whose gradients accumulate."""
+    return at.part * setup.world.size + setup.world.rank
+
+
+def draw_rows(setup: Setup, at: At, purpose: int, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
+    """This batch's rows of what `draw(numbers, rows)` gives for all rows of the step, whatever the number of ranks."""
+    place, rows = place_of(setup, at), setup.rows
+    drawn = draw(generator(setup, at, purpose), rows * setup.world.size * at.parts)
+    return drawn[place * rows : (place + 1) * rows]
+
+
+def draw_partners(setup: Setup, at: At, purpose: int) -> Tensor:
+    """(N,) int64: a permutation of this batch's rows, of which each fixed point is mixed with itself."""
+    return torch.from_numpy(generator(setup, at, purpose, place_of(setup, at)).permutation(setup.rows))
+
+
 def draw_batch_plan(
     setup: Setup,
     at: At,
@@ -33,32 +66,40 @@ def draw_batch_plan(
     prob: float = 1.0,
     shared_lam: bool = False,
     flip: Flip = "local",
+    px: int | None = None,
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
 
-    Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan.
+    Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan; a global flip
+    is that of the batch over all ranks, since its keys and images are those of that batch.
 
-    Raises:
-        ConfigError: for a global flip of accumulated batches, whose partners would come in another batch.
+    `px`: side of the view, which decides how fine a box can be; default the run's `image_px`.
     """
-    require(flip == "local" or at.parts == 1, "flip", flip, "'local' where gradients accumulate over batches")
-    world, px = setup.world, setup.data.image_px
-    return draw_plan(
-        setup.rows,
-        (px, px),
-        rules=rules,
-        alpha=alpha,
-        per=per,
-        prob=prob,
-        shared_lam=shared_lam,
-        flip=flip,
-        seed=setup.seed,
-        step=at.step,
-        view=view,
-        rank=at.part * world.size + world.rank,
-        world_size=at.parts * world.size,
-        device=world.device,
-    )
+    world, px = setup.world, px or setup.data.image_px
+
+    def draw(rank: int, flip: Flip) -> MixPlan:
+        return draw_plan(
+            setup.rows,
+            (px, px),
+            rules=rules,
+            alpha=alpha,
+            per=per,
+            prob=prob,
+            shared_lam=shared_lam,
+            flip=flip,
+            seed=setup.seed,
+            step=at.step,
+            view=view,
+            rank=at.part * world.size + rank,
+            world_size=at.parts * world.size,
+            device=world.device,
+        )
+
+    if flip == "local" or at.parts == 1:
+        return draw(world.rank, flip)
+    # draw_plan flips all rows of the step, which would pair the first batch with the last.
+    partners = draw(mirror_rank(world), "local")
+    return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
 
 
 def example_plans(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +20,10 @@ from sdmp_kernels import MixPlan, TwoHot
 from ..data import Batch
 from ..distributed import mirror_rank
 from ..flags import arg
-from ..settings import between
-from .contrast import Contrast, ContrastConfig, Plan, Term
-from .method import At, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
+from ..settings import DataConfig, between
+from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
+from .method import At, Pass, Setup
+from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans, generator
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
 SWAP_STREAM = 2**62
@@ -52,6 +51,9 @@ class MoCoV3Config(ContrastConfig):
     """`static` puts 1/2 in place of lam in the source loss (Table 6)."""
     pair_weight: Annotated[Literal["random", "static"], arg(name="pair-weight")] = "random"
     """`static` puts 1 in place of the overlap c in the pair loss (Table 6)."""
+    form: Annotated[Literal["ce", "log_mixture"], arg(name="loss-form")] = "ce"
+    """`ce`: the paper's cross-entropy with two shares; `log_mixture`: minus the log of the mixed probability, as in the
+    newest released code. They differ where images are mixed."""
     extra_weight: float = 0.5
     """Weight of source and pair loss in the variant `extra`."""
 
@@ -86,10 +88,16 @@ class MoCoV3(Contrast):
     def __init__(self, config: MoCoV3Config, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup, terms_of(config), global_flip=config.flip == "global")
         self.config = config
+        self.form = config.form
+
+    @staticmethod
+    def passes(config: MoCoV3Config, data: DataConfig) -> list[Pass]:
+        """One pass for each query and each key of the terms."""
+        return passes_of(terms_of(config), data)
 
     def plan(self, at: At) -> Plan:
         """Decide, from (seed, step) alone, what is mixed with what. Views share rule and lam, not boxes."""
-        config, seed = self.config, self.setup.seed
+        config = self.config
         plans = {
             view: draw_batch_plan(
                 self.setup,
@@ -103,15 +111,12 @@ class MoCoV3(Contrast):
             )
             for view in self.mixed_views
         }
-        stream = np.random.Philox(
-            key=np.array([seed, at.step], np.uint64), counter=np.array([0, 0, 0, SWAP_STREAM], np.uint64)
-        )
-        swap = np.random.Generator(stream).random() > 0.5
+        swap = generator(self.setup, at, SWAP_STREAM).random() > 0.5
         return Plan(bool(swap and plans and config.variant != "extra"), plans)
 
     def target(self, term: Term, plan: Plan) -> TwoHot:
         """Where the query's probability should lie, from the plan that mixed the pixels (Eq. 3, Eq. 4)."""
-        offset = self.world.rank * len(self.keep)
+        offset = self.offset
         if term.name == "clean":
             return self.keep.source_target(offset)
         mixed = plan.mixes[term.query[0]]

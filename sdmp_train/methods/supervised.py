@@ -9,7 +9,7 @@ Letters: N rows per rank, K classes, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -22,8 +22,9 @@ from ..data import Batch, ViewRecipe, crop_flip_view
 from ..distributed import distribute
 from ..flags import arg
 from ..models import feature_width
-from ..settings import ConfigError, between
-from .method import At, Group, Loss, Setup
+from ..settings import ConfigError, DataConfig, between
+from .health import collapse_of, spread_of
+from .method import At, Group, Loss, Pass, Setup
 from .mixing import RULES, check_rules, draw_batch_plan, example_plans
 
 HEAD_STD = 0.01
@@ -92,6 +93,11 @@ class Supervised:
         """ViT-S has six heads, as in DeiT and timm."""
         return {"heads": None}
 
+    @staticmethod
+    def passes(config: Any, data: DataConfig) -> list[Pass]:
+        """One view."""
+        return [Pass(data.image_px, trained=True)]
+
     @property
     def trained(self) -> nn.Module:
         """The classifier."""
@@ -149,6 +155,14 @@ class Supervised:
     def facts(self, plan: MixPlan) -> dict[str, Tensor]:
         """The mean of lam."""
         return {"lam_mean": plan.lam.mean()}
+
+    def health(self, features: Tensor) -> dict[str, Tensor]:
+        """The spread of this rank's logits."""
+        return spread_of(features.float())
+
+    def collapse(self, numbers: Mapping[str, float]) -> str | None:
+        """Where that spread is nearly gone."""
+        return collapse_of(numbers)
 
     def describe(self) -> str:
         """The loss, what is mixed, and the chance level."""

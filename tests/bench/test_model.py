@@ -28,11 +28,12 @@ def counted(trial, gradients):
     # One number per row, or per column, is not counted.
     large = [t for t in results if t.ndim >= 2]
     sources = getattr(trial.cases, "source_bytes", None)  # where an op reads parts of its tensors
-    moved = [] if sources else [t for name in trial.case.cast for t in matrix.flat(inputs[name])]
+    moved = [] if sources else [t for name in trial.case.cast for t in matrix.flat(inputs[name]) if t.ndim]
     moved += large
     if leaves:
         given = [t for t in results if t.requires_grad]
-        moved += [*torch.autograd.grad(given, leaves, [torch.ones_like(t) for t in given]), *large]
+        found = torch.autograd.grad(given, leaves, [torch.ones_like(t) for t in given])
+        moved += [*(t for t in found if t.ndim), *large]
     read = sources(**inputs) if sources else 0
     return read + sum(t.numel() * t.element_size() for t in moved), inputs
 

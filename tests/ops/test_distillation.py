@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -543,7 +544,7 @@ def test_no_probabilities_are_kept_for_the_backward_pass(backend):
     addresses = {t.data_ptr() for t in inputs.values()}
     new = [t for t in kept if t.data_ptr() not in addresses]
     assert new, "the rows' statistics are among them, or the gradient"
-    gradient = inputs["student"].numel() if backend == "cpp" else 0
+    gradient = inputs["student"].numel() if backend in ("cpp", "triton") else 0
     assert sum(t.numel() for t in new) <= 2 * (2 + 3) * 4 + gradient
 
 
@@ -644,15 +645,18 @@ def test_kernels_write_nothing_beside_the_results(form, k):
     other = None if form == "own" else inputs["other"]
     partner = torch.tensor([4, 2, 2, 0, 3]) if form == "any" else None
     arguments = (inputs["student"], inputs["teacher"], inputs["own"], other, partner, inputs["center"], 0.1, 0.04)
-    expected = [*kernels.forward(*arguments, [0])]
-    expected.append(kernels.backward(uneven(5), *arguments[:6], *expected[1:3], 0.1, 0.04))
-    given = kernels._Given(*arguments)
+    chip_of = importlib.import_module("sdmp_kernels.ops.loss_launches").chip_of
+    expected = [inputs["student"].new_empty(shape) for shape in ((5,), inputs["student"].shape, (k,))]
+    chip = chip_of(torch.device("cpu"))
+
+    def write(losses: Tensor, gradient: Tensor, mean: Tensor) -> None:
+        wanted = kernels.Wanted(0.5, uneven(5), losses, gradient, mean, [0])
+        for call in kernels.calls_of(chip, kernels._Given(*arguments), wanted):
+            call.launch(torch.device("cpu"))
+
+    write(*expected)
     results, rooms = zip(*(surrounded(torch.full_like(t, math.nan), -77.0) for t in expected), strict=True)
-    loss, student_stats, teacher_stats, mean, gradient = results
-    calls = kernels.forward_calls("cpu", given, [0], loss, student_stats, teacher_stats, mean)
-    calls.append(kernels.gradient_call("cpu", given, uneven(5), student_stats, teacher_stats, gradient))
-    for call in calls:
-        call.launch(torch.device("cpu"))
+    write(*results)
     for result, right, room in zip(results, expected, rooms, strict=True):
         assert torch.equal(result, right)
         assert (room[:64] == -77).all()
@@ -676,7 +680,7 @@ def check_strays(backend: str) -> None:
 
     def unchecked(student: Tensor, *_: Any, **__: Any) -> Tensor:
         constants = (*arguments[1:], partner, inputs["center"], 0.1, 0.04, [], "none")
-        return torch.ops.sdmp.distillation(student, *constants, True)[0]
+        return torch.ops.sdmp.distillation(student, *constants, True, False)[0]
 
     check(backend, uneven(5), unchecked, **dropped)
 
@@ -741,11 +745,107 @@ def test_cpu_takes_cpp():
 
 @needs_interpreter
 def test_every_kernel_runs_in_the_interpreter():
+    multiplied = importlib.import_module("sdmp_kernels.ops.loss_launches").multiplied
     inputs = made(2, 2, 3, 5)
     inputs["student"].requires_grad_()
     with use_backend("triton"), _launch.recording() as names:
         distillation(**inputs, teacher_mean=True)[0].backward()
+        # On a CPU the gradient is multiplied by PyTorch.
+        gradient, factors = drawn(2, 3, 5), torch.tensor([1.0, 2.0, 0.5])
+        got = [multiplied(gradient, by, None, torch.empty_like(gradient)) for by in (factors, torch.tensor(3.0))]
+        kept = gradient.clone()
+        got.append(multiplied(kept, factors, None, kept))
     assert names == set(OP.module("triton").KERNELS)
+    for result, by in zip(got, (factors[:, None], 3.0, factors[:, None]), strict=True):
+        assert torch.equal(result, gradient * by)
+
+
+@needs_interpreter
+def test_groups_of_pairs_that_fit_into_the_cache():
+    """However many launches that makes, losses and gradients are the same, and each pair is in one of them."""
+    chip = importlib.import_module("sdmp_kernels.ops.loss_launches").Chip
+    inputs = made(2, 2, 9, 64)
+    tensors = (inputs[name] for name in ("student", "teacher", "own", "other"))
+    given = OP.module("triton")._Given(*tensors, None, None, 0.1, 0.04)
+    results = []
+    for cache, groups in ((1, 5), (2**13, 3), (2**30, 1)):
+        losses, gradient = torch.full((9,), math.nan), torch.full((2, 9, 64), math.nan)
+        wanted = OP.module("triton").Wanted(1.0, None, losses, gradient, losses[:0], [])
+        calls = OP.module("triton").calls_of(chip("cpu", 1, cache), given, wanted)
+        assert len(calls) == 2 + 3 * groups
+        for call in calls:
+            call.launch(torch.device("cpu"))
+        results.append((losses, gradient))
+    truth = exact(**{name: inputs[name] for name in ("student", "teacher", "own", "other")})
+    assert torch.allclose(results[0][0].double(), truth[0], rtol=1e-5)
+    assert torch.allclose(results[0][1].double(), truth[1], atol=1e-5)
+    for losses, gradient in results[1:]:
+        assert torch.equal(losses, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+# Lists of crops, and in place.
+
+
+@each_backend
+@pytest.mark.parametrize("how", ["chunks", "apart", "strided", "one"])
+def test_lists_of_crops_equal_the_tensor_of_them(backend, how):
+    """Parts of one tensor are read where they lie, others copied; each crop gets its gradient."""
+    inputs = made(3, 2, 4, 20)
+    if how == "one":
+        inputs |= {"student": inputs["student"][:1], "own": inputs["own"][:1], "other": inputs["other"][:1]}
+    with use_backend(backend):
+        expected = run(**inputs, upstream=uneven(4))
+        source = inputs["student"].clone().requires_grad_()
+        if how == "chunks":
+            flat = source.view(-1, 20)
+            crops = list(flat.chunk(len(source)))
+        elif how == "strided":
+            crops = list((1 * source.permute(2, 1, 0).contiguous()).permute(2, 1, 0).unbind(0))
+        else:
+            crops = [1 * crop for crop in source.unbind(0)]
+        with Storages() as made_here:
+            teacher = list(inputs["teacher"].unbind(0))
+            rest = {name: inputs[name] for name in ("own", "other", "center")}
+            losses = distillation(crops, teacher, reduction="none", **rest)
+        (grad,) = torch.autograd.grad(losses, source, uneven(4))
+    assert torch.equal(losses, expected[0])
+    assert torch.equal(grad, expected[1])
+    assert made_here.sizes
+
+
+def test_chunks_of_one_tensor_are_not_copied():
+    inputs = made(4, 2, 64, 100)
+    flat = inputs["student"].view(-1, 100)
+    with torch.no_grad(), Storages() as seen:
+        distillation(flat.chunk(4), list(inputs["teacher"]), own=inputs["own"])
+    assert max(seen.sizes) < flat.nbytes
+    with torch.no_grad(), Storages() as seen:
+        distillation([t.clone() for t in flat.chunk(4)], list(inputs["teacher"]), own=inputs["own"])
+    assert max(seen.sizes) >= flat.nbytes
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_the_gradient_goes_where_the_students_logits_are(backend, dtype, layout):
+    inputs = made(3, 2, 5, 40)
+    source = inputs.pop("student").to(dtype)
+    leaf = source.clone().requires_grad_()
+    with use_backend(backend):
+        (expected,) = torch.autograd.grad(3 * distillation(leaf, **inputs), leaf)
+        student = 1 * leaf if layout == "contiguous" else (1 * leaf.transpose(0, 2).contiguous()).transpose(0, 2)
+        loss = distillation(student, **inputs, inplace_backward=True)
+        assert torch.equal(student, source)
+        place = student.data_ptr()
+        (grad,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+        assert torch.allclose(grad, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert torch.allclose(student, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert student.data_ptr() == place
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaf)
+        with pytest.raises(ValueError, match="must not be a leaf"):
+            distillation(leaf, **inputs, inplace_backward=True)
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises():
@@ -807,14 +907,25 @@ ROWS = torch.arange(4)
 WEIGHTS = "(V, T) = (3, 2) or (V, T, N) = (3, 2, 4)"
 TEMPERATURE = "must be a temperature in [1e-20, 1e20], got"
 WRONG = [
-    ({"student": [[0.0]]}, TypeError, "student must be a torch.Tensor of shape (V, N, K), got list"),
+    ({"student": [[0.0]]}, TypeError, "student[0] must be a torch.Tensor of shape (N, K), got list"),
+    ({"student": []}, TypeError, "student must be a tensor or a non-empty list of crops, got list"),
+    (
+        {"student": [torch.zeros(4, 5), torch.zeros(4, 6)]},
+        ValueError,
+        "student[1] is (4, 6) of torch.float32 on cpu, but student[0] is (4, 5) of torch.float32 on cpu",
+    ),
+    (
+        {"student": [torch.zeros(4, 5)] * 2, "inplace_backward": True},
+        ValueError,
+        "inplace_backward=True writes over one tensor of student logits, got a sequence of crops",
+    ),
     ({"student": torch.zeros(4, 5)}, ValueError, "student must have shape (V, N, K), got (4, 5)"),
     (
         {"student": torch.zeros(3, 4, 5, dtype=torch.int64)},
         TypeError,
         "student must be float16, bfloat16, float32, float64, got int64; convert it first",
     ),
-    ({"teacher": None}, TypeError, "teacher must be a torch.Tensor of shape (T, N, K), got NoneType"),
+    ({"teacher": None}, TypeError, "teacher must be a tensor or a non-empty list of crops, got NoneType"),
     ({"teacher": torch.zeros(4, 5)}, ValueError, "teacher must have shape (T, N, K), got (4, 5)"),
     (
         {"teacher": torch.zeros(2, 4, 5).bool()},

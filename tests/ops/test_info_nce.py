@@ -19,6 +19,7 @@ from torch import Tensor
 from sdmp_kernels import TwoHot, _backends, _launch, draw_plan, info_nce, use_backend
 from sdmp_kernels.ops.case import two_hot as drawn_two_hot
 from sdmp_kernels.ops.info_nce import cases
+from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem
 from sdmp_kernels.ops.info_nce.op import OP
 
 Result = tuple[Tensor, list[Tensor]]
@@ -212,7 +213,9 @@ def test_columns_out_of_range_are_left_out(backend, form):
     first, second = torch.tensor([6, 2, -1, 2**40]), torch.tensor([1, -7, 99, 3])
     weight = torch.tensor([0.25, 0.75, 0.5, 1.0])
     with use_backend(backend):
-        losses, _, dq = torch.ops.sdmp.info_nce(q, [k], [first], [second], [weight], 0.2, form, "none", True, False)
+        losses, _, _, dq = torch.ops.sdmp.info_nce(
+            q, [k], [first], [second], [weight], [], [], 0.2, form, "none", True, False
+        )
     log_p = torch.log_softmax(q @ k.T / 0.2, dim=1)
     columns, kept = torch.tensor([1, 2, 0, 0]), torch.tensor([0.75, 0.75, 0.0, 0.0])
     if form == "ce":
@@ -222,6 +225,118 @@ def test_columns_out_of_range_are_left_out(backend, form):
     assert torch.allclose(losses, expected, atol=1e-6)
     slope = drop[:, None] * (log_p.exp() - F.one_hot(columns, 6))
     assert torch.allclose(dq[0], slope @ k / 0.2, atol=2e-6)
+
+
+# Weighted sums, exclusions, and temperatures that are learnt.
+
+
+@each_backend
+@pytest.mark.parametrize("lengths", [(9,), (6, 23), (5, 4, 3, 2, 7, 1)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weighted_sum_equals_the_sum_of_weighted_losses(backend, lengths, reduction):
+    """Value, both gradients, a graph that is kept, and the losses of the terms; weights of 0 and below among them."""
+    weights = [0.5, -2.0, 0.0, 1.0, 0.25, 3.0][: len(lengths)]
+    targets = [drawn(5, m, seed=m) for m in lengths]
+    leaves = [t.requires_grad_() for t in (unit(5, 12), *(unit(m, 12, seed=m) for m in lengths))]
+    options = {"temperature": 0.2, "reduction": reduction}
+    with use_backend(backend):
+        losses = info_nce(leaves[0], leaves[1:], targets, **options)
+        loss, terms = info_nce(leaves[0], leaves[1:], targets, **options, term_weight=weights, with_terms=True)
+        upstream = torch.linspace(-1, 2, 5) if reduction == "none" else torch.tensor(0.75)
+        expected = sum(weight * value for weight, value in zip(weights, losses, strict=True))
+        wanted = torch.autograd.grad(expected, leaves, upstream)
+        once = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+        twice = torch.autograd.grad(2 * loss, leaves, upstream)
+    assert not terms.requires_grad
+    assert torch.allclose(terms, torch.stack(losses), atol=1e-6)
+    assert torch.allclose(loss, expected, atol=2e-6)
+    for a, b, right in zip(once, twice, wanted, strict=True):
+        assert torch.allclose(a, right, atol=5e-6)
+        assert torch.allclose(b, 2 * a, atol=1e-6)
+
+
+def test_a_weighted_sum_of_fixed_keys_hands_its_gradient_out_as_it_is():
+    """The upstream factor of a whole loss is 1: nothing of the queries' size is made in the backward pass."""
+    q, sets = unit(512, 64).requires_grad_(), [unit(600, 64, seed=s) for s in (1, 2)]
+    targets = [drawn(512, 600, seed=s) for s in (1, 2)]
+    loss = info_nce(q, sets, targets, temperature=0.2, term_weight=[0.5, 0.25])
+    with Storages() as made:
+        loss.backward()
+    assert max(made.sizes, default=0) < q.nbytes
+
+
+@each_backend
+def test_what_is_excluded_is_as_if_it_were_not_there(backend):
+    """(M,) bool equals calls without those keys, (N,) int64 a call per row."""
+    q, k = unit(4, 8), unit(9, 8, seed=1)
+    gone = torch.tensor([True, False, False, True, False, False, False, False, True])
+    kept = (~gone).nonzero()[:, 0]
+    target = TwoHot(torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 1, 0]), torch.rand(4))
+    outer = TwoHot(kept[target.first], kept[target.second], target.weight)
+    backend = "torch" if backend == "triton" else backend
+    with use_backend(backend):
+        got = run(q, k, outer, exclude=gone)
+        right = run(q, k[kept], target)
+        column = torch.tensor([6, -1, 7, 0])
+        by_row = run(q, k, outer, exclude=column)
+    assert torch.allclose(got[0], right[0], atol=1e-6)
+    assert torch.allclose(got[1][0], right[1][0], atol=1e-6)
+    assert torch.allclose(got[1][1][kept], right[1][1], atol=1e-6)
+    assert (got[1][1][gone] == 0).all()
+    for i, hidden in enumerate(column.tolist()):
+        rest = torch.tensor([j for j in range(9) if j != hidden])
+        place = {int(j): p for p, j in enumerate(rest)}
+        one = TwoHot(*(torch.tensor([place[int(c[i])]]) for c in outer[:2]), outer.weight[i : i + 1])
+        with use_backend(backend):
+            alone = run(q[i : i + 1], k[rest], one)
+        assert torch.allclose(by_row[0][i], alone[0][0], atol=1e-6)
+        assert torch.allclose(by_row[1][0][i], alone[1][0][0], atol=1e-6)
+
+
+@each_backend
+@each_form
+def test_a_row_whose_target_is_excluded_has_no_loss_and_no_gradient(backend, form):
+    """As a sample that could not be read: its own key is nobody's, its query counts nothing; and with no key at all."""
+    q, k = unit(3, 8), unit(5, 8, seed=1)
+    itself = TwoHot(torch.arange(3), torch.arange(3), torch.ones(3))
+    backend = "torch" if backend == "triton" else backend
+    with use_backend(backend):
+        losses, (dq, dk) = run(q, k, itself, form=form, exclude=torch.tensor([False, True, False, False, False]))
+        none, (nothing, _) = run(q, k, itself, form=form, exclude=torch.ones(5, dtype=torch.bool))
+    assert losses[1] == 0
+    assert (losses[[0, 2]] > 0).all()
+    assert (dq[1] == 0).all()
+    assert (dk[1] == 0).all()
+    assert (none == 0).all()
+    assert (nothing == 0).all()
+
+
+@needs_interpreter
+def test_triton_leaves_exclusions_to_torch():
+    exclude = torch.zeros(4, dtype=torch.bool)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="triton knows of no keys that are excluded"):
+        info_nce(unit(3, 8), unit(4, 8), drawn(3, 4), temperature=0.2, exclude=exclude)
+
+
+@each_backend
+def test_a_temperature_of_a_tensor_is_the_number_and_gets_its_gradient(backend):
+    """Against the plain form in float64; kept graphs; and without a gradient wanted it costs none."""
+    q, k, target = unit(6, 12), unit(9, 12, seed=1), drawn(6, 9)
+    temperature = torch.tensor([0.2], requires_grad=True)
+    exact_temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    truth = cases.eager(q.double(), k.double(), target, exact_temperature)
+    with use_backend(backend):
+        loss = info_nce(q, k, target, temperature=temperature)
+        (grad,) = torch.autograd.grad(loss, temperature, retain_graph=True)
+        (again,) = torch.autograd.grad(3 * loss, temperature)
+        number = info_nce(q, k, target, temperature=0.2)
+        constant = info_nce(q, k, target, temperature=torch.tensor(0.2))
+    assert grad.shape == (1,)
+    assert torch.allclose(grad.double(), torch.autograd.grad(truth, exact_temperature)[0], rtol=2e-6)
+    assert torch.allclose(again, 3 * grad)
+    assert torch.allclose(loss, number, rtol=1e-6)
+    assert torch.allclose(constant, number, rtol=1e-6)
+    assert not constant.requires_grad
 
 
 # What it keeps and allocates.
@@ -252,13 +367,13 @@ def test_nothing_as_large_as_the_logits_is_allocated():
     """By the torch backend, with and without gradients: at most an eighth of the N x M logits."""
     n, m, d = 4096, 4096, 4
     q, k, target = unit(n, d), unit(m, d, seed=1), drawn(n, m)
-    backend, two = OP.module("torch"), ([target.first], [target.second], [target.weight])
+    backend, problem = OP.module("torch"), Problem(q, [KeySet(k, *target, None, 1.0)], 0.2, "ce", 1 / n, False)
     with Storages() as seen:
         for need_dq in (True, False):
-            _, rows, dq = backend.forward(q, [k], *two, 0.2, "ce", 1 / n, need_dq, True)
+            _, rows, dq = backend.forward(problem, need_dq, True)
             if need_dq:
                 kept = rows, dq
-        backend.backward(torch.ones(1, n), q, [k], *two, *kept, 0.2, "ce", 1 / n, True, [True])
+        backend.backward(problem, torch.ones(1, n), *kept, True, [True])
     assert seen.sizes
     assert max(seen.sizes) <= 4 * n * m / 8
 
@@ -375,6 +490,26 @@ WRONG = [
     ({"temperature": math.inf}, ValueError, "temperature must be a number above 0, got inf"),
     ({"temperature": math.nan}, ValueError, "temperature must be a number above 0, got nan"),
     ({"temperature": "a"}, TypeError, "temperature must be a number above 0, got str"),
+    (
+        {"temperature": torch.ones(2)},
+        ValueError,
+        "temperature must be a number above 0 or a float tensor of one element",
+    ),
+    ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature must be above 0, got -1"),
+    ({"term_weight": 0.5}, TypeError, "term_weight must be a list of numbers, one per key set, got float"),
+    ({"term_weight": [0.5, 1]}, ValueError, "term_weight must have 1 numbers, one per key set, got 2"),
+    ({"term_weight": [math.nan]}, ValueError, "term_weight must be finite numbers, got nan"),
+    ({"with_terms": True}, ValueError, "with_terms=True is for a weighted sum of terms; give term_weight"),
+    ({"exclude": [0]}, TypeError, "exclude must be a torch.Tensor of shape (N,) or (M,), got list"),
+    ({"exclude": torch.zeros(4).long()}, ValueError, "exclude must hold a column for each of the N rows, 3, got 4"),
+    ({"exclude": torch.zeros(3).bool()}, ValueError, "exclude must hold a flag for each of the M keys, 4, got 3"),
+    ({"exclude": torch.tensor([0, 4, 1])}, ValueError, "exclude must hold columns in [0, 4) or -1, got 0 to 4"),
+    ({"exclude": torch.zeros(3)}, TypeError, "exclude must be int64, bool, got float32"),
+    (
+        {"k": [torch.zeros(4, 8)] * 2, "target": [T, T], "exclude": torch.zeros(4).bool()},
+        ValueError,
+        "exclude must be a list of 2, one per key set (None for nothing), got one Tensor",
+    ),
     ({"form": "log_mix"}, ValueError, "form='log_mix' is unknown: did you mean 'log_mixture'?"),
     ({"reduction": "average"}, ValueError, "reduction='average' is unknown: expected one of mean, sum, none"),
 ]

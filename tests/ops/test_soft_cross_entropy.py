@@ -166,21 +166,107 @@ def test_columns_out_of_range_are_left_out(backend, form):
     first, second = torch.tensor([6, 2, -1, 2**40]), torch.tensor([1, -7, 99, 3])
     weight = torch.tensor([0.25, 0.75, 0.5, 1.0])
     one = torch.ones(4)
+    target, options = (first, second, weight, None), (0.0, form, -100, "none")
     with use_backend(backend):
-        losses, stats, _ = torch.ops.sdmp.soft_cross_entropy(logits, first, second, weight, 0.0, form, "none", False)
-        grad = torch.ops.sdmp.soft_cross_entropy_backward(one, logits, stats, first, second, weight, 0.0, form, "none")
+        losses, _, _ = torch.ops.sdmp.soft_cross_entropy(logits, *target, *options, False, False)
+        grad = torch.ops.sdmp.soft_cross_entropy_backward(one, logits, *target, *options)
     p = logits.softmax(1)
-    if form == "ce":
-        kept = torch.tensor([0.75, 0.75, 0.0, 0.0])
-        expected = -kept * torch.stack([p[0, 1], p[1, 2], p[2, 0], p[3, 3]]).log()
-    else:
-        expected = torch.tensor([-math.log(0.75 * p[0, 1]), -math.log(0.75 * p[1, 2]), math.inf, math.inf])
-        kept = torch.tensor([1.0, 1.0, 0.0, 1.0]) * (expected < math.inf)
+    kept = torch.tensor([0.75, 0.75, 0.0, 0.0])
+    expected = -kept * torch.stack([p[0, 1], p[1, 2], p[2, 0], p[3, 3]]).log()
     assert torch.allclose(losses, expected, atol=1e-6)
     drop = torch.zeros(4, 6)
     drop[0, 1], drop[1, 2] = 1.0, 1.0
-    assert torch.allclose(grad[:3], (kept[:, None] * (p - drop))[:3], atol=1e-6)
-    assert not grad.isnan().any()
+    assert torch.allclose(grad, kept[:, None] * (p - drop), atol=1e-6)
+
+
+@each_backend
+@each_form
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [False, True])
+def test_hard_labels_are_as_in_cross_entropy(backend, form, smoothing, reduction, classes):
+    """Ignored rows, class weights, smoothing and the mean, with their gradients, as PyTorch has them for labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 7, generator=generator)
+    label = torch.tensor([3, -100, 0, 6, -100, 2])
+    class_weight = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.5, 1.0, 3.0]) if classes else None
+    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, label, weight=class_weight, **options)
+    upstream = torch.linspace(-1, 2, 6) if reduction == "none" else torch.tensor(1.0)
+    (slope,) = torch.autograd.grad(expected, leaf, upstream)
+    if backend in ("cpp", "triton") and classes and smoothing:
+        backend = "torch"
+    with use_backend(backend):
+        for target in (
+            TwoHot(label, label, torch.full((6,), 0.3)),
+            TwoHot(label, label.flip(0).clamp_min(0), torch.ones(6)),
+        ):
+            loss = soft_cross_entropy(leaf, target, form=form, class_weight=class_weight, **options)
+            (grad,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)
+            (twice,) = torch.autograd.grad(2 * loss, leaf, upstream)
+            assert torch.allclose(loss, expected, atol=1e-6)
+            assert torch.allclose(grad, slope, atol=1e-6)
+            assert torch.allclose(twice, 2 * slope, atol=1e-6)
+
+
+@each_backend
+def test_nothing_that_counts_is_as_in_cross_entropy(backend):
+    label = torch.full((3,), -100)
+    target = TwoHot(label, label, torch.ones(3))
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    with use_backend(backend):
+        losses, grad = run(logits, target)
+        assert soft_cross_entropy(logits, target).isnan()
+        assert soft_cross_entropy(logits, target, reduction="sum") == 0
+    assert (losses == 0).all()
+    assert (grad == 0).all()
+
+
+# In place.
+
+
+@each_backend
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_the_gradient_goes_where_the_logits_are(backend, form, dtype, layout):
+    """The same gradient, in the memory of the logits, whose values hold until the backward pass."""
+    source = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = drawn(6, 50)
+    options: dict[str, Any] = {"form": form, "label_smoothing": 0.1}
+    leaf = source.clone().requires_grad_()
+    with use_backend(backend):
+        (expected,) = torch.autograd.grad(3 * soft_cross_entropy(leaf, target, **options), leaf)
+        logits = 1 * leaf if layout == "contiguous" else (1 * leaf.t().contiguous()).t()
+        loss = soft_cross_entropy(logits, target, **options, inplace_backward=True)
+        assert torch.equal(logits, source)
+        with torch.no_grad():
+            assert torch.equal(loss, soft_cross_entropy(source, target, **options))
+        before = logits.data_ptr(), logits._version
+        (grad,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+        assert torch.allclose(grad, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+        assert torch.allclose(logits, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+        assert logits.data_ptr() == before[0]
+        assert logits._version > before[1]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaf)
+
+
+@each_backend
+def test_autograd_notices_who_else_needs_the_logits(backend):
+    leaf = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with use_backend(backend):
+        logits = 2 * leaf
+        squares = logits.square().sum()
+        loss = soft_cross_entropy(logits, drawn(4, 9), inplace_backward=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            squares.backward()
+        with pytest.raises(ValueError, match="must not be a leaf"):
+            soft_cross_entropy(leaf, drawn(4, 9), inplace_backward=True)
+        with torch.no_grad():
+            soft_cross_entropy(leaf, drawn(4, 9), inplace_backward=True)
 
 
 @each_backend
@@ -253,7 +339,8 @@ def test_cpu_takes_cpp_and_every_kernel_runs_in_the_interpreter():
     if _backends.unavailable("triton", "cpu"):
         pytest.skip("no interpreter here")
     with _launch.recording() as names, use_backend("triton"):
-        run(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), drawn(3, 5))
+        leaf = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        soft_cross_entropy(leaf, drawn(3, 5)).backward()
     assert names == set(kernels)
 
 
@@ -325,6 +412,11 @@ WRONG = [
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be a number in [0, 1], got -0.1"),
     ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be a number in [0, 1], got nan"),
     ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number in [0, 1], got str"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got float"),
+    ({"class_weight": [1.0] * 4}, TypeError, "class_weight must be a torch.Tensor of shape (K,), got list"),
+    ({"class_weight": torch.ones(3)}, ValueError, "class_weight must have K = 4 numbers, got 3"),
+    ({"class_weight": -torch.ones(4)}, ValueError, "class_weight must not be negative, got -1 among them"),
+    ({"class_weight": torch.ones(4).requires_grad_()}, ValueError, "class_weight requires a gradient"),
     ({"form": "log_mix"}, ValueError, "form='log_mix' is unknown: did you mean 'log_mixture'?"),
     ({"reduction": "average"}, ValueError, "reduction='average' is unknown: expected one of mean, sum, none"),
 ]

@@ -10,6 +10,10 @@ import pytest
 from PIL import Image
 
 from sdmp_train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from sdmp_train.methods.dacl import DACLConfig
+from sdmp_train.methods.dino import DINOConfig
+from sdmp_train.methods.imix import IMixConfig
+from sdmp_train.methods.mochi import MoCHiConfig
 from sdmp_train.methods.mocov3 import MoCoV3Config
 from sdmp_train.methods.supervised import SupervisedConfig
 
@@ -50,6 +54,39 @@ def tiny_resnet(tiny: Config) -> Config:
         model=ModelConfig(arch="test_resnet", stem="cifar"),
         optim=replace(tiny.optim, opt="lars", base_lr=1.0, lars_trust=0.02),
     )
+
+
+@pytest.fixture
+def tiny_dino(tiny: Config) -> Config:
+    """DINO with SDMP: two of four local crops mixed, and drop path."""
+    method = DINOConfig(
+        out_dim=64,
+        head_dim=32,
+        bottleneck_dim=16,
+        local_crops_number=4,
+        local_px=16,
+        drop_path_rate=0.5,
+        freeze_last_layer=0,
+    )
+    return replace(tiny, method=method)
+
+
+@pytest.fixture
+def tiny_imix(tiny: Config) -> Config:
+    """i-mix, by CutMix."""
+    return replace(tiny, method=IMixConfig(dim=32, mlp_dim=64, rule="cutmix"))
+
+
+@pytest.fixture
+def tiny_dacl(tiny: Config) -> Config:
+    """DACL."""
+    return replace(tiny, method=DACLConfig(dim=32, mlp_dim=64, alpha=0.5))
+
+
+@pytest.fixture
+def tiny_mochi(tiny: Config) -> Config:
+    """MoCHi, with synthetic negatives from the third step on."""
+    return replace(tiny, method=MoCHiConfig(dim=32, mlp_dim=64, hard=4, mixed=6, query_mixed=3, warmup=0.5))
 
 
 @pytest.fixture

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from tiny_runs import as_batch, build_training, random_views, with_mixing
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdmp_kernels import MixPlan, make_plan
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
 from sdmp_train.data import Batch
 from sdmp_train.distributed import (
-    CpuSyncBatchNorm,
+    SyncBatchNorm,
     World,
     gather_rows,
     join_world,
@@ -28,14 +32,19 @@ from sdmp_train.distributed import (
 )
 from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
+from sdmp_train.methods import dino
 from sdmp_train.methods.contrast import Features, Plan
+from sdmp_train.methods.dacl import DACLConfig
+from sdmp_train.methods.dino import DINO, DINOConfig
+from sdmp_train.methods.imix import IMixConfig
 from sdmp_train.methods.method import At, Loss
-from sdmp_train.methods.mocov3 import MoCoV3, MoCoV3Config
+from sdmp_train.methods.mochi import Draws, MoCHiConfig
+from sdmp_train.methods.mocov3 import MoCoV3Config
 from sdmp_train.stop import Stopped
 
 
-class InFloat64(MoCoV3):
-    """The gradients of biases before a batch norm are differences of large numbers."""
+class InFloat64:
+    """The gradients of biases before a batch norm are differences of large numbers. In front of a method's class."""
 
     poisoned = False
 
@@ -47,15 +56,52 @@ class InFloat64(MoCoV3):
         return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
 
 
-def one_step(config: Config, world: World, poisoned: bool = False, failing: bool = False) -> dict[str, torch.Tensor]:
+def exact(method_class: type) -> type:
+    """The method, in float64."""
+    return type(f"{method_class.__name__}InFloat64", (InFloat64, method_class), {})
+
+
+def join(one: MixPlan, other: MixPlan) -> MixPlan:
+    """The plans of two ranks as one of all their rows."""
+    rule, lam, box = (torch.cat([getattr(p, name) for p in (one, other)]) for name in ("rule", "lam", "box"))
+    return make_plan(rule, lam, one.size, box=box, partner=torch.cat([one.partner, other.partner + len(one)]))
+
+
+def as_two_ranks(method: Any) -> None:
+    """Let a method alone plan what two ranks with half its rows each would plan, side by side."""
+    whole, rows = method.setup, method.setup.rows // 2
+    plan, draws = method.plan, getattr(method, "draws", None)
+
+    def in_turn(made: Callable[[], Any]) -> list[Any]:
+        found = []
+        for rank in (0, 1):
+            method.setup = whole._replace(rows=rows, world=replace(whole.world, rank=rank, size=2))
+            found.append(made())
+        method.setup = whole
+        return found
+
+    def joined_plan(at: At) -> Plan:
+        one, other = in_turn(lambda: plan(at))
+        return Plan(one.swap, {view: join(one.mixes[view], other.mixes[view]) for view in one.mixes})
+
+    method.plan = joined_plan
+    if draws is not None:
+        method.draws = lambda at, count: Draws(*map(torch.cat, zip(*in_turn(lambda: draws(at, count)), strict=True)))
+
+
+def one_step(
+    config: Config, world: World, poisoned: bool = False, failing: bool = False, like_two: bool = False
+) -> dict[str, torch.Tensor]:
     """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks."""
     torch.set_default_dtype(torch.float64)
-    training = build_training(config, world=world, method_class=InFloat64)
+    training = build_training(config, world=world, method_class=exact(config.method_class))
     torch.set_default_dtype(torch.float32)
     training.step, method = 2, training.method
     method.poisoned = poisoned and world.rank == 1
+    if like_two:
+        as_two_ranks(method)
     rows = len(method.keep)
-    count = 4 if config.method.variant == "extra" else 2
+    count = len(method.view_names)
     views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config, count))
     before = {k: v.clone() for k, v in method.student.state_dict().items()}
     stop = StopRequest()
@@ -67,7 +113,78 @@ def one_step(config: Config, world: World, poisoned: bool = False, failing: bool
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
 
 
+class DINOInFloat64(DINO):
+    """The same for DINO, whose images are not a dictionary."""
+
+    poisoned = False
+
+    def mix(self, batch: Batch, plan: dino.Plan) -> dino.Images:
+        student, teacher = super().mix(batch, plan)
+        return dino.Images(tuple(x.double() for x in student), tuple(x.double() for x in teacher))
+
+    def loss(self, features: dino.Features, plan: dino.Plan, batch: Batch, at: At) -> Loss:
+        loss = super().loss(features, plan, batch, at)
+        return loss._replace(total=loss.total * float("nan")) if self.poisoned else loss
+
+
+def dino_config(config: Config, flip: str) -> Config:
+    """DINO + SDMP, half of four local crops mixed, on a ResNet with batch norms in the head too."""
+    method = DINOConfig(
+        out_dim=32, head_dim=32, bottleneck_dim=16, local_px=8, local_crops_number=4, use_bn_in_head=True, flip=flip
+    )
+    return replace(config, method=method)
+
+
+def dino_step(
+    config: Config, flip: str, world: World, poisoned: bool = False, like_two: bool = False
+) -> dict[str, torch.Tensor]:
+    """A step of DINO on this rank's rows of the same noise, as `one_step`."""
+    config = dino_config(config, flip)
+    torch.set_default_dtype(torch.float64)
+    training = build_training(config, world=world, method_class=DINOInFloat64)
+    torch.set_default_dtype(torch.float32)
+    training.step, method = 2, training.method
+    method.poisoned = poisoned and world.rank == 1
+    if like_two:
+        plan, whole, half = method.plan, method.setup, method.setup.rows // 2
+
+        def joined(at: At) -> dino.Plan:
+            method.setup = whole._replace(rows=half, world=replace(whole.world, size=2))
+            one = plan(at)
+            method.setup = whole._replace(rows=half, world=replace(whole.world, rank=1, size=2))
+            other = plan(at)
+            method.setup = whole
+            student = {crop: join(one.student[crop], other.student[crop]) for crop in one.student}
+            return dino.Plan(student, tuple(map(join, one.teacher, other.teacher)))
+
+        method.plan = joined
+    rows = method.setup.rows
+    views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
+    before = {k: v.clone() for k, v in method.state.state_dict().items()}
+    made = step(training, [as_batch(views)], StopRequest())
+    state = {k: v.clone() for k, v in method.state.state_dict().items()}
+    state["unchanged"] = torch.tensor(all(torch.equal(v, state[k]) for k, v in before.items()))
+    return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
+
+
 VARIANTS = ("replace", "algorithm1", "extra")
+
+
+HEADS = {"dim": 32, "mlp_dim": 64}
+LOCAL: dict[str, Any] = {
+    **{variant: {"variant": variant} for variant in VARIANTS},
+    "imix mixup": IMixConfig(**HEADS),
+    "imix cutmix": IMixConfig(**HEADS, rule="cutmix"),
+    "dacl": DACLConfig(**HEADS, alpha=0.5),
+    "mochi": MoCHiConfig(**HEADS, hard=4, mixed=6, query_mixed=3, warmup=0),
+}
+"""Methods whose partners are those of a rank: variants of MoCo v3 + SDMP, and other settings."""
+
+
+def of_kind(config: Config, kind: str) -> Config:
+    """The configuration with one of `LOCAL`."""
+    settings = LOCAL[kind]
+    return with_mixing(config, **settings) if isinstance(settings, dict) else replace(config, method=settings)
 
 
 def flipped(config: Config, variant: str) -> Config:
@@ -87,7 +204,9 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "failing": one_step(config, world, failing=True),
             "left": torch.tensor([leave(world, code) for code in (None, 2, 75, 1)]),
             "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
-            "local": one_step(with_mixing(config), world)["loss"],
+            "local": {kind: one_step(of_kind(config, kind), world) for kind in LOCAL},
+            "dino": {flip: dino_step(config, flip, world) for flip in ("local", "global")},
+            "dino poisoned": dino_step(config, "local", world, poisoned=True),
             "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
@@ -118,18 +237,43 @@ def leave(world: World, code: int | None) -> float:
 
 
 def batch_norm(world: World) -> dict[str, torch.Tensor]:
-    """Output, gradient and statistics of a synchronised batch norm on this rank's half of a batch."""
+    """Output, gradients and statistics of a synchronised batch norm on this rank's half of a batch."""
     x = norm_input().chunk(2)[world.rank].clone().requires_grad_()
-    layer = CpuSyncBatchNorm.take_over(filled_norm())
-    y = layer(x)
-    (y * weights(world.rank, y)).sum().backward()
+    layer = SyncBatchNorm.take_over(filled_norm())
+    with Seen() as seen:
+        y = layer(x)
+        (y * weights(world.rank, y)).sum().backward()
+    plain = SyncBatchNorm.take_over(nn.BatchNorm1d(5, affine=False, momentum=None))
+    rows = torch.randn(4, 5, generator=torch.Generator().manual_seed(3 + world.rank))
+    half = filled_norm()
     return {
         "y": y.detach(),
         "dx": x.grad,
         "mean": layer.running_mean,
         "var": layer.running_var,
         "dw": layer.weight.grad,
+        "db": layer.bias.grad,
+        "waits": torch.tensor(len(seen.waits)),
+        "plain": plain(plain(rows)),
+        "plain_mean": plain.running_mean,
+        "half": SyncBatchNorm.take_over(half)(x.detach().bfloat16()),
+        "evaluated": layer.eval()(x.detach()),
     }
+
+
+class Seen(TorchDispatchMode):
+    """Operators that would make the host wait for a GPU: values that are read, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(
+            word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+        ):
+            self.waits.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def norm_input() -> torch.Tensor:
@@ -189,10 +333,44 @@ def test_with_the_global_flip_two_ranks_make_the_step_of_one_also_when_images_ar
             torch.testing.assert_close(rank["mirrored"][variant][name], expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kind", LOCAL)
+def test_two_ranks_make_the_step_of_one_with_their_partners(two_ranks, kind: str):
+    """Every method whose partners are those of a rank: loss, gradients, statistics of the same global batch."""
+    config, ranks = two_ranks
+    alone = one_step(of_kind(config, kind), World(torch.device("cpu")), like_two=True)
+    for rank in ranks:
+        found = rank["local"][kind]
+        assert not found["unchanged"]
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("flip", ["local", "global"])
+def test_two_ranks_make_dinos_step_of_one_whatever_the_flip(two_ranks, flip: str):
+    """Loss, weights after the step, batch statistics, teacher and centre, with two of four local crops mixed."""
+    config, ranks = two_ranks
+    alone = dino_step(config, flip, World(torch.device("cpu")), like_two=flip == "local")
+    assert not bool(alone["unchanged"])
+    for rank in ranks:
+        found = rank["dino"][flip]
+        assert found.keys() == alone.keys()
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    assert not torch.equal(ranks[0]["dino"]["local"]["loss"], ranks[0]["dino"]["global"]["loss"])
+
+
+def test_dinos_bad_loss_on_one_rank_moves_nothing_on_any_the_center_included(two_ranks):
+    for rank in two_ranks[1]:
+        assert bool(rank["dino poisoned"]["unchanged"])
+        assert rank["dino poisoned"]["flags"].tolist() == [1, 0]
+
+
 def test_the_flips_differ_over_two_ranks_and_images_go_to_the_other_end(two_ranks):
     config, ranks = two_ranks
     for rank in ranks:
-        assert float(rank["local"]) != pytest.approx(float(rank["mirrored"]["replace"]["loss"]), rel=1e-4)
+        assert float(rank["local"]["replace"]["loss"]) != pytest.approx(
+            float(rank["mirrored"]["replace"]["loss"]), rel=1e-4
+        )
     assert [int(rank["exchanged"].unique()) for rank in ranks] == [1, 0]
     alone = World(torch.device("cpu"))
     one, other = (one_step(with_mixing(config, flip=flip), alone)["loss"] for flip in ("local", "global"))
@@ -243,3 +421,25 @@ def test_batch_norm_over_two_ranks_is_batch_norm_over_the_whole_batch(two_ranks)
     for f in found:
         torch.testing.assert_close(f["mean"], layer.running_mean)
         torch.testing.assert_close(f["var"], layer.running_var)
+        assert f["waits"] == 0
+        assert f["half"].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0]["db"] + found[1]["db"], layer.bias.grad, rtol=1e-4, atol=1e-4)
+    fresh = filled_norm()(norm_input().bfloat16().float())
+    torch.testing.assert_close(torch.cat([f["half"] for f in found]).float(), fresh, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat([f["evaluated"] for f in found]), layer.eval()(norm_input()))
+
+
+def test_batch_norm_without_weights_and_with_averaged_statistics(two_ranks):
+    layer = nn.BatchNorm1d(5, affine=False, momentum=None)
+    rows = torch.cat([torch.randn(4, 5, generator=torch.Generator().manual_seed(3 + rank)) for rank in (0, 1)])
+    expected = layer(layer(rows))
+    found = [rank["norm"] for rank in two_ranks[1]]
+    torch.testing.assert_close(torch.cat([f["plain"] for f in found]), expected)
+    assert all(torch.allclose(f["plain_mean"], layer.running_mean, atol=1e-6) for f in found)
+
+
+def test_a_wait_for_a_gpu_is_seen():
+    with Seen() as seen:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert len(seen.waits) == 2

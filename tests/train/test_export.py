@@ -82,6 +82,14 @@ def test_a_folder_without_an_export_is_refused(tiny: Config, tmp_path: Path):
         load_exported(tmp_path / "exported")
 
 
+def test_a_narrow_resnet_comes_back(tiny_resnet: Config, tmp_path: Path):
+    config = replace(tiny_resnet, model=ModelConfig(arch="resnet10t", stem="cifar", width=8))
+    export_backbone(trained(config), config, tmp_path / "narrow", step=8)
+    loaded, description = load_exported(tmp_path / "narrow")
+    assert description["model_args"]["channels"] == [8, 16, 32, 64]
+    assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+
+
 class Bomb:
     """A pickle of this writes a file where it is loaded."""
 
@@ -142,6 +150,10 @@ def test_a_description_cannot_make_timm_open_a_file(key: str, exported: Path, tm
         ({"model_args": {"img_size": 16384, "patch_size": 1}}, "does not fit this model"),
         ({"model_args": {"num_heads": 7}}, "timm cannot build"),
         ({"model_args": {"in_chans": 1}}, "a name in model_args is 'in_chans'"),
+        ({"model_args": {"channels": [8, 16, 32]}}, "model_args: channels is"),
+        ({"model_args": {"channels": [8, 16, 32, 10**9]}}, "model_args: channels is"),
+        ({"model_args": {"channels": "8888"}}, "model_args: channels is"),
+        ({"model_args": {"stem_type": "/etc/passwd"}}, "model_args: stem_type is"),
         ({"pretrained_cfg": None}, "pretrained_cfg is None"),
         ({"pretrained_cfg": {}}, "input_size is None"),
         ({"pretrained_cfg": {**PIXELS, "input_size": [3, 32]}}, "input_size is"),

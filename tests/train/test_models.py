@@ -54,11 +54,32 @@ def test_cifar_stem_keeps_the_resolution():
     assert not resnet.layer1[0].bn2.weight.any()  # zero-init residual
 
 
+@pytest.mark.parametrize(("arch", "expansion"), [("resnet18", 1), ("resnet50", 4), ("resnet10t", 1)])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_the_width_of_a_resnet_is_that_of_its_first_stage(arch: str, expansion: int, stem: str):
+    resnet = build_backbone(ModelConfig(arch=arch, stem=stem, width=8), 32, seed=0)
+    assert [stage[-1].bn2.num_features for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)] == [
+        8,
+        16,
+        32,
+        64,
+    ]
+    assert resnet(torch.randn(2, 3, 32, 32)).shape == (2, 64 * expansion)
+    if stem == "cifar":
+        assert resnet.conv1.weight.shape == (8, 3, 3, 3) and resnet.bn1.num_features == 8
+    same = build_backbone(ModelConfig(arch="resnet18", stem=stem, width=64), 32, seed=0).state_dict()
+    plain = build_backbone(ModelConfig(arch="resnet18", stem=stem), 32, seed=0).state_dict()
+    assert {k: v.shape for k, v in same.items()} == {k: v.shape for k, v in plain.items()}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (ModelConfig(arch="vit_smal"), "Did you mean vit_small"),
-        (ModelConfig(arch="resnet18", width=32), "for a ViT only"),
+        (ModelConfig(arch="resnet18", depth=3), "for a ViT only"),
+        (ModelConfig(arch="resnet18", width=8, heads=2), "for a ViT only"),
+        (ModelConfig(arch="convnext_atto", width=32), "for a ViT only"),
+        (ModelConfig(arch="resnet18", width=7, stem="cifar"), "even number"),
         (ModelConfig(arch="vit_small", stem="cifar"), "expected a ResNet"),
         (ModelConfig(arch="vit_small", patch_px=7), "multiple of patch_px"),
         (ModelConfig(arch="vit_small", heads=7), "cannot build"),

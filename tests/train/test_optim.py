@@ -14,6 +14,7 @@ from sdmp_train.config import OptimConfig
 from sdmp_train.methods.method import At, Group
 from sdmp_train.optim import (
     LARS,
+    SGD,
     AdamW,
     clip_gradients,
     drop_frozen_gradients,
@@ -95,7 +96,7 @@ def test_lars_follows_its_formula(clip: bool, trust: float):
             torch.testing.assert_close(p.detach().double(), q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lars"])
+@pytest.mark.parametrize("opt", ["adamw", "lars", "sgd"])
 def test_found_inf_leaves_weights_and_moments_untouched(opt: str):
     parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))]
     optimizer = make_optimizer(OptimConfig(opt=opt), [Group(parameters)])
@@ -128,6 +129,23 @@ def test_adamw_equals_torchs_own():
     ours = AdamW([mine], weight_decay=0.1, betas=(0.9, 0.999))
     plain = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, foreach=False)
     ours.param_groups[0]["lr"] = 0.01
+    for step in range(4):
+        mine.grad = theirs.grad = torch.arange(4.0) - step
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_sgd_equals_torchs_own_and_skips_a_bad_first_step():
+    mine, theirs = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    ours = SGD([mine], weight_decay=0.1, momentum=0.9)
+    plain = torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=0.1, foreach=False)
+    ours.param_groups[0]["lr"] = 0.01
+    mine.grad = torch.full((4,), float("inf"))
+    ours.found_inf = torch.ones(())
+    ours.step()
+    assert torch.equal(mine, torch.ones(4)) and torch.equal(ours.state[mine]["momentum_buffer"], torch.zeros(4))
+    ours.found_inf = torch.zeros(())
     for step in range(4):
         mine.grad = theirs.grad = torch.arange(4.0) - step
         ours.step()
@@ -221,7 +239,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lars"])
+@pytest.mark.parametrize("opt", ["adamw", "lars", "sgd"])
 def test_groups_have_their_own_rate_and_decay_and_stay_frozen_until_their_epoch(opt: str):
     config = OptimConfig(
         opt=opt, base_lr=0.1, batch_size=256, epochs=10, warmup_epochs=0, weight_decay=0.5, lars_trust=1.0

@@ -134,7 +134,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(kind: str, stop: int, request
     assert whole[0].keys() == parts[0].keys() == {*build_training(config).method.state, "optim"}
     for part, tensors in whole[0].items():
         assert tensors.keys() == parts[0][part].keys()
-        assert len(tensors) > 5
+        assert tensors
         for name, tensor in tensors.items():
             assert torch.equal(tensor, parts[0][part][name]), (part, name)
     losses = [[line["loss"] for line in metrics(tmp_path / n) if "loss" in line] for n in ("whole", "parts")]
@@ -568,7 +568,7 @@ def test_a_full_disk_is_survived_and_ends_the_run_with_five_at_the_third_save(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "save_mix_picture", no_picture)
-    monkeypatch.setattr(run_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("sdmp_train.saver.RETRY_SECONDS", 0.0)
     assert pretrain(limit(tiny, max_steps=1), tmp_path / "one") == 0
     assert "mix.png cannot be written: [Errno 28]" in capsys.readouterr().out
     monkeypatch.setattr(checkpoint, "save_file", full)

@@ -67,7 +67,7 @@ def test_a_checkpoint_is_exported_as_the_run_exports_it(kind: str, tmp_path: Pat
 def test_a_checkpoint_of_other_parts_is_refused_by_name(tiny: Config, tmp_path: Path, monkeypatch):
     """As version 0.1 wrote them: `model` and `ema`, and no word of where the backbone is."""
     with monkeypatch.context() as patch:
-        patch.setattr("sdmp_train.run.state_parts", as_version_0_1)
+        patch.setattr("sdmp_train.saver.state_parts", as_version_0_1)
         patch.setattr("sdmp_train.run.backbone_place", lambda method: None)
         assert pretrain(tiny, tmp_path / "run") == 0
     for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):

@@ -7,15 +7,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
 
+from sdmp_kernels import Rule
 from sdmp_train.config import METHODS, Config
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
 from sdmp_train.log import Log
+from sdmp_train.methods.contrast import Features
 from sdmp_train.methods.method import At, Loss, Method
 from sdmp_train.training import Training, assemble
 
-TINY = {"mocov3": "tiny", "supervised": "tiny_supervised"}
+TINY = {
+    "mocov3": "tiny",
+    "dino": "tiny_dino",
+    "imix": "tiny_imix",
+    "dacl": "tiny_dacl",
+    "mochi": "tiny_mochi",
+    "supervised": "tiny_supervised",
+}
 """For each method, the fixture of `conftest.py` that is a tiny run of it."""
 KINDS = [*(TINY[name] for name in METHODS), "tiny_resnet"]
 """The runs that are poisoned, resumed and exported: every method, and one whose backbone has batch norms."""
@@ -48,14 +59,15 @@ def with_mixing(config: Config, **changes: Any) -> Config:
 
 
 def random_views(config: Config, count: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """`count` batches of noise as a loader gives them: uint8, channels_last."""
+    """`count` batches of noise as a loader gives them, uint8, channels_last; and the local crops of a method of such."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (config.optim.batch_size, 3, config.data.image_px, config.data.image_px)
+    sides = [config.data.image_px] * count
+    sides += [getattr(config.method, "local_px", 0)] * getattr(config.method, "local_crops_number", 0)
     return tuple(
-        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(count)
+        torch.randint(
+            0, 256, (config.optim.batch_size, 3, side, side), generator=generator, dtype=torch.uint8
+        ).contiguous(memory_format=torch.channels_last)
+        for side in sides
     )
 
 
@@ -75,6 +87,56 @@ def loss_of(method: Method, views: tuple[torch.Tensor, ...], plan: Any, at: At |
     """Mix, encode, loss."""
     batch = as_batch(views)
     return method.loss(method.encode(method.mix(batch, plan)), plan, batch, at or at_step(0))
+
+
+def seen_by_encoders(method: Any, views: tuple[Tensor, ...], plan: Any) -> dict[str, Tensor]:
+    """The images that reach each backbone, back on the 0 to 255 scale, by the name of the view."""
+    inputs: dict[str, list[Tensor]] = {"q": [], "k": []}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].clone()))
+        for name, module in (("q", method.student.encoder.backbone), ("k", method.momentum_encoder.backbone))
+    ]
+    method.encode(method.mix(as_batch(views), plan))
+    for hook in hooks:
+        hook.remove()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (method.setup.data.mean, method.setup.data.std))
+    names = [f"q {view}" for view in method.query_views] + [f"k {view}" for view in method.key_views]
+    return {name: (image * std + mean) * 255 for name, image in zip(names, inputs["q"] + inputs["k"], strict=True)}
+
+
+def mixed_by_hand(clean: Tensor, plan, row: int) -> Tensor:
+    """One row of a mixed view, from the formulas of the paper, in plain torch."""
+    own, partner = clean[row].double(), clean[int(plan.partner[row])].double()
+    rule, lam = Rule(int(plan.rule[row])), float(plan.lam[row])
+    if rule == Rule.MIXUP:
+        return lam * own + (1 - lam) * partner
+    top, left, height, width = plan.box[row].tolist()
+    patch = partner[:, top : top + height, left : left + width]
+    if rule == Rule.RESIZEMIX and height and width:
+        patch = interpolate(partner[None], (height, width), mode="bilinear", align_corners=False)[0]
+    mixed = own.clone()
+    mixed[:, top : top + height, left : left + width] = patch
+    return mixed
+
+
+def dense_loss(query: Tensor, key: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Soft cross-entropy with the label written out in full, float64, with MoCo v3's 2T."""
+    logits = normalize(query.double(), dim=1) @ normalize(key.double(), dim=1).T / temperature
+    return -(label * logits.log_softmax(dim=1)).sum(dim=1).mean() * 2 * temperature
+
+
+def random_features(method: Any, seed: int = 0, *, gradient: bool = False) -> Features:
+    """Unit vectors for every query and key of a contrastive method."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (method.setup.rows, method.heads.dim)
+
+    def draw(names: tuple[str, ...]) -> dict[str, Tensor]:
+        return {name: normalize(torch.randn(shape, generator=generator), dim=1) for name in names}
+
+    queries = draw(method.query_views)
+    if gradient:
+        queries = {name: query.requires_grad_() for name, query in queries.items()}
+    return Features(queries, draw(method.key_views))
 
 
 def all_tensors(training: Training) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from sdmp_kernels.ops.target import REDUCTIONS
 
 
 def distillation(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     own: Tensor,
     other: Tensor | None = None,
@@ -24,6 +26,7 @@ def distillation(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.04,
     teacher_mean: bool | Sequence[int] = False,
+    inplace_backward: bool = False,
     reduction: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropies of student crops with the teacher's, of the same row and of its partner (paper Eq. 7 to 9).
@@ -35,12 +38,15 @@ def distillation(
 
     DINO's loss is own = 1/18 except for own[v, v] = 0 (10 student crops, of which the first two are the teacher's;
     Caron et al. 2021, Eq. 3). H is linear in P, so all terms of a crop are one cross-entropy with one combined
-    target: the cost does not grow with the number of terms. For the backward pass only a maximum and a sum per row
-    are kept.
+    target: the cost does not grow with the number of terms. Where a gradient is wanted it is computed with the value,
+    in one sweep (by C++ and Triton; float16 in the backward pass, where its scale is known).
 
     Args:
-        student: (V, N, K) raw logits of V crops, float16, bfloat16, float32 or float64, any strides. Differentiable.
-        teacher: (T, N, K) raw logits, float64 if and only if the student is. A constant: it gets no gradient.
+        student: (V, N, K) raw logits of V crops, float16, bfloat16, float32 or float64, any strides. Differentiable. Or
+            a sequence of V crops of (N, K): parts of one tensor at even distances, as `chunk` makes them, are read
+            where they lie, others are copied together.
+        teacher: (T, N, K) raw logits, float64 if and only if the student is. A constant: it gets no gradient. Or a
+            sequence of T crops.
         own: (V, T) or (V, T, N) weights of the row's own terms, any float dtype, a constant.
         other: the same for the terms with the partner's probabilities; default none of them.
         partner: (N,) int64 in [0, N), default the flip N-1-i, which is the fast form: leave it out where
@@ -49,6 +55,8 @@ def distillation(
         student_temperature, teacher_temperature: numbers in [1e-20, 1e20].
         teacher_mean: True for the mean over all teachers and rows of the raw logits as well, or the indices of the
             teachers to average over (those of clean crops). It comes out of the same pass over the teacher's logits.
+        inplace_backward: the backward pass writes the gradient over the student's logits (one tensor, not a sequence),
+            as in `soft_cross_entropy`.
         reduction: over i: "mean" (NaN for N = 0, as torch), "sum", or "none" for (N,).
 
     Returns:
@@ -60,6 +68,9 @@ def distillation(
         TypeError, ValueError: naming the argument. Partners on a GPU are not read back: a term whose partner is out of
             range is left out.
     """
+    if inplace_backward and not isinstance(student, Tensor):
+        raise ValueError("inplace_backward=True writes over one tensor of student logits, got a sequence of crops")
+    student, teacher = _together("student", student), _together("teacher", teacher)
     _check_logits(student, teacher)
     weights = {"own": own} if other is None else {"own": own, "other": other}
     for name, weight in weights.items():
@@ -79,10 +90,60 @@ def distillation(
     check_choice("reduction", reduction, REDUCTIONS)
     constants = (weights["own"], weights.get("other"), partner, center)
     wanted = student.requires_grad and torch.is_grad_enabled()
-    loss, _, _, mean, _ = _op.distillation_op.overload(
-        student, teacher, *constants, *temperatures, mean_of, reduction, wanted
-    )
+    if inplace_backward and wanted and student.is_leaf:
+        raise ValueError(
+            "inplace_backward=True writes over the student, which must not be a leaf that wants a gradient"
+        )
+    options = (mean_of, reduction, wanted and not inplace_backward, inplace_backward)
+    loss, _, _, mean, _ = _op.distillation_op.overload(student, teacher, *constants, *temperatures, *options)
     return (loss, mean) if mean_of else loss
+
+
+def _together(name: str, crops: Tensor | Sequence[Tensor]) -> Tensor:
+    """(V, N, K) of V crops of (N, K), without a copy where they are parts of one tensor at even distances."""
+    if isinstance(crops, Tensor):
+        return crops
+    if not isinstance(crops, Sequence) or not crops:
+        raise TypeError(f"{name} must be a tensor or a non-empty list of crops, got {type(crops).__name__}")
+    for v, crop in enumerate(crops):
+        check_tensor(f"{name}[{v}]", crop, dtypes=FLOATS, ndim=2, shape="(N, K)")
+        if (crop.shape, crop.dtype, crop.device) != (crops[0].shape, crops[0].dtype, crops[0].device):
+            raise ValueError(
+                f"{name}[{v}] is {tuple(crop.shape)} of {crop.dtype} on {crop.device}, but {name}[0] is "
+                f"{tuple(crops[0].shape)} of {crops[0].dtype} on {crops[0].device}; crops must be alike"
+            )
+    if torch.compiler.is_compiling() or len(crops) == 1 or _distance(crops) is None:
+        return torch.stack(tuple(crops))
+    return _Together.apply(*crops)
+
+
+def _distance(crops: Sequence[Tensor]) -> int | None:
+    """How many elements of one storage lie between the beginnings of neighbouring crops; None where that differs."""
+    first = crops[0]
+    if any(type(crop) is not Tensor for crop in crops):
+        return None
+    offsets = [int(crop.storage_offset()) for crop in crops]
+    step = offsets[1] - offsets[0]
+    for crop in crops:
+        if crop.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or crop.stride() != first.stride():
+            return None
+    even = all(after - before == step for before, after in pairwise(offsets))
+    return step if even and step > 0 else None
+
+
+class _Together(torch.autograd.Function):
+    """Parts of one tensor as the tensor they are parts of; its gradient in parts."""
+
+    @staticmethod
+    def forward(ctx: Any, *crops: Tensor) -> Tensor:
+        step = _distance(crops)
+        assert step is not None
+        shape, strides = (len(crops), *crops[0].shape), (step, *crops[0].stride())
+        return crops[0].detach().as_strided(shape, strides, crops[0].storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad.unbind(0)
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:

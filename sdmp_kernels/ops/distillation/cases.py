@@ -104,10 +104,14 @@ def floor_bytes(student: Tensor, teacher: Tensor, **_: Any) -> int:
     return student.nbytes + teacher.nbytes + (student.nbytes if student.requires_grad else 0)
 
 
-def kernel_bytes(student: Tensor, teacher: Tensor, **_: Any) -> int:
-    """What today's kernels move: the loss reads all logits, the gradient reads all of them again and is written."""
+def kernel_bytes(student: Tensor, teacher: Tensor, inplace_backward: bool = False, **_: Any) -> int:
+    """What today's kernels move: all logits come from memory once, the later looks at a pair find it in L2, and the
+    gradient is written once. In float16, and where it goes over the logits, the backward pass reads them again.
+    """
     read = student.nbytes + teacher.nbytes
-    return 2 * read + student.nbytes if student.requires_grad else read
+    if not student.requires_grad:
+        return read
+    return read * (2 if inplace_backward or student.dtype == torch.float16 else 1) + student.nbytes
 
 
 def flops(student: Tensor, teacher: Tensor, other: Tensor | None = None, **_: Any) -> int:

@@ -23,16 +23,17 @@ def sweep(
     teacher_temperature: float,
     reduction: str,
     gradient: Tensor | None,
-) -> Tensor:
-    """The loss, (N,) or reduced to (), float32; `gradient` (V, N, K), where it is given, is filled with the gradient of
-    the sum of what is returned.
+    mean_of: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(loss, mean): (N,) or reduced to (), float32, and the mean row of the teachers in `mean_of`, empty where that is;
+    `gradient` (V, N, K), where it is given, is filled with the gradient of the sum of the loss.
     """
     rows = student.shape[1]
     loss = student.new_empty((rows,) if reduction == "none" else (), dtype=torch.float32)
     scale = 1 / rows if reduction == "mean" else 1.0
     constants = _constants(own, other, partner, center)
     _run()(student, teacher, *constants, student_temperature, teacher_temperature, scale, None, loss, gradient)
-    return loss
+    return loss, mean_row(teacher, mean_of)
 
 
 def backward(
@@ -45,12 +46,16 @@ def backward(
     center: Tensor | None,
     student_temperature: float,
     teacher_temperature: float,
+    out: Tensor | None,
 ) -> Tensor:
-    """(V, N, K) gradient of sum_i grad_i * loss_i, in the dtype of the student, from the logits alone."""
-    gradient = new_empty(student)
+    """(V, N, K) gradient of sum_i grad_i * loss_i, in the dtype of the student, from the logits alone; in `out` if
+    given, which may be they.
+    """
+    # Chunk by chunk the kernel has read what it overwrites.
+    gradient = new_empty(student) if out is None or not out.is_contiguous() else out
     constants = _constants(own, other, partner, center)
     _run()(student, teacher, *constants, student_temperature, teacher_temperature, 1.0, grad, None, gradient)
-    return gradient
+    return gradient if out is None or out is gradient else out.copy_(gradient)
 
 
 def mean_row(teacher: Tensor, mean_of: Sequence[int]) -> Tensor:

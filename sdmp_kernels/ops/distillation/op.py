@@ -1,10 +1,11 @@
 """The registered operators of `distillation`: schemas, fakes, autograd, backends.
 
-The C++ kernel computes value and gradient in one sweep, so that the gradient exists before the backward pass, which
-multiplies it by the upstream factor where that is not 1. Every other backend computes it in the backward pass.
+C++ and Triton compute value and gradient in one sweep, so that the gradient exists before the backward pass, which
+multiplies it by the upstream factor where that is not 1. The others compute it in the backward pass; so do all of them
+where it is to be written over the logits, whose values stay what they are until then.
 """
 
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from sdmp_kernels._operators import operator
 from sdmp_kernels.ops.losses import owned_gradient, reduced, refuse_native, refuse_triton, scaled, upstream, work_dtype
 
 OP = _backends.register("distillation", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
+_SWEEPS = ("cpp", "triton")
 # The probabilities of a pair stay in registers: so many rows of them fit.
 MOST_ROWS = 16
 
@@ -34,9 +36,9 @@ def _backend(student: Tensor, teacher: Tensor, mixed: bool) -> str:
     return _backends.choose(OP, student.device, lambda name: _refuse(name, student, teacher, mixed))
 
 
-def _sweeps(backend: str, student: Tensor) -> bool:
+def _early(backend: str, student: Tensor) -> bool:
     """Whether the gradient comes along with the value; not in float16, see `soft_cross_entropy`."""
-    return backend == "cpp" and student.dtype != torch.float16
+    return backend in _SWEEPS and student.dtype != torch.float16
 
 
 def _outputs(
@@ -44,10 +46,10 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend, dtype = _backend(student, teacher, mixed), work_dtype(student)
     views, n, k = student.shape
-    known = 0 if backend == "cpp" else n
+    known = 0 if backend in _SWEEPS else n
     shapes = ((n,), (2, views, known), (2, teacher.shape[0], known), (k if mean_of else 0,))
     loss, student_stats, teacher_stats, mean = (student.new_empty(shape, dtype=dtype) for shape in shapes)
-    gradient = student.new_empty((views, n if need_grad and _sweeps(backend, student) else 0, k))
+    gradient = student.new_empty((views, n if need_grad and _early(backend, student) else 0, k))
     return loss, student_stats, teacher_stats, mean, gradient
 
 
@@ -64,10 +66,11 @@ def distillation_op(
     mean_of: List[int],
     reduction: str,
     need_grad: bool,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, (N,) or reduced to (), student_stats (2, V, N), teacher_stats (2, T, N), mean (K,), gradient (V, N, K)):
-    see `reference.forward`. The C++ kernel makes stats of no rows; of no rows is a gradient that is left to the
-    backward pass.
+    see `reference.forward`. What sweeps makes stats of no rows; of no rows is a gradient that is left to the backward
+    pass. `in_place`: that writes it over the student's logits.
     """
     mixed = other is not None
     if student.shape[1] == 0:
@@ -76,11 +79,10 @@ def distillation_op(
     backend = _backend(student, teacher, mixed)
     module, views, columns = OP.module(backend), student.shape[0], student.shape[2]
     constants = (own, other, partner, center, student_temperature, teacher_temperature)
-    if backend == "cpp":
-        made = new_empty(student) if need_grad and _sweeps(backend, student) else None
-        loss = module.sweep(student, teacher, *constants, reduction, made)
+    if backend in _SWEEPS:
+        made = new_empty(student) if need_grad and _early(backend, student) else None
+        loss, mean = module.sweep(student, teacher, *constants, reduction, made, mean_of)
         stats = (loss.new_empty((2, views, 0)), loss.new_empty((2, teacher.shape[0], 0)))
-        mean = module.mean_row(teacher, mean_of)
         return loss, *stats, mean, student.new_empty((views, 0, columns)) if made is None else made
     losses, student_stats, teacher_stats, mean = module.forward(student, teacher, *constants, mean_of)
     return reduced(losses, reduction), student_stats, teacher_stats, mean, student.new_empty((views, 0, columns))
@@ -99,6 +101,7 @@ def _(
     mean_of,
     reduction,
     need_grad,
+    in_place,
 ):
     losses, *rest = _outputs(student, teacher, other is not None, mean_of, need_grad)
     return reduced(losses, reduction), *rest
@@ -125,19 +128,68 @@ def distillation_backward_op(
         return student.new_empty(student.shape)
     if gradient is not None and gradient.numel():
         return _scaled(gradient, grad, new_empty(gradient))
-    grad, backend = upstream(grad, student.shape[1], reduction), _backend(student, teacher, other is not None)
-    run, constants = OP.module(backend), (own, other, partner, center)
-    temperatures = (student_temperature, teacher_temperature)
-    if backend == "cpp":
-        return run.backward(grad, student, teacher, *constants, *temperatures)
+    constants = (own, other, partner, center, student_temperature, teacher_temperature)
+    return _gradient(
+        upstream(grad, student.shape[1], reduction), student, teacher, constants, student_stats, teacher_stats, None
+    )
+
+
+def _gradient(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    constants: tuple[Any, ...],
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """The gradient from the logits, for one upstream factor per row; in `out` where that is given."""
+    *tensors, student_temperature, teacher_temperature = constants
+    backend = _backend(student, teacher, tensors[1] is not None)
+    module = OP.module(backend)
+    if backend in _SWEEPS:
+        return module.backward(grad, student, teacher, *constants, out)
     if student_stats.shape[2] == 0:
         # Computed by another backend, which needs no stats.
-        _, student_stats, teacher_stats, _ = run.forward(student, teacher, *constants, *temperatures, [])
-    return run.backward(grad, student, teacher, *constants, student_stats, teacher_stats, *temperatures)
+        _, student_stats, teacher_stats, _ = module.forward(student, teacher, *constants, [])
+    stats = (student_stats, teacher_stats, student_temperature, teacher_temperature)
+    result = module.backward(grad, student, teacher, *tensors, *stats)
+    return result if out is None else out.copy_(result)
+
+
+@operator("distillation_inplace_backward", mutates=("student",))
+def distillation_inplace_backward_op(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    own: Tensor,
+    other: Optional[Tensor],
+    partner: Optional[Tensor],
+    center: Optional[Tensor],
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    reduction: str,
+) -> None:
+    """Writes the gradient over the student's logits."""
+    if student.shape[1]:
+        constants = (own, other, partner, center, student_temperature, teacher_temperature)
+        grad = upstream(grad, student.shape[1], reduction)
+        _gradient(grad, student, teacher, constants, student_stats, teacher_stats, student)
+
+
+@distillation_inplace_backward_op.register_fake
+def _(*_arguments):
+    return None
 
 
 def _scaled(gradient: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-    """`losses.scaled` of (V, N, K), whose rows are in the second dimension."""
+    """`gradient` (V, N, K) times `grad`, () or (N,), in `out`."""
+    if gradient.is_cuda:
+        from sdmp_kernels.ops.loss_launches import multiplied
+
+        return multiplied(gradient, grad, None, out)
     if grad.ndim == 0:
         return scaled(gradient, grad, out)
     return torch.mul(gradient, grad[:, None], out=out)
@@ -149,10 +201,10 @@ def _(grad, student, *rest):
 
 
 def _save(ctx, inputs, output):
-    student, teacher, own, other, partner, center, *temperatures, _, reduction, _ = inputs
+    student, teacher, own, other, partner, center, *temperatures, _, reduction, _, in_place = inputs
     _, student_stats, teacher_stats, mean, gradient = output
     ctx.save_for_backward(student, teacher, own, other, partner, center, student_stats, teacher_stats, gradient)
-    ctx.options = (*temperatures, reduction)
+    ctx.options, ctx.in_place = (*temperatures, reduction), in_place
     ctx.mark_non_differentiable(student_stats, teacher_stats, mean, gradient)
     ctx.set_materialize_grads(False)
 
@@ -163,7 +215,10 @@ def _backward(ctx, grad, *_constants):
     if grad is None or not student_wanted:
         return None, *constants
     *saved, gradient = ctx.saved_tensors
-    if gradient.shape[1] and readable(grad, gradient) and owned_gradient():
+    if ctx.in_place:
+        distillation_inplace_backward_op.overload(grad, *saved, *ctx.options)
+        return saved[0].detach(), *constants
+    if gradient.shape[1] and owned_gradient() and (gradient.is_cuda or readable(grad, gradient)):
         return _scaled(gradient, grad, gradient), *constants
     return distillation_backward_op.overload(grad, *saved, *ctx.options, gradient), *constants
 

@@ -1,4 +1,4 @@
-"""`distillation` on a GPU: two small sweeps' worth of bytes more than one read of all logits, and no probabilities.
+"""`distillation` on a GPU: the logits read from memory once and the gradient written once; no probabilities.
 
 teacher   one chunk of columns of some rows of a teacher: their maxima and sums of exponentials over the chunk, and the
           chunk's column sums for the teacher's mean, from the same read.
@@ -8,20 +8,28 @@ mean      the column sums put together.
 student   one chunk of columns of a pair of rows (i, N-1-i): the teachers' probabilities of both rows stay in registers,
           each is own target of one row and the partner's target of the other, and the student's crops pass by.
 loss      the chunks of a row of all crops put together.
-gradient  as student, with the statistics known: one read, one write.
+gradient  as student, with the statistics known.
+multiply  of `loss_launches.py`: the gradient times the upstream factor, in the backward pass.
 
 A program has one warp: its sums are then a few shuffles, and no barrier stands between a load and the next. Chunks are
 merged in a fixed order. Where the partner is not the flip, a program serves one row and gathers the partner's.
 
-Logits are multiplied by SCALE before they are subtracted (see `reference.py`), exponentials are of base 2. The gradient
-walks the pairs backwards: the last ones that the forward pass read are the ones still in the L2 cache.
+A whole pair, with all its crops, is too much for one program and too little for a chip, and programs cannot wait for
+each other. So where a gradient is wanted, student, loss and gradient follow each other for as many pairs as half of the
+L2 cache holds, and the gradient's read is out of there; it walks them backwards, since the last that were read are
+those still there most surely.
+
+Logits are multiplied by SCALE before they are subtracted (see `reference.py`), exponentials are of base 2.
 
 Bytes and floors (64 rows, 10 + 2 crops, 65,536 columns, bf16, an H200 copying 4.3 TB/s): loss 100.7 MB, of which the
-teachers' 16.8 MB are read again from L2, 23 us; gradient 184.5 MB, 43 us.
+teachers' 16.8 MB are read again from L2, 23 us; with gradient 184.5 MB, 43 us.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,6 +49,7 @@ from sdmp_kernels.ops.distillation.triton_kernels import (
     distillation_student_kernel,
     distillation_teacher_kernel,
 )
+from sdmp_kernels.ops.loss_launches import Chip, chip_of, multiply_call
 
 KERNELS = (
     "distillation_teacher_kernel",
@@ -49,10 +58,11 @@ KERNELS = (
     "distillation_student_kernel",
     "distillation_loss_kernel",
     "distillation_gradient_kernel",
+    "loss_multiply_kernel",
 )
 
 
-def forward(
+def sweep(
     student: Tensor,
     teacher: Tensor,
     own: Tensor,
@@ -61,19 +71,19 @@ def forward(
     center: Tensor | None,
     student_temperature: float,
     teacher_temperature: float,
+    reduction: str,
+    gradient: Tensor | None,
     mean_of: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.forward`."""
-    views, n, k = student.shape
-    loss = student.new_empty(n, dtype=torch.float32)
-    student_stats = student.new_empty((2, views, n), dtype=torch.float32)
-    teacher_stats = student.new_empty((2, teacher.shape[0], n), dtype=torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """As `native.sweep`, and the teacher's mean."""
+    n, k = student.shape[1:]
+    losses = student.new_empty(n, dtype=torch.float32)
     mean = student.new_empty(k if mean_of else 0, dtype=torch.float32)
     given = _Given(student, teacher, own, other, partner, center, student_temperature, teacher_temperature)
-    out = (loss, student_stats, teacher_stats, mean)
-    for call in forward_calls(_launch.architecture(student.device), given, mean_of, *out):
+    wanted = Wanted(1 / n if reduction == "mean" else 1.0, None, losses, gradient, mean, mean_of)
+    for call in calls_of(chip_of(student.device), given, wanted):
         call.launch(student.device)
-    return out
+    return (losses if reduction == "none" else losses.sum()), mean
 
 
 def backward(
@@ -84,17 +94,38 @@ def backward(
     other: Tensor | None,
     partner: Tensor | None,
     center: Tensor | None,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
     student_temperature: float,
     teacher_temperature: float,
+    out: Tensor | None,
 ) -> Tensor:
-    """As `reference.backward`."""
-    out = student.new_empty(student.shape)
+    """As `native.backward`."""
+    whole = student.new_empty(student.shape) if out is None or not out.is_contiguous() else out
+    nothing = student.new_empty(0, dtype=torch.float32)
+    losses = nothing.new_empty(student.shape[1])
     given = _Given(student, teacher, own, other, partner, center, student_temperature, teacher_temperature)
-    arch = _launch.architecture(student.device)
-    gradient_call(arch, given, grad, student_stats, teacher_stats, out).launch(student.device)
-    return out
+    for call in calls_of(chip_of(student.device), given, Wanted(1.0, grad, losses, whole, nothing, [])):
+        call.launch(student.device)
+    return whole if out is None or out is whole else out.copy_(whole)
+
+
+class Wanted(NamedTuple):
+    """What comes out of the launches.
+
+    Attributes:
+        scale: what losses and gradients are multiplied by.
+        upstream: (N,) what the gradient of each row is multiplied by besides, or None.
+        losses: (N,).
+        gradient: (V, N, K), which may be the student's logits, or None.
+        mean: (K,), of no elements where `mean_of` is empty.
+        mean_of: the teachers that are averaged over.
+    """
+
+    scale: float
+    upstream: Tensor | None
+    losses: Tensor
+    gradient: Tensor | None
+    mean: Tensor
+    mean_of: Sequence[int]
 
 
 class _Given:
@@ -130,45 +161,74 @@ class _Given:
         self.teacher_to_exp2 = math.log2(math.e) / (SCALE * teacher_temperature)
         self.centered = center is not None
 
-    def chunk(self, arch: str, key: str) -> tuple[int, int, dict[str, int], dict[str, object]]:
-        """(how many chunks a row has, programs per chunk, table entry, constants) of one of the three large kernels."""
+    @property
+    def units(self) -> int:
+        """Pairs of rows, or rows."""
+        return (self.n + 1) // 2 if self.form == PAIR else self.n
+
+    def chunk(self, arch: str, key: str) -> tuple[int, dict[str, int], dict[str, object]]:
+        """(how many chunks a row has, table entry, constants) of one of the three large kernels."""
         if key != "teacher":
             rows = self.crops * (1 if self.form == OWN else 2)
             key += f".{next(most for most in (4, 8, 16) if rows <= most)}"
         entry = _launch.constants(arch, f"distillation.{key}")
         block = min(entry["block"], max(32, triton.next_power_of_2(self.k)))
         constants = {"ALIGN": self.align, "CENTERED": self.centered, "EVEN": self.k % block == 0, "BLOCK": block}
-        units = (self.n + 1) // 2 if self.form == PAIR else self.n
-        return triton.cdiv(self.k, block), units, entry, constants
+        return triton.cdiv(self.k, block), entry, constants
+
+    def per_group(self, cache: int) -> int:
+        """How many units, all crops of student and teachers, fit into half of the L2 cache; groups of one size."""
+        student, teacher, *_ = self.inputs
+        row = self.k * (self.views * student.element_size() + self.crops * teacher.element_size())
+        most = max(1, cache // 2 // (row * (2 if self.form == PAIR else 1)))
+        return triton.cdiv(self.units, triton.cdiv(self.units, most))
 
 
-def forward_calls(
-    arch: str,
-    given: _Given,
-    mean_of: Sequence[int],
-    loss: Tensor,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-    mean: Tensor,
-) -> list[Call]:
-    """The launches of the forward pass, in order."""
-    calls = _teacher_calls(arch, given, mean_of, teacher_stats, mean)
-    chunks, units, entry, constants = given.chunk(arch, "student")
-    partial = loss.new_empty((4, given.views, given.n, chunks))
-    sizes = (given.views, given.n, given.k // given.align, chunks, given.to_exp2, given.teacher_to_exp2)
-    args = (*given.inputs, teacher_stats, partial, *sizes, *given.strides)
+def calls_of(chip: Chip, given: _Given, wanted: Wanted) -> list[Call]:
+    """The launches, in order."""
+    student_stats, teacher_stats = (wanted.losses.new_empty((2, v, given.n)) for v in (given.views, given.crops))
+    calls = _teacher_calls(chip.arch, given, wanted.mean_of, teacher_stats, wanted.mean)
+    chunks, entry, constants = given.chunk(chip.arch, "student")
+    partial = wanted.losses.new_empty((4, given.views, given.n, chunks))
+    step = given.units if wanted.gradient is None else given.per_group(chip.cache)
     constants |= {"T": given.crops, "FORM": given.form.value}
-    calls.append(Call(distillation_student_kernel, (units * chunks,), args, entry["num_warps"], 1, constants))
+    for begin in range(0, given.units, step):
+        count = min(step, given.units - begin)
+        sizes = (begin, given.views, given.n, given.k // given.align, chunks, given.to_exp2, given.teacher_to_exp2)
+        args = (*given.inputs, teacher_stats, partial, *sizes, *given.strides)
+        calls.append(Call(distillation_student_kernel, (count * chunks,), args, entry["num_warps"], 1, constants))
+        calls.append(_loss_call(chip.arch, given, begin, count, chunks, wanted, partial, student_stats))
+        if wanted.gradient is not None:
+            calls.append(_gradient_call(chip.arch, given, begin, count, wanted, student_stats, teacher_stats))
+    return calls
+
+
+def _loss_call(
+    arch: str, given: _Given, begin: int, count: int, chunks: int, wanted: Wanted, partial: Tensor, stats: Tensor
+) -> Call:
     entry = _launch.constants(arch, "distillation.loss")
-    args = (partial, loss, student_stats, given.views, given.n, chunks, given.to_exp2, 1 / (SCALE * given.temperature))
+    numbers = (given.to_exp2, 1 / (SCALE * given.temperature), wanted.scale)
+    args = (partial, wanted.losses, stats, begin, count, given.views, given.n, chunks, *numbers)
     views = triton.next_power_of_2(given.views)
     tile = max(1, min(triton.next_power_of_2(chunks), entry["elements"] // views))
-    constants = {"VIEWS": views, "TILE": tile}
-    return [*calls, Call(distillation_loss_kernel, (given.n,), args, entry["num_warps"], 1, constants)]
+    rows = 2 * count if given.form == PAIR else count
+    return Call(distillation_loss_kernel, (rows,), args, entry["num_warps"], 1, {"VIEWS": views, "TILE": tile})
+
+
+def _gradient_call(
+    arch: str, given: _Given, begin: int, count: int, wanted: Wanted, student_stats: Tensor, teacher_stats: Tensor
+) -> Call:
+    chunks, entry, constants = given.chunk(arch, "gradient")
+    sizes = (begin, given.views, given.n, given.k // given.align, chunks, given.to_exp2, given.teacher_to_exp2)
+    upstream = student_stats if wanted.upstream is None else wanted.upstream
+    args = (upstream, *given.inputs, student_stats, teacher_stats, wanted.gradient, *sizes)
+    args = (*args, wanted.scale / given.temperature, upstream.stride(0), *given.strides)
+    constants |= {"T": given.crops, "FORM": given.form.value, "UPSTREAM": wanted.upstream is not None}
+    return Call(distillation_gradient_kernel, (count * chunks,), args, entry["num_warps"], 1, constants)
 
 
 def _teacher_calls(arch: str, given: _Given, mean_of: Sequence[int], stats: Tensor, mean: Tensor) -> list[Call]:
-    chunks, _, entry, constants = given.chunk(arch, "teacher")
+    chunks, entry, constants = given.chunk(arch, "teacher")
     n, crops = given.n, given.crops
     # Column sums are added up along rows, as few of them as still fill the chip; without them a row is a program.
     groups = max(1, min(n, entry["programs"] // (chunks * crops))) if mean_of else n
@@ -196,25 +256,6 @@ def _teacher_calls(arch: str, given: _Given, mean_of: Sequence[int], stats: Tens
     return calls
 
 
-def gradient_call(
-    arch: str, given: _Given, grad: Tensor, student_stats: Tensor, teacher_stats: Tensor, out: Tensor
-) -> Call:
-    """The launch of the backward pass."""
-    chunks, units, entry, constants = given.chunk(arch, "gradient")
-    sizes = (
-        given.views,
-        given.n,
-        given.k // given.align,
-        chunks,
-        given.to_exp2,
-        given.teacher_to_exp2,
-        1 / given.temperature,
-    )
-    args = (grad, *given.inputs, student_stats, teacher_stats, out, *sizes, grad.stride(0), *given.strides)
-    constants |= {"T": given.crops, "FORM": given.form.value}
-    return Call(distillation_gradient_kernel, (units * chunks,), args, entry["num_warps"], 1, constants)
-
-
 def compiles(arch: str) -> list[Compile]:
     """Every entry of the launch tables at its most registers, every form, and the ways the logits may lie."""
     f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
@@ -226,6 +267,12 @@ def compiles(arch: str) -> list[Compile]:
         for item in _compilations(arch, dtype, form, crops, k):
             # The small kernels do not depend on all that the large ones do.
             found.setdefault(item.name, item)
+    row = torch.empty(64, device="meta")
+    for name, upstream in (("all", row[0]), ("rows", row)):
+        crops = torch.empty((10, 64, 65536), dtype=bf16, device="meta")
+        call = multiply_call(Chip(arch, 108, 0), crops, upstream, None, crops)
+        item = call.compilation(f"distillation multiply {name}", ("no_spills", "wide_loads", "wide_stores"))
+        found[item.name] = item
     return list(found.values())
 
 
@@ -236,19 +283,19 @@ def _compilations(arch: str, dtype: torch.dtype, form: int, crops: int, k: int) 
     partner = torch.empty(n, dtype=torch.int64, device="meta") if form == GATHER.value else None
     other = None if form == OWN.value else weight
     row = torch.empty(n, device="meta")
-    stats = [torch.empty((2, v, n), device="meta") for v in (views, crops)]
     mean = torch.empty(k, device="meta")
     given = _Given(student, teacher, weight, other, partner, mean, 0.1, 0.04)
-    calls = [
-        *forward_calls(arch, given, [0], row, *stats, mean), gradient_call(arch, given, row, *stats, student)
-    ]  # fmt: skip
+    chip = Chip(arch, 108, 2**40)
+    calls = calls_of(chip, given, Wanted(1.0, None, row, student, mean, [0]))
+    calls.append(calls_of(chip, given, Wanted(1.0, row, row, student, mean[:0], []))[-1])
     wide = ("wide_loads",) if given.align * dtype.itemsize >= 16 else ()
     both = (*wide, "wide_stores") if wide else ()
     kind = str(dtype)[6:]
     large = f"{kind} {('own', 'pair', 'gather')[form]} of {crops}, {k}"
     along = "wide" if wide else "narrow"
-    names = [f"teacher {kind} {along}", "merge", f"mean {along}", f"student {large}", "loss", f"gradient {large}"]
-    facts = [both, (), ("wide_loads",) if wide else (), wide, (), both]
+    names = [f"teacher {kind} {along}", "merge", f"mean {along}", f"student {large}", "loss"]
+    names += [f"gradient {large}", f"gradient by rows {large}"]
+    facts = [both, (), ("wide_loads",) if wide else (), wide, (), both, both]
     return [
         call.compilation(f"distillation {name}", ("no_spills", *more))
         for call, name, more in zip(calls, names, facts, strict=True)

@@ -43,8 +43,8 @@ class Center(NamedTuple):
 # Sizes and strides that kernels are not compiled anew for. K and the strides of rows and crops come in groups of ALIGN,
 # which is how the compiler learns what they are multiples of.
 _FREE = [
-    "averaged", "chunks", "grad_n", "groups", "n", "per_group", "plane", "rows", "student_n", "student_v", "teacher_n",
-    "teacher_t", "units", "views",
+    "averaged", "begin", "chunks", "count", "grad_n", "groups", "n", "per_group", "plane", "rows", "student_n",
+    "student_v", "teacher_n", "teacher_t", "units", "views",
 ]  # fmt: skip
 
 
@@ -247,14 +247,17 @@ def _row_partial(
 
 @triton.jit(do_not_specialize=_FREE)
 def distillation_student_kernel(
-    student_ptr, teacher_ptr, center_ptr, own_ptr, other_ptr, partner_ptr, stats_ptr, partial_ptr, views, n, units, chunks,
-    to_exp2, teacher_to_exp2, student_v, student_n, student_k, teacher_t, teacher_n, teacher_k, own_v, own_t, own_n,
+    student_ptr, teacher_ptr, center_ptr, own_ptr, other_ptr, partner_ptr, stats_ptr, partial_ptr, begin, views, n,
+    units, chunks, to_exp2, teacher_to_exp2, student_v, student_n, student_k, teacher_t, teacher_n, teacher_k, own_v, own_t, own_n,
     other_v, other_t, other_n, T: tl.constexpr, FORM: tl.constexpr, ALIGN: tl.constexpr, CENTERED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial results (4, V, N, chunks) of one chunk of a row, or of both rows of a pair, of all student crops."""
+    """Partial results (4, V, N, chunks) of one chunk of a row, or of both rows of a pair, of all student crops.
+
+    begin: the first row or pair of this launch.
+    """
     program = tl.program_id(0).to(tl.int64)
-    chunk, i = program % chunks, program // chunks
+    chunk, i = program % chunks, begin + program // chunks
     K = units * ALIGN
     start, columns, mask = _chunk(chunk, K, student_k, BLOCK)
     center = Center(_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
@@ -310,10 +313,15 @@ def distillation_student_kernel(
 
 @triton.jit(do_not_specialize=_FREE)
 def distillation_loss_kernel(
-    partial_ptr, loss_ptr, stats_ptr, views, n, chunks, to_exp2, to_natural, VIEWS: tl.constexpr, TILE: tl.constexpr
-):
-    """A row's loss, and (2, V, N) its crops' maxima and sums of exponentials, from those of their chunks."""
-    row = tl.program_id(0).to(tl.int64)
+    partial_ptr, loss_ptr, stats_ptr, begin, count, views, n, chunks, to_exp2, to_natural, scale, VIEWS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """A row's loss times `scale`, and (2, V, N) its crops' maxima and sums of exponentials, from those of their chunks.
+
+    Of the `count` rows from `begin` on, and behind them of their mirrored ones.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.where(program < count, begin + program, n - 1 - begin - (program - count))
     v = tl.arange(0, VIEWS)
     plane = views.to(tl.int64) * n * chunks
     tops_ptr = partial_ptr + ((v * n.to(tl.int64) + row) * chunks)[:, None]
@@ -342,8 +350,19 @@ def distillation_loss_kernel(
     sums = tl.sum(total, 1)
     tl.store(stats_ptr + v * n.to(tl.int64) + row, top, mask=v < views)  # narrow: one per crop
     tl.store(stats_ptr + (views + v) * n.to(tl.int64) + row, sums, mask=v < views)  # narrow: one per crop
-    terms = tl.sum(mass, 1) * tl.log(tl.where(v < views, sums, 1.0)) - tl.sum(crossed, 1) * to_natural
-    tl.store(loss_ptr + row, tl.sum(terms, 0))
+    # In float64, which costs nothing here: each crop's share, and their sum, would else be rounded once more.
+    logs = tl.log(tl.where(v < views, sums, 1.0)).to(tl.float64)
+    terms = tl.sum(mass.to(tl.float64), 1) * logs - tl.sum(crossed.to(tl.float64), 1) * to_natural
+    tl.store(loss_ptr + row, (tl.sum(terms, 0) * scale).to(tl.float32))
+
+
+@triton.jit
+def _upstream(grad_ptr, row, stride, factor, UPSTREAM: tl.constexpr):
+    """What a row's gradient is multiplied by."""
+    if UPSTREAM:
+        return tl.load(grad_ptr + row * stride).to(tl.float32) * factor
+    else:
+        return factor
 
 
 @triton.jit
@@ -354,23 +373,28 @@ def _row_gradient(
     """Stores `height` times the exponentials minus the combined target."""
     risen = tl.exp2(tl.fma(logits, _SCALE, -top) * to_exp2)
     result = tl.fma(risen, height, -_combined(exponentials, weights, COUNT)).to(out_ptr.dtype.element_ty)
+    # Nobody reads it soon: logits that are to be read again stay in the cache.
     if EVEN:
-        tl.store(out_ptr + columns, result, mask=keep)
+        tl.store(out_ptr + columns, result, mask=keep, eviction_policy="evict_first")
     else:
-        tl.store(out_ptr + columns, result, mask=mask & keep)
+        tl.store(out_ptr + columns, result, mask=mask & keep, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=_FREE)
 def distillation_gradient_kernel(
     grad_ptr, student_ptr, teacher_ptr, center_ptr, own_ptr, other_ptr, partner_ptr, student_stats_ptr, stats_ptr,
-    out_ptr, views, n, units, chunks, to_exp2, teacher_to_exp2, per_temperature, grad_n, student_v, student_n, student_k,
+    out_ptr, begin, views, n, units, chunks, to_exp2, teacher_to_exp2, factor, grad_n, student_v, student_n, student_k,
     teacher_t, teacher_n, teacher_k, own_v, own_t, own_n, other_v, other_t, other_n, T: tl.constexpr,
-    FORM: tl.constexpr, ALIGN: tl.constexpr, CENTERED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, UPSTREAM: tl.constexpr, ALIGN: tl.constexpr, CENTERED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one chunk of a row, or of both rows of a pair, of all student crops."""
-    # From the last program to the first: see the head of this file.
+    """`factor` times the gradient of one chunk of a row, or of both rows of a pair, of all student crops.
+
+    begin: the first row or pair of this launch. UPSTREAM: each row has a factor of its own besides.
+    """
+    # From the last program to the first: what was read last is most surely still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
-    chunk, i = program % chunks, program // chunks
+    chunk, i = program % chunks, begin + program // chunks
     K = units * ALIGN
     start, columns, mask = _chunk(chunk, K, student_k, BLOCK)
     center = Center(_shift(center_ptr, chunk, mask, CENTERED, EVEN, BLOCK), mask, K)
@@ -379,7 +403,7 @@ def distillation_gradient_kernel(
     e_i, inverse_i = _exponentials(
         teacher_ptr, stats_ptr, i, n, chunk, center, teacher_to_exp2, strides, T, EVEN, BLOCK
     )  # fmt: skip
-    grad_i = tl.load(grad_ptr + i * grad_n).to(tl.float32) * per_temperature
+    grad_i = _upstream(grad_ptr, i, grad_n, factor, UPSTREAM)
     if FORM != OWN:
         j, known = _partner(partner_ptr, i, n, FORM)
         e_j, inverse_j = _exponentials(
@@ -392,7 +416,7 @@ def distillation_gradient_kernel(
     own_i, other_i = own_ptr + i * own_n, other_ptr + i * other_n
     if FORM == PAIR:
         own_j, other_j = own_ptr + j * own_n, other_ptr + j * other_n
-        grad_j = tl.load(grad_ptr + j * grad_n).to(tl.float32) * per_temperature
+        grad_j = _upstream(grad_ptr, j, grad_n, factor, UPSTREAM)
         result_j = out_ptr + j * K + chunk * BLOCK
         ptr_j = student_ptr + j * row + start
         ahead_j = _loaded_next(ptr_j, columns, mask, True, EVEN)

@@ -4,7 +4,7 @@ With detached keys, loss and gradient are one attention: the gradient of the log
 On a CPU, PyTorch's fused attention returns both it and the log-sum-exp. What that cannot serve (a GPU, float64, no
 gradient of q wanted, products that could overflow) passes through one reused buffer, a chunk of rows at a time.
 
-Shapes: q (N, D); for every key set t of T: keys[t] (M_t, D), first[t], second[t], weight[t] (N,).
+Shapes: q (N, D); for every key set t of T: k (M_t, D), first, second, weight (N,).
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdmp_kernels.ops.info_nce.arguments import Problem, empty_rows, hide
 from sdmp_kernels.ops.losses import (
     SafeTarget,
     at_columns,
@@ -65,42 +66,37 @@ class Operands(NamedTuple):
     unit: Tensor | float
 
 
-def forward(
-    q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
-    temperature: float,
-    form: str,
-    scale: float,
-    need_dq: bool,
-    need_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (T, N), stats (T, 4, N), dq (T, N, D)) as `reference.forward`."""
-    losses, stats, dqs = [], [], []
+def forward(problem: Problem, need_dq: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (T, N), stats (T, 4, N), dq) as `reference.forward`."""
+    q, losses, stats, dqs = problem.q, [], [], []
     work = work_dtype(q)
     with full_precision(q):
-        for k, u, v, w in zip(keys, first, second, weight, strict=True):
-            operands, target = operands_of(q, k, temperature), safe_target(u, v, w, len(k), work)
+        for keys, slope in zip(problem.sets, problem.slopes, strict=True):
+            operands = operands_of(q, keys.k, problem.temperature)
+            target = safe_target(keys.first, keys.second, keys.weight, len(keys.k), work)
             chosen = _rows_at(operands.k, target.columns) if need_dq else None
             # Small enough that no product can overflow.
-            if chosen is not None and q.is_cpu and work == torch.float32 and isinstance(operands.unit, float):
+            safe = q.is_cpu and work == torch.float32 and isinstance(operands.unit, float) and keys.excluded is None
+            if chosen is not None and safe:
                 found = _by_attention(operands, chosen)
             else:
-                found = _by_chunks(operands, target, need_dq)
-            losses.append(loss_of(found.log_sum, found.halves, target, form, scale))
-            pulls = pulls_of(found.halves, target, form)
+                found = _by_chunks(operands, target, keys.excluded, need_dq)
+            loss = loss_of(found.log_sum, found.halves, target, problem.form, problem.scale)
+            none = empty_rows(keys)
+            losses.append(loss if none is None else loss.masked_fill_(none, 0))
+            pulls = pulls_of(found.halves, target, problem.form)
             if need_stats:
                 log_sum = torch.zeros_like(found.peak) if found.log_sum is None else found.log_sum
                 stats.append(torch.stack((found.peak * operands.unit, log_sum, *pulls.unbind())).double())
             if chosen is not None and found.attended is not None:
-                dqs.append(_query_gradient(found.attended, chosen, pulls, operands.k_factor, scale))
+                dqs.append(_query_gradient(found.attended, chosen, pulls, operands.k_factor, slope))
     nothing = q.new_empty(0)
+    for dq in dqs[1:] if problem.summed else ():
+        dqs[0].add_(dq)
     return (
         _stacked(losses),
         _stacked(stats) if need_stats else nothing.double(),
-        _stacked(dqs) if need_dq else nothing.to(work),
+        _stacked(dqs[:1] if problem.summed else dqs) if need_dq else nothing.to(work),
     )
 
 
@@ -116,35 +112,30 @@ def _query_gradient(attended: Tensor, chosen: Tensor, pulls: Tensor, factor: Ten
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
-    stats: Tensor,
-    dq: Tensor,
-    temperature: float,
-    form: str,
-    scale: float,
-    need_q: bool,
-    need_k: list[bool],
+    problem: Problem, grad: Tensor, stats: Tensor, dq: Tensor, need_q: bool, need_k: list[bool]
 ) -> tuple[Tensor, list[Tensor]]:
     """(dq (N, D), [dk_t (M_t, D)]) as `reference.backward`."""
-    total = q.new_empty(0)
-    if need_q:
-        total = torch.mul(dq[0], grad[0].unsqueeze(1))
-        for t in range(1, len(dq)):
-            total.addcmul_(dq[t], grad[t][:, None])
-    dks = [k.new_empty(0) for k in keys]
+    q = problem.q
+    total = added_up(dq, grad) if need_q else q.new_empty(0)
+    dks = [keys.k.new_empty(0) for keys in problem.sets]
     if any(need_k):
         with full_precision(q):
-            for t, k in enumerate(keys):
+            for t, (keys, slope) in enumerate(zip(problem.sets, problem.slopes, strict=True)):
                 if need_k[t]:
-                    operands = operands_of(q, k, temperature)
-                    target = safe_target(first[t], second[t], weight[t], len(k), dq.dtype)
-                    dks[t] = _key_gradient(grad[t], operands, target, stats[t, 2:], scale).to(k.dtype)
+                    operands = operands_of(q, keys.k, problem.temperature)
+                    target = safe_target(keys.first, keys.second, keys.weight, len(keys.k), dq.dtype)
+                    given = grad[0 if problem.summed else t]
+                    dk = _key_gradient(given, operands, target, keys.excluded, stats[t, 2:], slope)
+                    dks[t] = dk.to(keys.k.dtype)
     return total.to(q.dtype), dks
+
+
+def added_up(dq: Tensor, grad: Tensor) -> Tensor:
+    """(N, D) sum over t of grad[t, i] * dq[t, i]."""
+    total = torch.mul(dq[0], grad[0].unsqueeze(1))
+    for t in range(1, len(dq)):
+        total.addcmul_(dq[t], grad[t][:, None])
+    return total
 
 
 def operands_of(q: Tensor, k: Tensor, temperature: float) -> Operands:
@@ -200,13 +191,13 @@ def _by_attention(operands: Operands, chosen: Tensor) -> Found:
     return Found(attended.view(q.shape), lse, None, half_gaps(lse, logits))
 
 
-def _by_chunks(operands: Operands, target: SafeTarget, need_dq: bool) -> Found:
+def _by_chunks(operands: Operands, target: SafeTarget, excluded: Tensor | None, need_dq: bool) -> Found:
     """Through a buffer of some rows of the products."""
     q, k = operands.q, operands.k
     attended = torch.empty_like(q) if need_dq else None
     peaks, sums = q.new_empty((2, q.shape[0])).unbind()
     halves = q.new_empty((2, q.shape[0]))
-    for start, stop, z in products_of(q, k):
+    for start, stop, z in products_of(q, k, excluded):
         peak = torch.amax(z, dim=1, out=peaks[start:stop])
         halves[:, start:stop] = half_gaps(peak, at_columns(z, target.columns[:, start:stop]))
         _below(z, peak, operands.gain).exp_()
@@ -216,13 +207,15 @@ def _by_chunks(operands: Operands, target: SafeTarget, need_dq: bool) -> Found:
     return Found(attended, peaks, sums.log_(), halves.mul_(operands.gain))
 
 
-def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: Tensor, scale: float) -> Tensor:
+def _key_gradient(
+    grad: Tensor, operands: Operands, target: SafeTarget, excluded: Tensor | None, pulls: Tensor, scale: float
+) -> Tensor:
     """(M, D) sum over i of grad_i * scale * d loss_i / dk, in the dtype of the arithmetic. pulls (2, N)."""
     q, k = operands.q, operands.k
     pulls = grad.to(q.dtype) * pulls.to(q.dtype)
     total = pulls.sum(dim=0).unsqueeze(1)
     dk = torch.zeros_like(k)
-    for start, stop, z in products_of(q, k):
+    for start, stop, z in products_of(q, k, excluded):
         _below(z, z.amax(dim=1), operands.gain)
         torch.softmax(z, dim=1, out=z).mul_(total[start:stop])
         take(z, target.columns[:, start:stop], pulls[:, start:stop])
@@ -230,14 +223,15 @@ def _key_gradient(grad: Tensor, operands: Operands, target: SafeTarget, pulls: T
     return dk.mul_(operands.q_factor).mul_(scale)
 
 
-def products_of(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, q[start:stop] k^T), each in the same memory as the one before."""
+def products_of(q: Tensor, k: Tensor, excluded: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, q[start:stop] k^T with what is excluded hidden), each in the same memory as the one before."""
     n, m = len(q), len(k)
     step = min(n, max(_FEWEST_ROWS, _CHUNK.get(q.device.type, 2**21) // m))
     buffer = q.new_empty((step, m))
     for start in range(0, n, step):
         stop = min(start + step, n)
-        yield start, stop, torch.mm(q[start:stop], k.T, out=buffer[: stop - start])
+        z = torch.mm(q[start:stop], k.T, out=buffer[: stop - start])
+        yield start, stop, hide(z, excluded, start)
 
 
 def _below(z: Tensor, peak: Tensor, gain: Tensor | float) -> Tensor:

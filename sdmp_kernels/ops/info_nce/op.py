@@ -1,36 +1,61 @@
 """The registered operators of `info_nce`: schemas, fakes, autograd, backends."""
 
+from typing import List
+
 import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
 from sdmp_kernels._checks import readable
 from sdmp_kernels._operators import operator
+from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem, kept_columns
 from sdmp_kernels.ops.losses import owned_gradient, reduced, refuse_native, refuse_triton, scaled, upstream, work_dtype
 
 OP = _backends.register("info_nce", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
 LARGEST_TRITON_D = 256
 
 
-def _refuse(backend: str, q: Tensor, temperature: float) -> str | None:
+def _refuse(backend: str, q: Tensor, temperature: float, excluded: List[Tensor]) -> str | None:
     if backend != "triton":
         return refuse_native(q)
     if q.shape[1] > LARGEST_TRITON_D:
         return f"D = {q.shape[1]} is above {LARGEST_TRITON_D}, beyond which torch serves"
+    if excluded:
+        return "triton knows of no keys that are excluded, torch does"
     if not 1e-30 < temperature < 1e30:
         return f"temperature = {temperature:g} is out of float32's reach"
     return refuse_triton(q)
 
 
-def _backend(q: Tensor, temperature: float) -> str:
-    return _backends.choose(OP, q.device, lambda name: _refuse(name, q, temperature))
+def _backend(q: Tensor, temperature: float, excluded: List[Tensor]) -> str:
+    return _backends.choose(OP, q.device, lambda name: _refuse(name, q, temperature, excluded))
 
 
-def _scale(q: Tensor, reduction: str) -> float:
-    """What every row's loss is multiplied by. A mean is divided before its rows are added up: then no sum overflows,
-    and its gradient needs no pass of its own.
+def _problem(
+    q: Tensor,
+    keys: List[Tensor],
+    first: List[Tensor],
+    second: List[Tensor],
+    weight: List[Tensor],
+    excluded: List[Tensor],
+    term_weight: List[float],
+    temperature: float,
+    form: str,
+    reduction: str,
+) -> Problem:
+    """A mean is divided before its rows are added up: then no sum overflows, and its gradient needs no pass of its
+    own.
     """
-    return 1 / q.shape[0] if reduction == "mean" and q.shape[0] else 1.0
+    sets = []
+    for t, k in enumerate(keys):
+        u, v, hidden = first[t], second[t], None
+        if excluded and excluded[t].numel():
+            hidden = excluded[t]
+            u, v = kept_columns(u, hidden, k.shape[0]), kept_columns(v, hidden, k.shape[0])
+        sets.append(KeySet(k, u, v, weight[t], hidden, term_weight[t] if term_weight else 1.0))
+    rows = q.shape[0]
+    scale = 1 / rows if reduction == "mean" and rows else 1.0
+    return Problem(q, sets, temperature, form, scale, bool(term_weight))
 
 
 def _sum(losses: Tensor, reduction: str) -> Tensor:
@@ -41,113 +66,152 @@ def _sum(losses: Tensor, reduction: str) -> Tensor:
     return reduced(losses, "none" if reduction == "none" else "sum" if losses.shape[-1] else reduction)
 
 
-def _spread(grad: Tensor, terms: int, rows: int, reduction: str) -> Tensor:
-    """(T, N) the upstream gradient of every row, from that of `_sum`."""
+def _results(losses: Tensor, term_weight: List[float]) -> tuple[Tensor, Tensor]:
+    """(loss, terms): without `term_weight` the losses as they are, and nothing; else their weighted sum, and they."""
+    if not term_weight:
+        return losses, losses.new_empty(0)
+    if len(term_weight) == 1:
+        return losses * term_weight[0], losses.unsqueeze(0)
+    total = losses[0] * term_weight[0]
+    for loss, weight in zip(losses[1:], term_weight[1:], strict=True):
+        total.add_(loss, alpha=weight)
+    return total, losses
+
+
+def _spread(grad: Tensor, sets: int, rows: int, reduction: str) -> Tensor:
+    """(T, N) the upstream gradient of every row, from that of `_sum`; (1, N) of one weighted sum."""
     grad = upstream(grad, rows, "none" if reduction == "none" else "sum")
-    return grad if terms > 1 else grad.unsqueeze(0)
+    return grad if sets > 1 else grad.unsqueeze(0)
 
 
-def _outputs(q: Tensor, terms: int, need_dq: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, terms: int, summed: bool, need_dq: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = work_dtype(q)
     loss = q.new_empty((terms, q.shape[0]), dtype=dtype)
     stats = q.new_empty((terms, 4, q.shape[0]) if need_stats else (0,), dtype=torch.float64)
-    return loss, stats, q.new_empty((terms, *q.shape) if need_dq else (0,), dtype=dtype)
+    return loss, stats, q.new_empty((1 if summed else terms, *q.shape) if need_dq else (0,), dtype=dtype)
 
 
 @operator("info_nce")
 def info_nce_op(
     q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
+    keys: List[Tensor],
+    first: List[Tensor],
+    second: List[Tensor],
+    weight: List[Tensor],
+    excluded: List[Tensor],
+    term_weight: List[float],
     temperature: float,
     form: str,
     reduction: str,
     need_dq: bool,
     need_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, see `_sum`, stats (T, 4, N) or empty, dq (T, N, D) or empty), see `reference.forward`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, terms, see `_results`, stats (T, 4, N) or empty, dq or empty), see `reference.forward`.
+
+    `excluded` is empty, or has one entry for each key set, of no elements where none is excluded; so is `term_weight`.
+    """
     if q.shape[0] == 0:
-        losses, stats, dq = _outputs(q, len(keys), need_dq, need_stats)
-        return _sum(losses, reduction), stats, dq
-    backend = _backend(q, temperature)
-    run, options = OP.module(backend).forward, (temperature, form, _scale(q, reduction), need_dq, need_stats)
+        losses, stats, dq = _outputs(q, len(keys), bool(term_weight), need_dq, need_stats)
+        return *_results(_sum(losses, reduction), term_weight), stats, dq
+    backend = _backend(q, temperature, excluded)
+    problem = _problem(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction)
+    run = OP.module(backend).forward
     if backend == "cpp":
-        return run(q, keys, first, second, weight, *options, reduction != "none")
-    losses, stats, dq = run(q, keys, first, second, weight, *options)
-    return _sum(losses, reduction), stats, dq
+        losses, stats, dq = run(problem, need_dq, need_stats, reduction != "none")
+        return *_results(losses, term_weight), stats, dq
+    losses, stats, dq = run(problem, need_dq, need_stats)
+    return *_results(_sum(losses, reduction), term_weight), stats, dq
 
 
 @info_nce_op.register_fake
-def _(q, keys, first, second, weight, temperature, form, reduction, need_dq, need_stats):
-    losses, stats, dq = _outputs(q, len(keys), need_dq, need_stats)
-    return _sum(losses, reduction), stats, dq
+def _(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction, need_dq, need_stats):
+    losses, stats, dq = _outputs(q, len(keys), bool(term_weight), need_dq, need_stats)
+    return *_results(_sum(losses, reduction), term_weight), stats, dq
 
 
 @operator("info_nce_backward")
 def info_nce_backward_op(
     grad: Tensor,
     q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
+    keys: List[Tensor],
+    first: List[Tensor],
+    second: List[Tensor],
+    weight: List[Tensor],
+    excluded: List[Tensor],
+    term_weight: List[float],
     stats: Tensor,
     dq: Tensor,
     temperature: float,
     form: str,
     reduction: str,
     need_q: bool,
-    need_k: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
+    need_k: List[bool],
+) -> tuple[Tensor, List[Tensor]]:
     """(dq (N, D), [dk_t (M_t, D)]), each empty where it is not needed."""
     if q.shape[0] == 0:
         total, dks = _gradients(q, keys, need_q, need_k)
         return total, [dk.zero_() for dk in dks]
-    backend = _backend(q, temperature)
-    module, options = OP.module(backend), (temperature, form, _scale(q, reduction))
-    grad = _spread(grad, len(dq) or len(keys), q.shape[0], reduction)
+    backend = _backend(q, temperature, excluded)
+    module = OP.module(backend)
+    problem = _problem(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction)
+    grad = _spread(grad, 1 if term_weight else len(dq) or len(keys), q.shape[0], reduction)
     if (need_q and dq.numel() == 0) or (any(need_k) and stats.numel() == 0):
         # An operator called by hand, without what its gradients need.
         last = (False,) if backend == "cpp" else ()
-        _, stats, dq = module.forward(q, keys, first, second, weight, *options, True, True, *last)
-    return module.backward(grad, q, keys, first, second, weight, stats, dq, *options, need_q, need_k)
+        _, stats, dq = module.forward(problem, True, True, *last)
+    return module.backward(problem, grad, stats, dq, need_q, need_k)
 
 
-def _gradients(q: Tensor, keys: list[Tensor], need_q: bool, need_k: list[bool]) -> tuple[Tensor, list[Tensor]]:
+def _gradients(q: Tensor, keys: List[Tensor], need_q: bool, need_k: List[bool]) -> tuple[Tensor, List[Tensor]]:
     dks = [k.new_empty(k.shape if needed else 0) for k, needed in zip(keys, need_k, strict=True)]
     return q.new_empty(q.shape if need_q else 0), dks
 
 
 @info_nce_backward_op.register_fake
-def _(grad, q, keys, first, second, weight, stats, dq, temperature, form, reduction, need_q, need_k):
+def _(
+    grad,
+    q,
+    keys,
+    first,
+    second,
+    weight,
+    excluded,
+    term_weight,
+    stats,
+    dq,
+    temperature,
+    form,
+    reduction,
+    need_q,
+    need_k,
+):
     return _gradients(q, keys, need_q, need_k)
 
 
 def _save(ctx, inputs, output):
-    q, keys, first, second, weight, *options, _, _ = inputs
-    _, stats, dq = output
+    q, keys, first, second, weight, excluded, *options, _, _ = inputs
+    _, terms, stats, dq = output
     # The keys are kept only where they are read again: a queue of keys may change before the backward pass.
     again = dq.numel() == 0 or any(k.requires_grad for k in keys)
     # q is kept in any case: a second derivative must raise, not be silently zero.
-    ctx.save_for_backward(q, stats, dq, *((*keys, *first, *second, *weight) if again else ()))
+    ctx.save_for_backward(q, stats, dq, *((*keys, *first, *second, *weight, *excluded) if again else ()))
     ctx.terms, ctx.again, ctx.options = len(keys), again, options
-    ctx.mark_non_differentiable(stats, dq)
+    ctx.mark_non_differentiable(terms, stats, dq)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_stats, _grad_dq):
+def _backward(ctx, grad, *_constants):
     if grad is None:
         return None, *[None] * ctx.terms
     _, _, need_q, *need_k = ctx.needs_input_grad
     q, stats, dq, *rest = ctx.saved_tensors
-    if not ctx.again and ctx.terms == 1 and dq.dtype == q.dtype and readable(grad, dq) and owned_gradient():
-        return scaled(dq[0], grad, dq[0]), None
+    if not ctx.again and dq.shape[0] == 1 and dq.dtype == q.dtype and readable(grad, dq) and owned_gradient():
+        return scaled(dq[0], grad, dq[0]), *[None] * ctx.terms
     count = ctx.terms if ctx.again else 0
     keys, first, second, weight = (rest[i * count : (i + 1) * count] for i in range(4))
-    args = (grad, q, keys, first, second, weight, stats, dq, *ctx.options, need_q, need_k[:count])
-    d_q, d_k = info_nce_backward_op.overload(*args)
+    term_weight, *options = ctx.options
+    args = (grad, q, keys, first, second, weight, rest[4 * count :], term_weight)
+    d_q, d_k = info_nce_backward_op.overload(*args, stats, dq, *options, need_q, need_k[:count])
     d_k = [d if needed else None for d, needed in zip(d_k, need_k, strict=True)] if ctx.again else [None] * ctx.terms
     return d_q if need_q else None, *d_k
 

@@ -5,7 +5,8 @@ over the keys, in 4 N M D operations, and no logit is stored. Six kernels:
 
 attend  one tile of queries against one split of one key set: running maximum and sum, and softmax-weighted keys. The
         key axis is split so that small batches fill the chip; several key sets are further splits of one launch.
-merge   one row: its splits put together in a fixed order, the dot products with its two target keys, loss and dq.
+merge   one row: its splits put together in a fixed order, the dot products with its two target keys, loss and dq;
+        where one weighted sum of the losses is wanted, of all key sets.
 scale   dq times the upstream gradients, added over the key sets.
 slopes  where keys need their gradient: what of each query it takes, a few numbers.
 keys    one tile of keys against one split of the queries, logits recomputed.
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from sdmp_kernels import _launch
 from sdmp_kernels._launch import Call, Compile
+from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem
 from sdmp_kernels.ops.info_nce.triton_kernels import (
     info_nce_attend_kernel,
     info_nce_keys_kernel,
@@ -54,83 +56,56 @@ _MOST_SPLITS = 64
 _INTERPRETED_SLOTS = 6
 
 
-def forward(
-    q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
-    temperature: float,
-    form: str,
-    scale: float,
-    need_dq: bool,
-    need_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (T, N), stats (T, 4, N), dq (T, N, D)) as `reference.forward`: two launches for up to four key sets."""
+def forward(problem: Problem, need_dq: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (T, N), stats (T, 4, N), dq) as `reference.forward`: two launches for up to four key sets."""
+    q, terms = problem.q, len(problem.sets)
     arch, slots = _launch.architecture(q.device), _slots(q.device)
-    q = q.contiguous()
-    lists = [[t.contiguous() for t in tensors] for tensors in (keys, first, second, weight)]
-    loss = q.new_empty((len(keys), len(q)), dtype=torch.float32)
-    stats = q.new_empty((len(keys), 4, len(q)), dtype=torch.float64)
-    dq = q.new_empty((len(keys), *q.shape) if need_dq else (0,), dtype=torch.float32)
-    for t in range(0, len(keys), _TERMS):
+    sets = [KeySet(*(t.contiguous() for t in keys[:4]), *keys[4:]) for keys in problem.sets]
+    problem = problem._replace(q=q.contiguous(), sets=sets)
+    groups = range(0, terms, _TERMS)
+    loss = q.new_empty((terms, len(q)), dtype=torch.float32)
+    stats = q.new_empty((terms, 4, len(q)), dtype=torch.float64)
+    # Where the gradients are added up, each launch adds up its own.
+    count = len(groups) if problem.summed else terms
+    dq = q.new_empty((count, *q.shape) if need_dq else (0,), dtype=torch.float32)
+    for g, t in enumerate(groups):
         group = slice(t, t + _TERMS)
-        some = [tensors[group] for tensors in lists]
-        out = (loss[group], stats[group], dq[group] if need_dq else dq)
-        for call in forward_calls(arch, slots, q, *some, temperature, form, scale, need_dq, *out):
+        out = (loss[group], stats[group], dq[slice(g, g + 1) if problem.summed else group] if need_dq else dq)
+        for call in forward_calls(arch, slots, problem._replace(sets=sets[group]), need_dq, *out):
             call.launch(q.device)
+    if need_dq and problem.summed and count > 1:
+        dq = dq.sum(dim=0, keepdim=True)
     return loss, stats if need_stats else stats.new_empty(0), dq
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    weight: list[Tensor],
-    stats: Tensor,
-    dq: Tensor,
-    temperature: float,
-    form: str,
-    scale: float,
-    need_q: bool,
-    need_k: list[bool],
+    problem: Problem, grad: Tensor, stats: Tensor, dq: Tensor, need_q: bool, need_k: list[bool]
 ) -> tuple[Tensor, list[Tensor]]:
     """(dq (N, D), [dk_t (M_t, D)]) as `reference.backward`."""
+    q = problem.q
     arch, slots = _launch.architecture(q.device), _slots(q.device)
     total = q.new_empty(q.shape if need_q else 0)
     if need_q:
         scale_call(arch, grad, dq, total).launch(q.device)
     q = q.contiguous()
     dks = []
-    for t, k in enumerate(keys):
+    for t, (keys, slope) in enumerate(zip(problem.sets, problem.slopes, strict=True)):
+        k = keys.k
         dks.append(k.new_empty(k.shape if need_k[t] else 0))
         if need_k[t]:
-            target = (first[t].contiguous(), second[t].contiguous())
-            calls = keys_calls(arch, slots, grad[t], q, k.contiguous(), *target, stats[t], temperature, scale, dks[t])
-            for call in calls:
+            target = (keys.first.contiguous(), keys.second.contiguous())
+            options = (stats[t], problem.temperature, slope, dks[t])
+            given = grad[0 if problem.summed else t]
+            for call in keys_calls(arch, slots, given, q, k.contiguous(), *target, *options):
                 call.launch(q.device)
     return total, dks
 
 
 def forward_calls(
-    arch: str,
-    slots: int,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    temperature: float,
-    form: str,
-    scale: float,
-    need_dq: bool,
-    loss: Tensor,
-    stats: Tensor,
-    dq: Tensor,
+    arch: str, slots: int, problem: Problem, need_dq: bool, loss: Tensor, stats: Tensor, dq: Tensor
 ) -> tuple[Call, Call]:
     """The launches of attend and merge for up to four key sets."""
+    q, keys, temperature = problem.q, [keys.k for keys in problem.sets], problem.temperature
     n, width = q.shape
     terms, sizes = len(keys), tuple(len(k) for k in keys)
     given = _constants(arch, "attend" if need_dq else "lse", q)
@@ -138,7 +113,7 @@ def forward_calls(
     chunk = _chunk(tiles, sizes, given["block_n"], slots * given["programs"])
     splits = sum(triton.cdiv(m, chunk) for m in sizes)
     peak, total = q.new_empty((2, splits, n), dtype=torch.float32)
-    acc = q.new_empty((splits, *q.shape), dtype=torch.float32) if need_dq and splits > terms else dq
+    acc = q.new_empty((splits, *q.shape), dtype=torch.float32) if need_dq and splits > len(dq) else dq
     shapes = {"TERMS": terms, "D": width, "LIFT": _lift(q), "WITH_DQ": need_dq, "BLOCK_D": _padded(width)}
     blocks = {"PEEL": given["peel"], "BLOCK_M": given["block_m"], "BLOCK_N": given["block_n"]}
     blocks |= {"SLICE": given["slice"]}
@@ -146,11 +121,13 @@ def forward_calls(
     args = (q, *_four(keys), peak, total, acc, *numbers, _factor(temperature))
     warps = (given["num_warps"], given["num_stages"])
     attend = Call(info_nce_attend_kernel, (tiles, splits), args, *warps, {**shapes, **blocks})
-    targets = (*_four(first), *_four(second), *_four(weight))
+    targets = [t for i in (1, 2, 3) for t in _four([keys[i] for keys in problem.sets])]
     args = (q, *_four(keys), *targets, peak, total, acc, loss, stats, dq, *numbers, _factor(temperature))
     most = triton.next_power_of_2(max(triton.cdiv(m, chunk) for m in sizes))
-    exact = {"MIXTURE": form == "log_mixture", "SPLITS": most, "BLOCK_K": 2}
-    merge = Call(info_nce_merge_kernel, (n, terms), (*args, 1 / temperature, scale), 1, 1, {**shapes, **exact})
+    exact = {"MIXTURE": problem.form == "log_mixture", "SUMMED": problem.summed, "SPLITS": most, "BLOCK_K": 2}
+    args = (*args, 1 / temperature, problem.scale, *_four(problem.slopes))
+    grid = (n, 1 if problem.summed else terms)
+    merge = Call(info_nce_merge_kernel, grid, args, 1, 1, {**shapes, **exact})
     return attend, merge
 
 
@@ -262,6 +239,7 @@ def compiles(arch: str) -> list[Compile]:
         made = _Meta(arch, dtype, width)
         found += [made.attend(), made.attend(need_dq=False), made.keys()]
     found += [_Meta(arch, bf16, 256, terms=2).attend(), _Meta(arch, bf16, 192, terms=4).attend()]
+    found.append(_Meta(arch, bf16, 256, terms=3, summed=True).merge())
     small = (_Meta(arch, bf16, 256), _Meta(arch, f32, 64), _Meta(arch, f16, 192, terms=4, form="log_mixture"))
     for made in small:
         found += [made.merge(), made.scale()]
@@ -273,21 +251,23 @@ def compiles(arch: str) -> list[Compile]:
 class _Meta:
     """Launches for tensors that have shapes and no memory."""
 
-    def __init__(self, arch: str, dtype: torch.dtype, width: int, terms: int = 1, form: str = "ce") -> None:
+    def __init__(
+        self, arch: str, dtype: torch.dtype, width: int, terms: int = 1, form: str = "ce", summed: bool = False
+    ) -> None:
         n = 4096
-        self.arch, self.terms, self.form = arch, terms, form
-        self.name = f"{str(dtype)[6:]} {width}" + (f" of {terms}" if terms > 1 else "")
+        self.arch, self.terms, self.form, self.summed = arch, terms, form, summed
+        self.name = f"{str(dtype)[6:]} {width}" + (f" of {terms}" if terms > 1 else "") + (" summed" if summed else "")
         self.q = torch.empty((n, width), dtype=dtype, device="meta")
         self.column = torch.empty(n, dtype=torch.int64, device="meta")
         self.loss = torch.empty((terms, n), device="meta")
         self.stats = torch.empty((terms, 4, n), dtype=torch.float64, device="meta")
-        self.dq = torch.empty((terms, n, width), device="meta")
+        self.dq = torch.empty((1 if summed else terms, n, width), device="meta")
         self.cores = ("tensor_cores", "warpgroup_mma") if dtype != torch.float32 else ()
 
     def _forward(self, need_dq: bool) -> tuple[Call, Call]:
-        lists = ([self.q] * self.terms, *[[self.column] * self.terms] * 2, [self.loss[0]] * self.terms)
-        out = (need_dq, self.loss, self.stats, self.dq)
-        return forward_calls(self.arch, 108, self.q, *lists, 0.2, self.form, 1.0, *out)
+        sets = [KeySet(self.q, self.column, self.column, self.loss[0], None, 1.0)] * self.terms
+        problem = Problem(self.q, sets, 0.2, self.form, 1.0, self.summed)
+        return forward_calls(self.arch, 108, problem, need_dq, self.loss, self.stats, self.dq)
 
     def _keys(self) -> tuple[Call, Call, Call]:
         target = (self.column, self.column)

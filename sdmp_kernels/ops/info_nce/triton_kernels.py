@@ -234,71 +234,77 @@ def _loss(log_sum, gap_first, gap_second, w_first, w_second, MIXTURE: tl.constex
 def info_nce_merge_kernel(
     q_ptr, k0_ptr, k1_ptr, k2_ptr, k3_ptr, first0_ptr, first1_ptr, first2_ptr, first3_ptr, second0_ptr, second1_ptr,
     second2_ptr, second3_ptr, weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, peak_ptr, total_ptr, acc_ptr,
-    loss_ptr, stats_ptr, dq_ptr, N, M0, M1, M2, M3, chunk, factor, inverse, scale, TERMS: tl.constexpr,
-    D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, MIXTURE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    loss_ptr, stats_ptr, dq_ptr, N, M0, M1, M2, M3, chunk, factor, inverse, scale, slope0, slope1, slope2, slope3,
+    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, MIXTURE: tl.constexpr,
+    SUMMED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Loss and dq of one row and key set from its splits. factor: log2(e) / temperature; inverse: 1 / temperature.
+    """Loss and dq of one row and key set from its splits; SUMMED: of all key sets, their dq added up.
 
-    dq may be the memory of acc where no key set is split.
+    factor: log2(e) / temperature; inverse: 1 / temperature. scale: of the losses; slope0 to slope3: of dq.
+    dq may be the memory of acc where no key set is split and nothing is added up.
     """
     i = tl.program_id(0).to(tl.int64)
-    term = tl.program_id(1)
-    M = _pick(term, M0, M1, M2, M3, TERMS)
-    k_ptr = _pick(term, k0_ptr, k1_ptr, k2_ptr, k3_ptr, TERMS)
-    before = _splits_before(term, chunk, M0, M1, M2, TERMS)
-    count = tl.cdiv(M, chunk)
     d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + i * D + d, mask=d < D, other=0).to(tl.float32)  # narrow: one row
-    first_ptr = _pick(term, first0_ptr, first1_ptr, first2_ptr, first3_ptr, TERMS)
-    second_ptr = _pick(term, second0_ptr, second1_ptr, second2_ptr, second3_ptr, TERMS)
-    k_first, first_valid = _target_key(k_ptr, first_ptr, i, M, d, D)
-    k_second, second_valid = _target_key(k_ptr, second_ptr, i, M, d, D)
-    weight = tl.load(_pick(term, weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, TERMS) + i).to(tl.float32)
-    w_first = tl.where(first_valid, weight, 0.0)
-    w_second = tl.where(second_valid, 1.0 - weight, 0.0)
+    total_dq = tl.zeros([BLOCK_D], tl.float32)
+    begin = 0 if SUMMED else tl.program_id(1)
+    for term in range(begin, TERMS if SUMMED else begin + 1):
+        M = _pick(term, M0, M1, M2, M3, TERMS)
+        k_ptr = _pick(term, k0_ptr, k1_ptr, k2_ptr, k3_ptr, TERMS)
+        before = _splits_before(term, chunk, M0, M1, M2, TERMS)
+        count = tl.cdiv(M, chunk)
+        first_ptr = _pick(term, first0_ptr, first1_ptr, first2_ptr, first3_ptr, TERMS)
+        second_ptr = _pick(term, second0_ptr, second1_ptr, second2_ptr, second3_ptr, TERMS)
+        k_first, first_valid = _target_key(k_ptr, first_ptr, i, M, d, D)
+        k_second, second_valid = _target_key(k_ptr, second_ptr, i, M, d, D)
+        weight = tl.load(_pick(term, weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, TERMS) + i).to(tl.float32)
+        w_first = tl.where(first_valid, weight, 0.0)
+        w_second = tl.where(second_valid, 1.0 - weight, 0.0)
 
-    split = tl.arange(0, SPLITS)
-    place = (before + split).to(tl.int64) * N + i
-    peaks = tl.load(peak_ptr + place, mask=split < count, other=float("-inf"))  # narrow: one number per split
-    totals = tl.load(total_ptr + place, mask=split < count, other=0)  # narrow: one number per split
-    peak = tl.max(peaks, 0)
-    total = tl.sum(tl.where(split < count, totals * tl.exp2(peaks - peak), 0.0), 0)
-    attended = tl.zeros([BLOCK_D], tl.float32)
+        split = tl.arange(0, SPLITS)
+        place = (before + split).to(tl.int64) * N + i
+        peaks = tl.load(peak_ptr + place, mask=split < count, other=float("-inf"))  # narrow: one number per split
+        totals = tl.load(total_ptr + place, mask=split < count, other=0)  # narrow: one number per split
+        peak = tl.max(peaks, 0)
+        total = tl.sum(tl.where(split < count, totals * tl.exp2(peaks - peak), 0.0), 0)
+        attended = tl.zeros([BLOCK_D], tl.float32)
+        if WITH_DQ:
+            for s in range(0, count):
+                at = (before + s).to(tl.int64) * N + i
+                share = tl.exp2(tl.load(peak_ptr + at) - peak) / total
+                attended += share * tl.load(acc_ptr + at * D + d, mask=d < D, other=0)  # narrow: one row
+        total *= 2.0**-LIFT
+
+        z_first = tl.sum(q * k_first, 0) * factor
+        z_second = tl.sum(q * k_second, 0) * factor
+        gap_first = ((peak - z_first) * _LN2).to(tl.float64)
+        gap_second = ((peak - z_second) * _LN2).to(tl.float64)
+        product = peak.to(tl.float64) / factor
+        # Comparisons that NaN fails; a sum of zeros unless something is not finite.
+        usual = _within_reach(peak, LIFT) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
+        if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
+            wide = q.to(tl.float64)
+            product, total, exact = _exact_row(wide, k_ptr, M, factor, D, BLOCK_K, BLOCK_D)
+            attended = exact.to(tl.float32)
+            gap_first = (product - tl.sum(wide * k_first.to(tl.float64), 0)) * inverse
+            gap_second = (product - tl.sum(wide * k_second.to(tl.float64), 0)) * inverse
+
+        log_sum = tl.log2(total) * _LN2
+        loss, at_first, at_second = _loss(log_sum, gap_first, gap_second, w_first, w_second, MIXTURE)
+        tl.store(loss_ptr + tl.cast(term, tl.int64) * N + i, (loss * scale).to(tl.float32))
+        stat_ptr = stats_ptr + 4 * tl.cast(term, tl.int64) * N + i
+        tl.store(stat_ptr, product)
+        tl.store(stat_ptr + N, log_sum.to(tl.float64))
+        tl.store(stat_ptr + 2 * N, at_first.to(tl.float64))
+        tl.store(stat_ptr + 3 * N, at_second.to(tl.float64))
+        if WITH_DQ:
+            # Halves: two keys can be further apart than the largest finite number.
+            drawn = at_first * (0.5 * k_first) + at_second * (0.5 * k_second)
+            slope = _pick(term, slope0, slope1, slope2, slope3, TERMS)
+            total_dq += (((at_first + at_second) * (0.5 * attended) - drawn) * (2.0 * inverse)) * slope
     if WITH_DQ:
-        for s in range(0, count):
-            at = (before + s).to(tl.int64) * N + i
-            share = tl.exp2(tl.load(peak_ptr + at) - peak) / total
-            attended += share * tl.load(acc_ptr + at * D + d, mask=d < D, other=0)  # narrow: one row
-    total *= 2.0**-LIFT
-
-    z_first = tl.sum(q * k_first, 0) * factor
-    z_second = tl.sum(q * k_second, 0) * factor
-    gap_first = ((peak - z_first) * _LN2).to(tl.float64)
-    gap_second = ((peak - z_second) * _LN2).to(tl.float64)
-    product = peak.to(tl.float64) / factor
-    # Comparisons that NaN fails; a sum of zeros unless something is not finite.
-    usual = _within_reach(peak, LIFT) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
-    if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
-        wide = q.to(tl.float64)
-        product, total, exact = _exact_row(wide, k_ptr, M, factor, D, BLOCK_K, BLOCK_D)
-        attended = exact.to(tl.float32)
-        gap_first = (product - tl.sum(wide * k_first.to(tl.float64), 0)) * inverse
-        gap_second = (product - tl.sum(wide * k_second.to(tl.float64), 0)) * inverse
-
-    log_sum = tl.log2(total) * _LN2
-    loss, at_first, at_second = _loss(log_sum, gap_first, gap_second, w_first, w_second, MIXTURE)
-    tl.store(loss_ptr + term.to(tl.int64) * N + i, (loss * scale).to(tl.float32))
-    stat_ptr = stats_ptr + 4 * term.to(tl.int64) * N + i
-    tl.store(stat_ptr, product)
-    tl.store(stat_ptr + N, log_sum.to(tl.float64))
-    tl.store(stat_ptr + 2 * N, at_first.to(tl.float64))
-    tl.store(stat_ptr + 3 * N, at_second.to(tl.float64))
-    if WITH_DQ:
-        # Halves: two keys can be further apart than the largest finite number.
-        drawn = at_first * (0.5 * k_first) + at_second * (0.5 * k_second)
-        dq = (((at_first + at_second) * (0.5 * attended) - drawn) * (2.0 * inverse)) * scale
-        tl.store(dq_ptr + (term.to(tl.int64) * N + i) * D + d, dq, mask=d < D)  # narrow: one row
+        place = i if SUMMED else tl.cast(begin, tl.int64) * N + i
+        tl.store(dq_ptr + place * D + d, total_dq, mask=d < D)  # narrow: one row
 
 
 @triton.jit(do_not_specialize=["N", "stride_term", "stride_n"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdmp_kernels.ops.case import Case, dense_cross_entropy, two_hot
@@ -19,9 +20,47 @@ def call(logits: Tensor, target: TwoHot, **options: Any) -> Tensor:
     return soft_cross_entropy(logits, target, **options)
 
 
-def eager(logits: Tensor, target: TwoHot, **options: Any) -> Tensor:
-    """What a user of plain PyTorch writes: a dense target and `F.cross_entropy`."""
-    return dense_cross_entropy(logits, target, **options)
+def eager(
+    logits: Tensor, target: TwoHot, ignore_index: int = -100, class_weight: Tensor | None = None, **options: Any
+) -> Tensor:
+    """What a user of plain PyTorch writes: a dense target and `F.cross_entropy`; with classes that are left out or
+    weighted, two calls of it with labels, mixed by their weights.
+    """
+    labels = torch.stack(target[:2])
+    if class_weight is None and not ((labels == ignore_index) | (labels < 0)).any():
+        return dense_cross_entropy(logits, target, **options)
+    return _mixed(logits, target, ignore_index, class_weight, **options)
+
+
+def _mixed(
+    logits: Tensor,
+    target: TwoHot,
+    ignored: int,
+    class_weight: Tensor | None,
+    label_smoothing: float = 0.0,
+    form: str = "ce",
+    reduction: str = "mean",
+) -> Tensor:
+    weights = torch.stack((target.weight, 1 - target.weight)).to(logits.dtype)
+    classes = torch.ones(logits.shape[1], device=logits.device) if class_weight is None else class_weight
+    classes = classes.to(logits.dtype)
+    kept = torch.stack(target[:2]) != ignored
+    columns = torch.where(kept, torch.stack(target[:2]), 0)
+    shares = weights * kept
+    counts = shares * classes[columns]
+    if form == "ce":
+        options: dict[str, Any] = {"weight": classes, "ignore_index": ignored, "label_smoothing": label_smoothing}
+        first, second = (F.cross_entropy(logits, c, **options, reduction="none") for c in target[:2])
+        rows = weights[0] * first + weights[1] * second
+    else:
+        log_p = logits.log_softmax(1)
+        count = counts.sum(0)
+        mixture = (counts / count * log_p.exp().gather(1, columns.T).T).sum(0).log()
+        rows = -(1 - label_smoothing) * torch.where(count > 0, count * mixture, 0)
+        rows = rows - label_smoothing * shares.sum(0) * (log_p * classes).mean(1)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / counts.sum()
 
 
 def largest_term(logits: Tensor, target: TwoHot, reduction: str = "mean", **_: Any) -> float:
@@ -41,9 +80,14 @@ def floor_bytes(logits: Tensor, target: TwoHot, **_: Any) -> int:
     return logits.nbytes * (2 if logits.requires_grad else 1)
 
 
-def kernel_bytes(logits: Tensor, target: TwoHot, **_: Any) -> int:
-    """What today's kernels move: the loss reads the logits, the gradient reads them again and is written."""
-    return logits.nbytes * (3 if logits.requires_grad else 1)
+def kernel_bytes(logits: Tensor, target: TwoHot, inplace_backward: bool = False, **_: Any) -> int:
+    """What today's kernels move: each row comes from memory once, the second look at it finds it in L2, and its
+    gradient is written once. In float16, and where the gradient goes over the logits, the backward pass reads them
+    again.
+    """
+    if not logits.requires_grad:
+        return logits.nbytes
+    return logits.nbytes * (3 if inplace_backward or logits.dtype == torch.float16 else 2)
 
 
 def flops(logits: Tensor, target: TwoHot, **_: Any) -> int:
@@ -65,6 +109,26 @@ def _tied(generator: torch.Generator) -> dict[str, Any]:
     return {"logits": torch.full((4, 9), 2.5, dtype=torch.float64), "target": two_hot(generator, 4, 9)}
 
 
+def _left_out(
+    n: int, columns: int, ignored: int = -100, classes: bool = False, **options: Any
+) -> Callable[[torch.Generator], dict[str, Any]]:
+    """Of some rows a column is ignored, of one both; `classes`: weights of the classes, one of them 0."""
+
+    def inputs(generator: torch.Generator) -> dict[str, Any]:
+        made = _case(n, columns, **options)(generator)
+        first, second, weight = made["target"]
+        first[[0, 3]], second[[2, 3]] = ignored, ignored
+        weight[3:] = 0.25
+        made |= {"target": TwoHot(first, second, weight), "ignore_index": ignored}
+        if classes:
+            class_weight = torch.rand(columns, generator=generator) + 0.25
+            class_weight[first[1]] = 0.0
+            made["class_weight"] = class_weight
+        return made
+
+    return inputs
+
+
 _IN: dict[str, Any] = {"cast": ("logits",), "grads": ("logits",)}
 
 CASES = [
@@ -82,6 +146,12 @@ CASES = [
     Case("many_columns", _case(2, 5003, reduction="none"), **_IN),
     Case("peaked", _case(4, 19, scale=300.0, reduction="none"), **_IN),
     Case("ties", _tied, **_IN),
+    Case("ignored", _left_out(6, 10, reduction="none"), **_IN),
+    Case("ignored_mean", _left_out(7, 12, label_smoothing=0.1), **_IN),
+    Case("ignored_within", _left_out(5, 9, ignored=4, form="log_mixture"), **_IN),
+    Case("classes", _left_out(6, 10, classes=True), **_IN),
+    Case("classes_log_mixture", _left_out(6, 10, classes=True, form="log_mixture", reduction="none"), **_IN),
+    Case("classes_smoothed", _left_out(6, 10, classes=True, label_smoothing=0.1), **_IN),
     Case("transposed", _case(6, 10, layout=lambda t: t.T.contiguous().T, reduction="none"), **_IN),
     Case("every_second_column", _case(6, 20, layout=lambda t: t.repeat_interleave(2, 1)[:, ::2]), **_IN),
 ]

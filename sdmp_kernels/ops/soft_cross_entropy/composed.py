@@ -3,8 +3,10 @@
 Nothing of the size of the logits is made in the forward pass, and only the gradient itself in the backward pass. On a
 CPU that matters more than arithmetic: a fresh page costs more than the exponentials that go into it.
 
-Shapes: logits (N, K); first, second, weight (N,); stats (2, N).
+Shapes: logits (N, K); rows (N,) each; class_weight (K,) or None.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -13,21 +15,20 @@ from torch import Tensor
 
 from sdmp_kernels._memory import new_empty
 from sdmp_kernels.ops.losses import at_columns, half_gaps, loss_of, pulls_of, safe_target, take, work_dtype
+from sdmp_kernels.ops.soft_cross_entropy.arguments import Rows, counted
 
 # Elements of a chunk: on a CPU as many as stay in its cache, on a GPU enough to be worth the launches.
 _CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 
-def forward(
-    logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, label_smoothing: float, form: str
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats) as `reference.forward`."""
+def forward(logits: Tensor, rows: Rows, class_weight: Tensor | None, label_smoothing: float, form: str) -> Tensor:
+    """(N,) losses as `reference.forward`."""
     n, k = logits.shape
     work = work_dtype(logits)
-    stats = logits.new_empty((2, n), dtype=work)
-    peaks, sums = stats.unbind()
+    peaks, sums = logits.new_empty((2, n), dtype=work).unbind()
     # Half of how far the mean logit is below the largest: only label smoothing asks.
     depth = logits.new_empty(n, dtype=work) if label_smoothing else None
+    shares = -1.0 / k if class_weight is None else class_weight.to(work) * (-1.0 / k)
     buffer = logits.new_empty((_chunk_rows(logits), k), dtype=work)
     for start, stop in _chunks(logits):
         chunk, room = _cut(logits, start, stop), _cut(buffer, 0, stop - start)
@@ -37,54 +38,60 @@ def forward(
         if depth is not None:
             # Halves, and a share of the mean each, so that no sum of finite logits overflows.
             torch.add(-0.5 * peak, chunk, alpha=0.5, out=room)
-            torch.sum(room.mul_(-1.0 / k), dim=1, out=_cut(depth, start, stop))
+            torch.sum(room.mul_(shares), dim=1, out=_cut(depth, start, stop))
         torch.sub(chunk, peak, out=room)
         torch.sum(room.exp_(), dim=1, out=_cut(sums, start, stop))
     log_sum = sums.log()
-    target = safe_target(first, second, weight, k, work)
+    target = safe_target(rows.first, rows.second, rows.weight, k, work)
     halves = half_gaps(peaks, _in(work, at_columns(logits, target.columns)))
-    loss = loss_of(log_sum, halves, target, form, 1 - label_smoothing)
+    loss = counted(loss_of(log_sum, halves, target, form, 1 - label_smoothing), rows.factor)
     if depth is not None:
-        loss += label_smoothing * log_sum + (2 * label_smoothing) * depth
-    return loss, stats
+        mean = 1.0 if class_weight is None else class_weight.to(work).mean()
+        loss = loss + counted(label_smoothing * mean * log_sum + (2 * label_smoothing) * depth, rows.smooth)
+    return loss
 
 
 def backward(
     grad: Tensor,
     logits: Tensor,
-    stats: Tensor,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
+    rows: Rows,
+    class_weight: Tensor | None,
     label_smoothing: float,
     form: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(N, K) gradient of sum_i grad_i * loss_i, in the dtype of the logits.
+    """As `reference.backward`.
 
     Each chunk's softmax is computed anew, straight into the gradient: PyTorch's fused one finds the row's
     log-sum-exp in less time than it takes to subtract a saved one.
     """
     k = logits.shape[1]
     work = work_dtype(logits)
-    target = safe_target(first, second, weight, k, work)
+    target = safe_target(rows.first, rows.second, rows.weight, k, work)
     pulls = target.weights
     if form == "log_mixture":
-        pulls = pulls_of(half_gaps(stats[0], _in(work, at_columns(logits, target.columns))), target, form)
+        peaks, at = _in(work, logits.amax(dim=1)), _in(work, at_columns(logits, target.columns))
+        pulls = pulls_of(half_gaps(peaks, at), target, form)
     grad = _in(work, grad)
-    unsmoothed = grad * (1 - label_smoothing) if label_smoothing else grad
+    unsmoothed = grad if rows.factor is None else grad * rows.factor
+    unsmoothed = unsmoothed * (1 - label_smoothing) if label_smoothing else unsmoothed
     total = unsmoothed * pulls.sum(dim=0)
-    if label_smoothing:
-        total += grad * label_smoothing
     pulls = unsmoothed * pulls
-    out = new_empty(logits)
-    buffer = None if logits.dtype == work else out.new_empty((_chunk_rows(logits), k), dtype=work)
+    smoothed = (grad if rows.smooth is None else grad * rows.smooth) * label_smoothing if label_smoothing else None
+    uniform = None if class_weight is None else class_weight.to(work)
+    if smoothed is not None:
+        total += smoothed if uniform is None else smoothed * uniform.mean()
+        smoothed = (smoothed / k)[:, None]
+    in_place, out = out is not None, new_empty(logits) if out is None else out
+    buffer = out.new_empty((_chunk_rows(logits), k), dtype=work) if in_place or logits.dtype != work else None
     for start, stop in _chunks(logits):
         result = _cut(out, start, stop)
         room = result if buffer is None else _cut(buffer, 0, stop - start)
         torch.softmax(_as(work, _cut(logits, start, stop), room), dim=1, out=room)
         room.mul_(_cut(total, start, stop).unsqueeze(1))
-        if label_smoothing:
-            room.sub_((grad * (label_smoothing / k))[start:stop, None])
+        if smoothed is not None:
+            share = _cut(smoothed, start, stop)
+            room.sub_(share) if uniform is None else room.addcmul_(share, uniform, value=-1)
         take(room, _cut(target.columns, start, stop, 1), _cut(pulls, start, stop, 1))
         if room is not result:
             result.copy_(room)

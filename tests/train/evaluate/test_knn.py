@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from subjects import export, results
 from torch.nn.functional import normalize
 
+from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.data import open_folder
 from sdmp_train.evaluate.knn import (
@@ -26,8 +29,11 @@ from sdmp_train.evaluate.knn import (
     standardise,
     weighted_knn,
 )
+from sdmp_train.evaluate.subject import Steps
 from sdmp_train.export import export_backbone
 from sdmp_train.models import build_backbone
+from sdmp_train.run_folder import strangers
+from sdmp_train.stop import Stopped
 
 CPU = torch.device("cpu")
 
@@ -57,6 +63,17 @@ def test_against_a_slow_one(chunk: int):
     fast = weighted_knn(bank, queries, (1, 5, 20), temperature=0.07, chunk=chunk)
     assert fast == pytest.approx({k: slow_knn(bank, queries, k, 0.07) for k in (1, 5, 20)})
     assert len(set(fast.values())) > 1
+
+
+@pytest.mark.parametrize("k", [1, 20, 60])
+def test_against_scikit_learn(k: int):
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    bank, queries = features(300, 5, seed=2), features(200, 5, seed=3)
+    theirs = neighbors.KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(bank.rows.double().numpy(), bank.labels.numpy())
+    expected = theirs.score(queries.rows.double().numpy(), queries.labels.numpy())
+    assert weighted_knn(bank, queries, (k,))[k] == pytest.approx(expected, abs=1e-12)
 
 
 def test_known_answers():
@@ -127,6 +144,33 @@ def test_eval_gives_the_accuracies_that_it_prints(tiny: Config, tmp_path: Path, 
     assert evaluate_knn(replace(config, raw_pixels=False)) == {"backbone": found["backbone"]}
 
 
+def test_a_run_and_eval_give_the_same_number_for_the_same_weights(tiny: Config, tmp_path: Path, capsys):
+    """By default of the same images, at the same precision; another share of the images gives another number."""
+    run = tmp_path / "run"
+    config = replace(tiny, run=replace(tiny.run, knn_max_images=25, max_steps=1))
+    assert pretrain(config, run) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [row["knn"] for row in rows if "knn" in row][-1]
+    settings = KnnConfig(what=str(run), k=(20,), device="cpu")
+    capsys.readouterr()
+    assert evaluate_knn(settings)["backbone"] == {20: measured}
+    printed = capsys.readouterr().out
+    assert "of 36 images, evenly spread, every fifth a query: 20 bank, 5 queries, 3 classes" in printed
+    whole = evaluate_knn(replace(settings, knn_max_images=10**6))
+    kept = results(run)
+    assert [row["protocol"] for row in kept] == ["knn", "knn"]
+    assert [row["backbone"] for row in kept] == [{"20": measured}, {"20": whole["backbone"][20]}]
+    assert [(row["bank_images"], row["test_images"]) for row in kept] == [(20, 5), (29, 7)]
+    assert list(strangers(run)) == []
+
+
+def test_a_stop_ends_a_measurement(tiny: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Steps, "__call__", lambda self: (_ for _ in ()).throw(Stopped("asked")))
+    config = KnnConfig(weights=export(tiny, tmp_path / "net"), data=tiny.data.data, device="cpu", workers=0)
+    with pytest.raises(Stopped):
+        evaluate_knn(config)
+
+
 def test_eval_refuses_a_folder_too_small_for_queries(tiny: Config, tmp_path: Path):
     """Every fifth image would be one, and there are four."""
     for name in ("a", "b"):
@@ -153,6 +197,7 @@ def test_eval_needs_one_backbone(given: dict):
         ({"k": (5, 0)}, "k is "),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"workers": -1}, "workers is -1"),
+        ({"knn_max_images": 4}, "knn_max_images is 4"),
     ],
 )
 def test_settings_are_checked_before_anything_is_read(changes: dict, message: str):

@@ -7,15 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import as_batch, at_step, build_method, loss_of, random_views, with_mixing
+from tiny_runs import (
+    as_batch,
+    at_step,
+    build_method,
+    dense_loss,
+    loss_of,
+    mixed_by_hand,
+    random_features,
+    random_views,
+    seen_by_encoders,
+    with_mixing,
+)
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
 
-from sdmp_kernels import Rule, TwoHot
+from sdmp_kernels import TwoHot, make_plan
 from sdmp_train.config import Config
 from sdmp_train.methods import contrast
 from sdmp_train.methods.contrast import Plan
-from sdmp_train.methods.mocov3 import MoCoV3
 
 FORWARDS = {"none": (2, 2), "replace": (2, 3), "algorithm1": (1, 2), "extra": (3, 4)}
 
@@ -23,36 +32,6 @@ FORWARDS = {"none": (2, 2), "replace": (2, 3), "algorithm1": (1, 2), "extra": (3
 def variant_of(config: Config, variant: str, **changes: object) -> Config:
     kind = {"mixing": "none"} if variant == "none" else {"variant": variant}
     return with_mixing(config, **kind, **changes)
-
-
-def seen_by_encoders(method: MoCoV3, views: tuple[Tensor, ...], plan: Plan) -> dict[str, Tensor]:
-    """The images that reach each backbone, back on the 0 to 255 scale, by the name of the view."""
-    inputs: dict[str, list[Tensor]] = {"q": [], "k": []}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].clone()))
-        for name, module in (("q", method.student.encoder.backbone), ("k", method.momentum_encoder.backbone))
-    ]
-    method.encode(method.mix(as_batch(views), plan))
-    for hook in hooks:
-        hook.remove()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (method.setup.data.mean, method.setup.data.std))
-    names = [f"q {view}" for view in method.query_views] + [f"k {view}" for view in method.key_views]
-    return {name: (image * std + mean) * 255 for name, image in zip(names, inputs["q"] + inputs["k"], strict=True)}
-
-
-def mixed_by_hand(clean: Tensor, plan, row: int) -> Tensor:
-    """One row of a mixed view, from the formulas of the paper, in plain torch."""
-    own, partner = clean[row].double(), clean[len(clean) - 1 - row].double()
-    rule, lam = Rule(int(plan.rule[row])), float(plan.lam[row])
-    if rule == Rule.MIXUP:
-        return lam * own + (1 - lam) * partner
-    top, left, height, width = plan.box[row].tolist()
-    patch = partner[:, top : top + height, left : left + width]
-    if rule == Rule.RESIZEMIX and height and width:
-        patch = interpolate(partner[None], (height, width), mode="bilinear", align_corners=False)[0]
-    mixed = own.clone()
-    mixed[:, top : top + height, left : left + width] = patch
-    return mixed
 
 
 @pytest.mark.parametrize("rule", ["mixup", "cutmix", "resizemix"])
@@ -83,7 +62,9 @@ def test_labels_are_the_shares_of_the_pixels_that_reached_the_encoder(tiny: Conf
     method = build_method(with_mixing(tiny, rules=("cutmix",)))
     targets: list[TwoHot] = []
     monkeypatch.setattr(
-        contrast, "info_nce", lambda q, k, target, temperature: targets.extend(target) or [q.sum() for _ in k]
+        contrast,
+        "info_nce",
+        lambda q, k, target, **_: targets.extend(target) or (q.sum(), torch.zeros(len(k))),
     )
     views = random_views(tiny)
     share: dict[str, Tensor] = {}
@@ -110,12 +91,6 @@ def test_labels_are_the_shares_of_the_pixels_that_reached_the_encoder(tiny: Conf
         torch.testing.assert_close(pair.weight, 1 / (1 + overlap), rtol=0, atol=1e-6)
 
 
-def dense_loss(query: Tensor, key: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """Soft cross-entropy with the label written out in full, float64, with MoCo v3's 2T."""
-    logits = normalize(query.double(), dim=1) @ normalize(key.double(), dim=1).T / temperature
-    return -(label * logits.log_softmax(dim=1)).sum(dim=1).mean() * 2 * temperature
-
-
 def test_replace_is_clean_plus_half_source_plus_half_pair(tiny: Config):
     method = build_method(tiny)
     views, plan = random_views(tiny), method.plan(at_step(0))
@@ -124,7 +99,7 @@ def test_replace_is_clean_plus_half_source_plus_half_pair(tiny: Config):
     with torch.no_grad():
         q1, q2m = student(images["a"], images["b~"])
         k1, k1m, k2 = momentum(images["a"]), momentum(images["a~"]), momentum(images["b"])
-    n, lam, temperature = len(views[0]), plan.mixes["b"].lam.double(), tiny.method.temperature
+    n, lam, temperature = len(views[0]), plan.mixes["b"].lam.double(), method.temperature
     own, cross = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64).flip(1)
     c = (1 - (lam + lam.flip(0) - 1).abs())[:, None]
     expected = {
@@ -137,6 +112,51 @@ def test_replace_is_clean_plus_half_source_plus_half_pair(tiny: Config):
         torch.testing.assert_close(loss.terms[name].double(), value, rtol=1e-5, atol=1e-5)
     total = expected["clean"] + (expected["source"] + expected["pair"]) / 2
     torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["replace", "algorithm1", "extra"])
+def test_the_other_form_is_minus_the_log_of_the_mixed_probability(variant: str, tiny: Config):
+    """On random features, float64: -log(w p_own + (1 - w) p_partner) in place of two shares of -log p."""
+    method = build_method(variant_of(tiny, variant, form="log_mixture"))
+    plan, features, temperature = method.plan(at_step(1)), random_features(method), method.temperature
+    loss = method.loss(features, plan, as_batch(random_views(tiny, len(method.view_names))), at_step(1))
+    expected = torch.zeros((), dtype=torch.float64)
+    for term in method.terms:
+        p = (features.queries[term.query].double() @ features.keys[term.key].double().T / temperature).softmax(dim=1)
+        weight = torch.ones(8, dtype=torch.float64)
+        if term.name != "clean":
+            lam = plan.mixes[term.query[0]].lam.double()
+            weight = lam if term.name == "source" else 1 / (2 - (lam + lam.flip(0) - 1).abs())
+        mixture = weight * p.diag() + (1 - weight) * p.flip(1).diag()
+        expected += term.weight * 2 * temperature * -mixture.log().mean()
+    torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["replace", "algorithm1", "extra"])
+def test_with_a_share_of_one_every_variant_has_a_closed_form(variant: str, tiny: Config):
+    """lam = 1 mixes no pixel; c = min(1, 0) + min(0, 1) = 0 then, so that source and pair are clean terms.
+
+    replace: clean(a -> b) + 1/2 clean(b -> a) + 1/2 clean(b -> a), which is MoCo v3; algorithm1: 2 clean(b -> a);
+    extra: MoCo v3 + 2 * 1/2 clean(c -> d).
+    """
+    method = build_method(variant_of(tiny, variant))
+    ones = {view: make_plan("mixup", torch.ones(8), (32, 32)) for view in method.mixed_views}
+    views = random_views(tiny, len(method.view_names))
+    plan = Plan(False, ones)
+    got = loss_of(method, views, plan).total.double()
+    student, momentum, images = method.student, method.momentum_encoder, method.mix(as_batch(views), plan)
+    own, t = torch.eye(8, dtype=torch.float64), method.temperature
+
+    def clean(query: str, key: str) -> Tensor:
+        with torch.no_grad():
+            return dense_loss(student(images[query])[0], momentum(images[key]), own, t)
+
+    expected = {
+        "replace": lambda: clean("a", "b") + clean("b~", "a"),
+        "algorithm1": lambda: 2 * clean("b~", "a"),
+        "extra": lambda: clean("a", "b") + clean("b", "a") + clean("c~", "d"),
+    }[variant]()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", FORWARDS)

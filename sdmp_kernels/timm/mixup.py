@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import LABELS, Draws, choose, class_numbers, dense_target
+from sdmp_kernels._drop_in import LABELS, Draws, check_ignored, choose, class_numbers, dense_target, soft_rows
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
 
@@ -42,7 +42,8 @@ class Mixup:
         label_smoothing: s in [0, 1]: dense targets are (1 - s) * target + s / K; multi-label ones go towards 0.5.
             Not applied to `labels="two_hot"`: give it to `soft_cross_entropy` then.
         num_classes: K.
-        multi_label: targets are dense (N, K) rows instead of class numbers.
+        multi_label: targets are (N, K) rows of independent labels, smoothed towards 0.5. Floating (N, K) rows without
+            it are shares of classes (soft labels), smoothed towards 1 / K. Both are mixed row by row.
         resizemix_alpha: ResizeMix's drawn lam ~ Beta(alpha, alpha), mapped onto [0.1, 0.9]; its box lies inside the
             image and labels weigh by its area. 0 (the default) switches it off: timm has none.
         labels: "dense" returns timm's (N, K) float32 target; "two_hot" a `TwoHot`, for this package's losses.
@@ -54,6 +55,8 @@ class Mixup:
             `torch.manual_seed` with one number draw alike, as with torchvision: add the rank to it, or to `seed`.
             Processes forked by other means than a DataLoader draw alike too. `copy.deepcopy` of an object without
             `seed` draws afresh; a pickled object goes on where it was.
+        ignore_index: a class number that stands for no label, such as -100. A mixed image keeps the label of its other
+            source, at that one's share; dense rows of none are zeros, and two-hot ones keep the number, for the loss.
 
     Attributes:
         mixup_enabled: set to False to switch mixing off; targets are made all the same, and nothing is drawn.
@@ -85,6 +88,7 @@ class Mixup:
         resizemix_alpha: float = 0.0,
         labels: str = "dense",
         seed: int | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         self.mixup_alpha = _alpha("mixup_alpha", mixup_alpha)
         self.cutmix_alpha = _alpha("cutmix_alpha", cutmix_alpha)
@@ -108,6 +112,7 @@ class Mixup:
         self.labels = labels
         self.mixup_enabled = True
         self.last_plan: MixPlan | None = None
+        self.ignore_index = check_ignored(ignore_index)
         self._draws = Draws(seed)
 
     @property
@@ -132,7 +137,7 @@ class Mixup:
                 gradient (features of a layer): that flows through the mixing, unless the layer saved its output, as
                 ReLU does; give x.clone() then. Of more dimensions, such as (N, C, T, H, W), the last two are H and W;
                 with Mixup alone fewer do, such as (N, D).
-            target: (N,) integer class numbers in [0, K); with `multi_label` (N, K) rows.
+            target: (N,) integer class numbers in [0, K), or (N, K) rows: with `multi_label`, or floating.
             plan: replay this plan instead of drawing one (needs `correct_lam=True`: a plan holds the counted lam).
 
         Returns:
@@ -145,7 +150,7 @@ class Mixup:
             raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
         if plan is not None and not self.correct_lam:
             raise ValueError("plan cannot be replayed with correct_lam=False: a plan holds the counted lam only")
-        rules = self._rules() if plan is None else plan.rules
+        rules = self._rules(self.mixup_enabled) if plan is None else plan.rules
         images = _as_images(x, rules)
         target = self._check_target(target, len(x))
         lam = None
@@ -175,11 +180,15 @@ class Mixup:
         """
         return self._draw(check_integer("n", n, low=0, what="a number of images, 0 or more"), check_size(size))[0]
 
-    def _draw(self, n: int, size: tuple[int, int]) -> tuple[MixPlan, Tensor | None]:
-        """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's."""
+    def _draw(self, n: int, size: tuple[int, int], *, enabled: bool | None = None) -> tuple[MixPlan, Tensor | None]:
+        """The plan, and without `correct_lam` the (N,) lam that labels take instead of the plan's.
+
+        enabled: whether anything is mixed; default `mixup_enabled`.
+        """
+        enabled = self.mixup_enabled if enabled is None else enabled
         unit = self._units(n)
         count = int(unit.max(initial=-1)) + 1
-        if self.mixup_enabled:
+        if enabled:
             rng = self._draws.next()
             rule, drawn = self._draw_rules(rng, count)
             boxes = self._draw_boxes(rng, rule, drawn, size)
@@ -188,7 +197,7 @@ class Mixup:
             boxes = np.zeros((count, 4), dtype=np.int32)
         rule, drawn = rule[unit], drawn[unit].astype(np.float32)
         plan = make_plan(torch.from_numpy(rule), torch.from_numpy(drawn), size, box=torch.from_numpy(boxes[unit]))
-        plan = allowing(plan, self._rules())
+        plan = allowing(plan, self._rules(enabled))
         if self.correct_lam or self.cutmix_minmax is not None:
             return plan, None
         uncorrected = np.where(rule == Rule.CUTMIX, drawn, plan.lam.numpy())
@@ -214,9 +223,9 @@ class Mixup:
         share = self.switch_prob if blend and paste else float(bool(paste))
         return ({Rule.MIXUP: 1 - share} if blend else {}) | {rule: share / len(paste) for rule in paste}
 
-    def _rules(self) -> tuple[Rule, ...]:
+    def _rules(self, enabled: bool) -> tuple[Rule, ...]:
         """The rules that may occur, the same for every call."""
-        if not self.mixup_enabled:
+        if not enabled:
             return (Rule.KEEP,)
         rules = [rule for rule, chance in self._chances().items() if chance > 0 and self.mix_prob > 0]
         return tuple(([Rule.KEEP] if self.mix_prob < 1 else []) + rules)
@@ -245,26 +254,29 @@ class Mixup:
         return np.where(cuts[:, None], cut, boxes)
 
     def _check_target(self, target: Tensor, rows: int) -> Tensor:
-        if not self.multi_label:
-            return class_numbers("target", target, rows, self.num_classes)
+        soft = isinstance(target, Tensor) and target.ndim == 2 and target.is_floating_point()
+        if not self.multi_label and not soft:
+            return class_numbers("target", target, rows, self.num_classes, self.ignore_index)
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor of shape (N, {self.num_classes}), got {type(target).__name__}")
         if target.shape != (rows, self.num_classes):
-            raise ValueError(
-                f"target must have shape ({rows}, {self.num_classes}) with multi_label=True, got {tuple(target.shape)}"
-            )
+            why = "with multi_label=True" if self.multi_label else "where labels are soft"
+            raise ValueError(f"target must have shape ({rows}, {self.num_classes}) {why}, got {tuple(target.shape)}")
+        if self.labels == "two_hot":
+            raise ValueError("labels='two_hot' needs class numbers, but target has rows; use 'dense'")
         return target
 
     def _target(self, plan: MixPlan, lam: Tensor | None, target: Tensor) -> Tensor | TwoHot:
-        rows = torch.arange(len(target), device=target.device) if self.multi_label else target
+        rows = torch.arange(len(target), device=target.device) if target.ndim == 2 else target
         two_hot = plan.label_target(rows)
         if lam is not None:
             two_hot = two_hot._replace(weight=lam.to(target.device, non_blocking=True))
-        if self.multi_label:
-            smoothed = target.float() * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
-            weight = two_hot.weight[:, None]
-            return smoothed * weight + smoothed[two_hot.second] * (1 - weight)
-        return two_hot if self.labels == "two_hot" else dense_target(two_hot, self.num_classes, self.label_smoothing)
+        if target.ndim == 2:
+            towards = 0.5 if self.multi_label else 1 / self.num_classes
+            return soft_rows(target.float() * (1 - self.label_smoothing) + towards * self.label_smoothing, two_hot)
+        if self.labels == "two_hot":
+            return two_hot
+        return dense_target(two_hot, self.num_classes, self.label_smoothing, self.ignore_index)
 
 
 def _as_images(x: Tensor, rules: tuple[Rule, ...]) -> Tensor:

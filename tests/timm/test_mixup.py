@@ -17,7 +17,7 @@ import torch
 from global_random import untouched
 from torch import Tensor
 
-import sdmp_kernels.timm
+import sdmp_kernels.timm.mixup
 from sdmp_kernels import MixPlan, Rule, TwoHot, draw_plan, mix, soft_cross_entropy
 from sdmp_kernels.timm import Mixup
 
@@ -162,6 +162,44 @@ def test_multi_label(mode: str, boxes: list[Any]) -> None:
     torch.testing.assert_close(target, wanted_target, atol=2.0**-22, rtol=0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_labels_are_mixed_row_by_row(dtype: torch.dtype, smoothing: float) -> None:
+    """One-hot rows give what their class numbers give; any other rows are a sum of such."""
+    options = {"cutmix_alpha": 1.0, "mode": "elem", "num_classes": CLASSES, "label_smoothing": smoothing, "seed": 2}
+    hard = torch.eye(CLASSES, dtype=dtype)[class_numbers()]
+    _, wanted = Mixup(**options)(pictures(), class_numbers())
+    _, got = Mixup(**options)(pictures(), hard)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+    other = torch.eye(CLASSES)[class_numbers().flip(0) // 2]
+    _, both = Mixup(**options)(pictures(), 0.25 * hard.float() + 0.75 * other)
+    _, second = Mixup(**options)(pictures(), other)
+    torch.testing.assert_close(both, 0.25 * got + 0.75 * second, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ignored", [-100, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_labels_leave_the_others_their_share(ignored: int, smoothing: float) -> None:
+    """The loss of a dense row is that of the known labels alone, each at its share, in float64."""
+    options = {"cutmix_alpha": 1.0, "mode": "elem", "num_classes": CLASSES, "label_smoothing": smoothing, "seed": 2}
+    labels = torch.tensor([0, ignored, 2, ignored, ignored, 5, ignored, 1])
+    mixup = Mixup(**options, ignore_index=ignored)
+    _, target = mixup(pictures(), labels)
+    logits = torch.randn(8, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = -(target * logits.log_softmax(1)).sum(1)
+    plan = mixup.last_plan
+    assert plan is not None and isinstance(target, Tensor)
+    cross = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing, ignore_index=ignored)
+    lam = plan.lam.double()
+    wanted = lam * cross(logits, labels) + (1 - lam) * cross(logits, labels[plan.partner])
+    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
+    assert (target[3] == 0).all() and (target[4] == 0).all(), "both sources have no label"
+    _, two_hot = Mixup(**options, ignore_index=ignored, labels="two_hot")(pictures(), labels)
+    assert isinstance(two_hot, TwoHot) and torch.equal(two_hot.first, labels)
+    with pytest.raises(ValueError, match="class numbers in"):
+        Mixup(**options, ignore_index=ignored)(pictures(), labels + 20)
+
+
 def test_arguments_are_timms_in_timms_order() -> None:
     parameters = list(inspect.signature(Mixup).parameters.values())
     positional = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -169,7 +207,12 @@ def test_arguments_are_timms_in_timms_order() -> None:
     for one, other in zip(positional, theirs, strict=False):
         assert (one.name, one.default) == (other.name, other.default)
     assert len(positional) >= len(theirs)
-    assert {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} == {"resizemix_alpha", "labels", "seed"}
+    assert {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} == {
+        "resizemix_alpha",
+        "labels",
+        "seed",
+        "ignore_index",
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -453,8 +496,8 @@ def test_a_plan_is_replayed() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_call_is_one_fused_call(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original: Callable[..., Any] = sdmp_kernels.timm.mix
-    monkeypatch.setattr(sdmp_kernels.timm, "mix", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original: Callable[..., Any] = sdmp_kernels.timm.mixup.mix
+    monkeypatch.setattr(sdmp_kernels.timm.mixup, "mix", lambda *a, **k: calls.append(k) or original(*a, **k))
     images = pictures()
     Mixup(1.0, 1.0, mode=mode, resizemix_alpha=1.0)(images, class_numbers())
     assert len(calls) == 1
@@ -586,6 +629,8 @@ CALL_ERRORS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     ({}, {"x": pictures().int()}, TypeError, "x must be uint8, float16, .*, got int32"),
     ({}, {"x": np.zeros((8, 3, 16, 20))}, TypeError, "x must be a torch.Tensor .*, got ndarray"),
     ({}, {"target": [1] * 8}, TypeError, r"target must be a tensor of class numbers of shape \(N,\), got list"),
+    ({}, {"target": torch.zeros(8, 6)}, ValueError, r"target must have shape \(8, 7\) where labels are soft, got"),
+    ({"labels": "two_hot"}, {"target": torch.zeros(8, 7)}, ValueError, "needs class numbers, but target has rows"),
     ({}, {"target": torch.zeros(8)}, TypeError, "target must hold integer class numbers, got float32"),
     ({}, {"target": class_numbers(7)}, ValueError, r"target must have shape \(8,\), one class number per image, got"),
     ({}, {"target": class_numbers() + 1}, ValueError, r"target must hold class numbers in \[0, 7\), got 1 to 7"),

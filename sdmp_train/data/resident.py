@@ -1,0 +1,200 @@
+"""The loader of sets that fit in memory: every image is decoded once and kept as uint8 on the device.
+
+One flat buffer holds the images one after another, so that they may be of many sizes. A step then costs what `augment`
+costs: no file is read, nothing is decoded. The pixels are Pillow's, and so, on a CPU, are the bytes of the views those
+of the other loaders.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdmp_kernels import augment
+
+from .ahead import Ahead
+from .batch import Batch, Loader
+from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .index import bad_files_error, open_row
+from .schedule import Schedule
+from .source import Source
+
+_CHUNK = 64
+"""Images a thread decodes before it hands them on."""
+_SHARE = 0.8
+"""Of the memory that is free, what images may take: the training needs some too."""
+
+
+class ResidentLoader(Loader):
+    """Carries out a schedule from images that this object holds; a thread of ours makes the views ahead."""
+
+    name = "resident"
+
+    def __init__(self, schedule: Schedule, *, device: torch.device, workers: int, why: str) -> None:
+        self.why = why
+        self._schedule = schedule
+        self._device = device
+        self._workers = max(1, workers)
+        self._ahead: Ahead | None = None
+        self._images: Images | None = self._hold()
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._end()
+        if self._images is None:
+            self._images = self._hold()
+        self._ahead = Ahead(partial(self._make, self._images), len(self), self._device)
+        return iter(self._ahead)
+
+    def close(self) -> None:
+        self._end()
+        self._images = None
+
+    def _end(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
+    def _hold(self) -> Images:
+        check_memory(self._schedule.source, self._device)
+        return Images(self._schedule.source, self._device, self._workers)
+
+    def _make(self, images: Images, position: int) -> Batch:
+        rows = self._schedule.rows(position)
+        chosen = images.take(rows)
+        views = [
+            augment(chosen, drawn.to(self._device), recipe.size_px, interpolation=recipe.interpolation)
+            for recipe, drawn in zip(self._schedule.recipes, self._schedule.draws(position, rows), strict=True)
+        ]
+        return Batch(
+            views=tuple(views),
+            ids=torch.from_numpy(rows.astype(np.int64)),
+            labels=torch.from_numpy(self._schedule.source.labels[rows]),
+        )
+
+
+class Images:
+    """All images of a source, decoded.
+
+    Attributes:
+        pixels: (bytes,) uint8 on the device: the images one after another, each (H, W, 3).
+        offsets: (N + 1,) int64 on the CPU: where each begins in `pixels`, and where the last ends.
+
+    Raises:
+        DataError: some files cannot be decoded; it names them.
+    """
+
+    def __init__(self, source: Source, device: torch.device, workers: int) -> None:
+        self._heights, self._widths = source.heights, source.widths
+        self.offsets = _offsets(source)
+        self.pixels = torch.empty(int(self.offsets[-1]), dtype=torch.uint8, device=device)
+        firsts = range(0, len(source), _CHUNK)
+        bad: list[BadFile] = []
+        with ThreadPoolExecutor(workers) as pool:
+            for found in pool.map(partial(self._decode, source), firsts):
+                bad += found
+        if bad:
+            raise bad_files_error(bad)
+
+    def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor]:
+        """Images of rows: (N, 3, H, W) in one batch on a GPU where all of the set are of one size, else each (H, W, 3).
+
+        The list holds views into `pixels`, no copies.
+        """
+        if self.pixels.is_cuda and self._one_size:
+            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
+            chosen = torch.from_numpy(rows.astype(np.int64)).to(self.pixels.device, non_blocking=True)
+            return stacked.index_select(0, chosen).permute(0, 3, 1, 2)
+        return [
+            self.pixels[self.offsets[row] : self.offsets[row + 1]].view(
+                int(self._heights[row]), int(self._widths[row]), 3
+            )
+            for row in rows.tolist()
+        ]
+
+    @property
+    def _one_size(self) -> bool:
+        return bool((self._heights == self._heights[0]).all() and (self._widths == self._widths[0]).all())
+
+    def _decode(self, source: Source, first: int) -> list[BadFile]:
+        """Decode the chunk that begins with row `first` into its place; returns the damaged files."""
+        end = min(first + _CHUNK, len(source))
+        start = int(self.offsets[first])
+        place = self.pixels[start : int(self.offsets[end])]
+        chunk = torch.empty(place.shape, dtype=torch.uint8) if place.is_cuda else place
+        target, bad = chunk.numpy(), []
+        for row in range(first, end):
+            part = target[self.offsets[row] - start : self.offsets[row + 1] - start]
+            try:
+                part[:] = np.asarray(open_row(source, row)).reshape(-1)
+            except DECODE_ERRORS as error:
+                bad.append(BadFile(source.name(row), describe(error)))
+        if chunk is not place:
+            place.copy_(chunk)
+        return bad
+
+
+def check_memory(source: Source, device: torch.device) -> None:
+    """Refuse a set that does not fit, before anything is decoded.
+
+    Raises:
+        DataError: naming what the images take and what is free.
+    """
+    needed, free = int(_offsets(source)[-1]), free_bytes(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    if free is not None and needed * sharing > _SHARE * free:
+        each = f" in each of {sharing} processes" if sharing > 1 else ""
+        raise DataError(
+            f"loader='resident' cannot be used: {len(source):,} decoded images take {_gib(needed)}{each}, but "
+            f"{_gib(free)} are free on {device}, of which images may take {_SHARE:.0%}; use loader='auto', or store "
+            "smaller images"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that may still be taken on a device: a GPU's own, or the host's within the limit of this container.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = [bytes_ for bytes_ in (_available(), _left_in_container()) if bytes_ is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _left_in_container() -> int | None:
+    """Of the limit of this process's control group (version 2), what nothing but the file cache holds."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - used + int(counts.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return None
+
+
+def _offsets(source: Source) -> NDArray[np.int64]:
+    sizes = source.heights.astype(np.int64) * source.widths * 3
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,217 @@
+"""The figures of a report, by matplotlib: curves of what was logged, and the mixing coefficients that were drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sdmp_kernels import MixPlan, Rule
+
+from ..distributed import World
+from ..methods.method import At
+from ..models import PLAIN_VITS, SHORT_NAMES, is_resnet
+from ..settings import ModelConfig
+from ..training import assemble
+from .record import RunRecord, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAMES = ("knn", "losses", "method", "speed", "optimiser", "lam")
+"""Of the figures."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Of Okabe and Ito: told apart by people who see colours otherwise too."""
+MOST_POINTS = 2000
+COLUMNS, PANEL_INCHES = 3, (3.6, 2.5)
+LAM_STEPS, LAM_BINS = 200, 20
+NOT_CURVES = ("step", "epoch")
+SPEED = {"images_per_second": "images per second", "data_wait_fraction": "share of the time spent waiting for data"}
+OPTIMISER = {"lr": "learning rate", "grad_norm": "norm of the gradient"}
+KNN = ("knn", "knn_raw_pixels")
+
+
+def figures(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, Figure]]:
+    """(name, caption, figure) of all that was logged by one of the runs at least."""
+    keys = list(dict.fromkeys(key for record in records for key in record.keys))
+    losses = [key for key in keys if key == "loss" or key.startswith("loss_")]
+    known = {*NOT_CURVES, *losses, *SPEED, *OPTIMISER, *KNN}
+    groups: dict[str, tuple[str, Mapping[str, str]]] = {
+        "losses": ("The loss and each of its terms", {key: words(key) for key in losses}),
+        "method": ("Other numbers that the method logs", {key: words(key) for key in keys if key not in known}),
+        "speed": ("How fast it went, and how much of the time it waited for data", SPEED),
+        "optimiser": ("Learning rate and gradient", OPTIMISER),
+    }
+    if "knn" in keys:
+        yield "knn", knn_caption(records), knn_figure(records)
+    for name, (caption, panels) in groups.items():
+        panels = {key: title for key, title in panels.items() if key in keys}
+        if panels:
+            yield name, caption + thinned(records, panels), curves(records, panels)
+    drawn = {record.name: lams for record in records if (lams := drawn_lams(record))}
+    if drawn:
+        caption = (
+            "lam, the share of a mixed image that is its own, by rule: drawn again from seed and step for up to "
+            f"{LAM_STEPS} steps that each run made (the draws depend on nothing else), not read from a log"
+        )
+        yield "lam", caption, lam_figure(drawn)
+
+
+def words(key: str) -> str:
+    """A logged number's name for people."""
+    return key.replace("loss_", "loss: ", 1) if key.startswith("loss_") else key.replace("_", " ")
+
+
+def colour(number: int) -> str:
+    """Of the run of that number."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def new_figure(panels: int, *, shared_legend: bool) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, up to three in a row."""
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, panels)
+    rows = -(-panels // columns)
+    width, height = PANEL_INCHES
+    figure = Figure(
+        figsize=(width * max(columns, 2 if panels == 1 else 1), height * rows + 0.35 * shared_legend),
+        layout="constrained",
+    )
+    axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat)
+    for panel in axes[panels:]:
+        panel.remove()
+    for panel in axes[:panels]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.tick_params(labelsize=8)
+    return figure, axes[:panels]
+
+
+def curves(records: Sequence[RunRecord], panels: Mapping[str, str]) -> Figure:
+    """A panel for each number, a line in it for each run."""
+    figure, axes = new_figure(len(panels), shared_legend=len(records) > 1)
+    for panel, (key, title) in zip(axes, panels.items(), strict=True):
+        for number, record in enumerate(records):
+            epochs, values = thin(record.series(key))
+            # The mark keeps a run of a single line, or one that a gap surrounds, visible.
+            panel.plot(epochs, values, color=colour(number), linewidth=1.1, marker=".", markersize=2.5)
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_xlabel("epoch", fontsize=8)
+        if key == "data_wait_fraction":
+            panel.set_ylim(-0.02, 1.02)
+    name_runs(figure, records)
+    return figure
+
+
+def name_runs(figure: Figure, records: Sequence[RunRecord]) -> None:
+    """One legend for all panels, where there are several runs."""
+    from matplotlib.lines import Line2D
+
+    if len(records) > 1:
+        lines = [Line2D([], [], color=colour(n), label=r.name) for n, r in enumerate(records)]
+        figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+
+
+def thin(series: Series) -> Series:
+    """Every n-th point, so that at most `MOST_POINTS` are left, and the last."""
+    epochs, values = series
+    every = -(-len(values) // MOST_POINTS)
+    if every <= 1:
+        return series
+    kept = sorted({*range(0, len(values), every), len(values) - 1})
+    return [epochs[i] for i in kept], [values[i] for i in kept]
+
+
+def thinned(records: Sequence[RunRecord], panels: Mapping[str, str]) -> str:
+    """A remark where not every point is drawn."""
+    most = max(len(record.series(key)[1]) for record in records for key in panels)
+    return f" (every {-(-most // MOST_POINTS)}th of the logged lines)" if most > MOST_POINTS else ""
+
+
+def knn_caption(records: Sequence[RunRecord]) -> str:
+    """What was measured, on how many images."""
+    on = {record.said["knn"] for record in records if "knn" in record.said}
+    return (
+        "kNN accuracy of the backbone, measured by the run itself"
+        + (f" ({'; '.join(sorted(on))})" if on else "")
+        + ". Dashed: nearest neighbours of the raw pixels"
+    )
+
+
+def knn_figure(records: Sequence[RunRecord]) -> Figure:
+    """kNN over time, in percent."""
+    figure, (panel,) = new_figure(1, shared_legend=len(records) > 1)
+    for number, record in enumerate(records):
+        epochs, values = record.series("knn")
+        panel.plot(epochs, [100 * v for v in values], "o-", color=colour(number), markersize=4, linewidth=1.2)
+        if (raw := record.last("knn_raw_pixels")) is not None:
+            panel.axhline(100 * raw, color=colour(number), linestyle="--", linewidth=0.8)
+    panel.set_xlabel("epoch", fontsize=8)
+    panel.set_ylabel("kNN accuracy, %", fontsize=8)
+    name_runs(figure, records)
+    return figure
+
+
+def drawn_lams(record: RunRecord) -> dict[str, np.ndarray]:
+    """The run's mixing coefficients by rule, of up to `LAM_STEPS` of its steps, drawn again as the run drew them.
+
+    lam depends on seed and step alone, on no device and no number of processes. Empty where nothing was mixed.
+    """
+    steps = record.step
+    if steps == 0 or not math.isfinite(record.steps_per_epoch):
+        return {}
+    per_epoch = max(1, round(record.steps_per_epoch))
+    config = replace(record.config, model=lighter(record.config.model))
+    method = assemble(config, World(torch.device("cpu")), steps_per_epoch=per_epoch, classes=2).method
+    total = record.config.optim.epochs * per_epoch
+    found: dict[str, list[np.ndarray]] = {}
+    for step in np.unique(np.linspace(0, steps - 1, LAM_STEPS).astype(int)):
+        for plan in mix_plans(method.plan(At(int(step), total, per_epoch))):
+            for rule in (r for r in plan.rules if r != Rule.KEEP):
+                found.setdefault(rule.name.lower(), []).append(plan.lam[plan.rule == rule].numpy())
+    lams = {rule: np.concatenate(parts) for rule, parts in found.items()}
+    return {rule: values for rule, values in sorted(lams.items()) if len(values)}
+
+
+def lighter(model: ModelConfig) -> ModelConfig:
+    """A smaller backbone of the same family, where it can be had: what is mixed with what does not depend on it."""
+    if SHORT_NAMES.get(model.arch, model.arch).startswith(PLAIN_VITS):
+        return replace(model, depth=1)
+    return replace(model, width=2) if is_resnet(model.arch) else model
+
+
+def mix_plans(plan: Any) -> Iterator[MixPlan]:
+    """The mixing plans within whatever a method's `plan` returns."""
+    if isinstance(plan, MixPlan):
+        yield plan
+    elif isinstance(plan, Mapping) or is_dataclass(plan):
+        for part in (plan if isinstance(plan, Mapping) else vars(plan)).values():
+            yield from mix_plans(part)
+    elif isinstance(plan, (tuple, list)):
+        for part in plan:
+            yield from mix_plans(part)
+
+
+def lam_figure(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """A histogram for each run, its rules stacked."""
+    figure, axes = new_figure(len(drawn), shared_legend=False)
+    edges = np.linspace(0, 1, LAM_BINS + 1)
+    for panel, (name, lams) in zip(axes, drawn.items(), strict=True):
+        counts = [np.histogram(values, edges)[0] for values in lams.values()]
+        below = np.zeros(LAM_BINS)
+        total = sum(int(count.sum()) for count in counts)
+        for number, (rule, count) in enumerate(zip(lams, counts, strict=True)):
+            share = 100 * count / total
+            panel.bar(edges[:-1], share, 1 / LAM_BINS, below, align="edge", color=colour(number), label=rule)
+            below += share
+        panel.set_title(name if len(drawn) > 1 else f"{total:,} mixed images", fontsize=9, loc="left")
+        panel.set_xlabel("lam", fontsize=8)
+        panel.set_ylabel("% of the mixed images", fontsize=8)
+        panel.legend(fontsize=7, frameon=False)
+    return figure

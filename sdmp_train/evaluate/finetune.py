@@ -1,0 +1,318 @@
+"""Fine-tuning of the whole network by DeiT's recipe (Touvron et al. 2021), on all labels or on some.
+
+timm's own RandAugment and random erasing run on the host; Mixup and CutMix are one fused `mix`, and their targets, with
+label smoothing, one two-hot loss.
+
+Letters: N rows per rank, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+
+from safetensors.torch import save_file
+from torch import nn
+
+from sdmp_kernels import MixPlan, draw_plan
+
+from ..config import Config, OptimConfig, RunConfig
+from ..data import Batch, Index, LoaderName, RandAugmentErase, ViewRecipe, crop_flip_view
+from ..distributed import World, join_world
+from ..durable import replacing, write_durably
+from ..export import write_export
+from ..flags import arg
+from ..log import Log
+from ..methods.method import At, Group, Setup
+from ..methods.supervised import Supervised, SupervisedConfig
+from ..run_folder import EXPORTED
+from ..settings import between, require
+from ..stop import StopRequest
+from ..training import Training
+from .accuracy import accuracies
+from .classifier import CLASSES, HEAD, as_json
+from .fitting import FitConfig, Fitting, fitted, resolved_loader
+from .subject import (
+    IMAGENET_CLASSES,
+    PLACES,
+    Subject,
+    keep_result,
+    labelled_images,
+    open_subject,
+    plain_settings,
+    resolved_precision,
+    result_folder,
+)
+from .subset import some_images
+
+LEAST_LR = 1e-5
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+class Recipe(NamedTuple):
+    """What a row of the paper's tables prescribes beside DeiT's recipe."""
+
+    epochs: int
+    fraction: float
+    paper: str
+    """Its top-1 accuracies, to print beside the result."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "table2": Recipe(100, 1.0, "Table 2, ImageNet, ViT-S: MoCo v3 78.7 %, + SDMP 79.1 %; DINO 79.7 %, + SDMP 80.0 %"),
+    # The paper names the protocol of SimCLR v2 and no settings for a ViT; the epochs are SimCLR's.
+    "table3-10": Recipe(
+        30, 0.1, "Table 3, 10 % of ImageNet, ViT-S: MoCo v3 66.7 %, + SDMP 67.4 %; DINO 67.2 %, + SDMP 68.0 %"
+    ),
+    "table3-1": Recipe(
+        60, 0.01, "Table 3, 1 % of ImageNet, ViT-S: MoCo v3 54.4 %, + SDMP 55.5 %; DINO 55.6 %, + SDMP 56.3 %"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(FitConfig):
+    """Train the whole network on labels by DeiT's recipe, and measure it."""
+
+    recipe: Literal["table2", "table3-10", "table3-1"] = "table2"
+    """Row of the paper; it sets epochs and fraction (the paper gives no ViT settings for Table 3)."""
+    epochs: int | None = None
+    """Passes over the data; default: the recipe's (100, 30, 60)."""
+    fraction: float | None = None
+    """Share of the images of every class to train on; default: the recipe's (1, 0.1, 0.01)."""
+    train_list: str | None = None
+    """File that names the images to train on, a line each, such as SimCLR's 1percent.txt; in place of --fraction."""
+    batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
+    """GLOBAL batch; default 1024, or all images where there are fewer."""
+    lr: float = 2.5e-4
+    """Base learning rate at batch 256 (DeiT's 5e-4 at 512); the effective one is lr * batch / 256."""
+    warmup_epochs: float = 5
+    """Epochs in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, arg(aliases=("--wd",))] = 0.05
+    """Of matrices; norms, biases, positions and class token do not decay."""
+    drop_path: float = 0.1
+    """Chance that the last residual branch is left out for a sample, falling to 0 towards the first."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    mixup_alpha: float = 0.8
+    """Mixup's lam is drawn from Beta(alpha, alpha); 0 leaves Mixup out."""
+    cutmix_alpha: float = 1.0
+    """CutMix's likewise. With both, every batch is mixed by one or the other, evenly."""
+    mix_per: Literal["batch", "sample"] = "batch"
+    """One rule and lam for a batch, as DeiT, or one for every sample."""
+    randaugment: str | None = RANDAUGMENT
+    """timm's spelling of its RandAugment; None leaves it out."""
+    erase_prob: float = 0.25
+    """Chance that a rectangle of a view is erased by noise."""
+    repeats: int = 3
+    """How often an image comes in a row, in views of its own (repeated augmentation)."""
+    crop_min: float = 0.08
+    """Smallest area of a random crop, as a fraction of the image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        if self.fraction is not None:
+            between("fraction", self.fraction, 0, 1, above=True)
+            require(self.train_list is None, "train_list", self.train_list, "either this or --fraction")
+        require(self.batch_size is None or self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        between("lr", self.lr, 0, 1e6, above=True)
+        between("warmup_epochs", self.warmup_epochs, 0, 1e9)
+        between("weight_decay", self.weight_decay, 0, 1e6)
+        for name in ("drop_path", "label_smoothing"):
+            between(name, getattr(self, name), 0, 1 - 1e-9)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            between(name, getattr(self, name), 0, 1e6)
+        augment = self.randaugment
+        require(augment is None or augment.startswith("rand"), "randaugment", augment, f"timm's, such as {RANDAUGMENT}")
+        between("erase_prob", self.erase_prob, 0, 1)
+        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        between("crop_min", self.crop_min, 0, 1, above=True)
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """Mixing rules with the alphas of their lam."""
+        alphas = {"mixup": self.mixup_alpha, "cutmix": self.cutmix_alpha}
+        return {rule: alpha for rule, alpha in alphas.items() if alpha}
+
+
+class FineTuning(Supervised):
+    """The method: a classifier on a pretrained backbone, trained as a whole."""
+
+    Config: ClassVar[type] = FinetuneConfig
+
+    def __init__(self, config: FinetuneConfig, backbone: nn.Module, setup: Setup) -> None:
+        self.asked = config
+        mixing = SupervisedConfig(label_smoothing=config.label_smoothing, prob=1.0 if config.rules else 0.0)
+        super().__init__(mixing, lambda **_: backbone.requires_grad_(True), setup)
+        self.classifier.train()
+
+    def views(self, at: At) -> list[ViewRecipe]:
+        """One random crop, bicubic, flipped or not; what follows is the host's."""
+        return [crop_flip_view(self.setup.data.image_px, self.asked.crop_min, "bicubic")]
+
+    def plan(self, at: At) -> MixPlan:
+        """timm's laws: one rule and one lam for the batch, the partner by the flip, boxes clipped at the edges."""
+        setup, px, rules = self.setup, self.setup.data.image_px, self.asked.rules
+        return draw_plan(
+            setup.rows,
+            (px, px),
+            rules={rule: 1 / len(rules) for rule in rules} or ("keep",),
+            alpha=rules or 1.0,
+            per=self.asked.mix_per,
+            shared_lam=self.asked.mix_per == "batch",
+            box="clip",
+            seed=setup.seed,
+            step=at.step,
+            rank=at.part * setup.world.size + setup.world.rank,
+            world_size=at.parts * setup.world.size,
+            device=setup.world.device,
+        )
+
+    def groups(self) -> list[Group]:
+        """Norms, biases, and what timm names (positions, class token) do not decay."""
+        named: set[str] = cast(Any, getattr(self.classifier.backbone, "no_weight_decay", set))()
+        still = {f"backbone.{name}" for name in named}
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.classifier.named_parameters():
+            (decaying if parameter.ndim > 1 and name not in still else others).append(parameter)
+        return [Group(decaying), Group(others, decays=False)]
+
+    def describe(self) -> str:
+        """The loss, what is mixed, and the chance level."""
+        config, classes = self.asked, self.setup.classes
+        mixed = " or ".join(f"{rule} (alpha {alpha:g})" for rule, alpha in config.rules.items()) or "clean images"
+        return (
+            f"cross-entropy on {classes} classes, smoothing {config.label_smoothing:g}, {mixed}; "
+            f"chance level {math.log(classes):.3f}"
+        )
+
+    def example(self, batch: Batch) -> list[tuple[str, Any, MixPlan]]:
+        """No picture is made."""
+        return []
+
+
+def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune, export the classifier, and print its accuracy on the test images.
+
+    Returns:
+        top1, top5, and what they were measured on. The classifier is in `exported/` of the training's folder, where
+        `eval robustness` finds it.
+
+    Raises:
+        ConfigError, DataError: backbone or images cannot be used; the message says why, and what to give.
+        Stopped, NotFinite: as `fitted`.
+    """
+    with StopRequest() as stop, join_world(config.device) as world, Log(quiet=not world.is_first) as log:
+        stop.speaks = world.is_first
+        subject = open_subject(config, "finetune", drop_path=config.drop_path)
+        train, test = labelled_images(subject.data, progress=stop.check, say=log.say)
+        recipe = RECIPES[config.recipe]
+        fraction = recipe.fraction if config.fraction is None else config.fraction
+        train, which = some_images(train, fraction, config.train_list, config.seed)
+        log.say(f"labels   {which}")
+        fitting = finetuning(config, subject, world, train)
+        with fitted(fitting, world, log, stop) as training:
+            found = measure(training, config, train, test, log, stop)
+            if world.is_first:
+                found["exported"] = str(export_classifier(training, subject, train, fitting.folder / EXPORTED))
+                keep_result(result_folder(subject, config.output), "finetune", subject, found)
+        log.say(f"finetune {found['top1']:7.2%} top-1 {found['top5']:7.2%} top-5 on {len(test)} images")
+        as_the_paper = (IMAGENET_CLASSES, recipe.epochs, recipe.fraction)
+        if (len(train.classes), fitting.settings["epochs"], fraction) == as_the_paper:
+            log.say(f"paper    {recipe.paper}")
+        return found
+
+
+def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: Index) -> Fitting:
+    """The training, with the recipe's settings where none were given."""
+    assert subject.digest  # of the weights as they come
+    recipe = RECIPES[config.recipe]
+    batch_size = config.batch_size or max(2, min(1024, len(train)) // world.size * world.size)
+    epochs = config.epochs or recipe.epochs
+    fraction = None if config.train_list else config.fraction or recipe.fraction
+    whole = replace(config, epochs=epochs, batch_size=batch_size, fraction=fraction)
+    data = subject.data
+    changes_views = config.randaugment is not None or config.erase_prob > 0
+    host = RandAugmentErase(data.image_px, data.mean, data.std, config.randaugment, config.erase_prob)
+    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world)
+    loop = Config(
+        data=replace(data, loader=loader),
+        optim=OptimConfig(
+            base_lr=config.lr,
+            min_lr=min(LEAST_LR, config.lr * batch_size / 256),
+            weight_decay=config.weight_decay,
+            epochs=epochs,
+            warmup_epochs=min(config.warmup_epochs, epochs),
+            batch_size=batch_size,
+        ),
+        run=RunConfig(
+            preset=f"finetune/{config.recipe}",
+            seed=config.seed,
+            device=config.device,
+            precision=resolved_precision(config.precision, world),
+            log_every_steps=config.log_every_steps,
+            save_every_minutes=config.save_every_minutes,
+        ),
+    )
+    return Fitting(
+        "finetune",
+        config,
+        subject,
+        plain_settings(whole),
+        loop,
+        lambda setup: FineTuning(whole, subject.backbone, setup),
+        train,
+        config.repeats,
+        host if changes_views else None,
+    )
+
+
+def measure(
+    training: Training, config: FinetuneConfig, train: Index, test: Index, log: Log, stop: StopRequest
+) -> dict[str, Any]:
+    """Accuracy of the plain weights on the test images: shorter side * 256 / 224, bicubic, centre."""
+    method = cast(FineTuning, training.method)
+    method.classifier.eval()
+    try:
+        (found,) = accuracies(
+            lambda images: method.encode(images).float(),
+            test,
+            training.config.data,
+            world=training.world,
+            batch_size=256,
+            log=log,
+            stop=stop,
+            interpolation="bicubic",
+        ).tolist()
+    finally:
+        method.classifier.train()
+    settings = plain_settings(method.asked, *PLACES)
+    top1, top5 = found
+    return {"top1": top1, "top5": top5, "test_images": len(test), "train_images": len(train), "settings": settings}
+
+
+def export_classifier(training: Training, subject: Subject, train: Index, folder: Path) -> Path:
+    """The fine-tuned backbone as an export, and beside it the last layer and the names of the classes.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    method = cast(FineTuning, training.method)
+    backbone, head = method.classifier.backbone, method.classifier.head
+    device = training.world.device
+    made = {"evaluation": "finetune", "from": subject.name, "weights_sha256": subject.digest, "steps": training.step}
+    frozen = backbone.eval().cpu()
+    try:
+        write_export(frozen, {**subject.description, "finetuning": made}, folder)
+    finally:
+        backbone.train().to(device)
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in head.state_dict().items()}
+    with replacing(folder / HEAD) as draft:
+        save_file(tensors, draft)
+    (folder / HEAD).chmod((folder / "config.json").stat().st_mode)
+    write_durably(folder / CLASSES, as_json(train.classes))
+    return folder

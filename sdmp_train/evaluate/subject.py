@@ -1,0 +1,291 @@
+"""What an evaluation measures, and on which images; where its result is kept.
+
+Every protocol's settings begin with those of `SubjectConfig`. N images, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data import Index
+from ..distributed import World
+from ..export import load_exported
+from ..flags import Positional, arg
+from ..log import LineFile, Log
+from ..models import check_name
+from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
+from ..settings import ConfigError, DataConfig, require
+from ..splits import Progress, Say, measured_images
+from ..stop import StopRequest
+from ..text import one_line, printable
+from ..training import versions
+
+TIMM = "timm:"
+EVERY_IMAGE = 10**9
+IMAGENET_CLASSES = 1000
+PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
+"""Settings that say where things lie, not how they are measured."""
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class SubjectConfig:
+    """A backbone, images, and where to measure."""
+
+    what: Positional[str | None] = None
+    """The same as --run, or --weights where it is no run folder."""
+    run: str | None = None
+    """Run folder, whose exported backbone is measured; the result is added to its evaluations.jsonl."""
+    weights: str | None = None
+    """Or the folder of an exported backbone, or timm:NAME for weights that timm knows."""
+    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
+    """Folder of class folders; default: the run's."""
+    test_data: str | None = None
+    """Folder of the images to measure on; default: the run's, the test split of --data, else every fifth of --data."""
+    output: str | None = None
+    """Folder for the result; default: the run's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure."""
+    workers: Annotated[int | None, arg(aliases=("-j",))] = None
+    """Decoding threads; None chooses by the number of cores."""
+    bad_images: Literal["stop", "skip"] | None = None
+    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
+    """Who decodes; default: the run's choice."""
+
+    def __post_init__(self) -> None:
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        given = [name for name in ("what", "run", "weights") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                "more than one backbone is given; give --run RUN (a run folder) or --weights DIR (an export), once"
+            )
+
+
+class Named(Protocol):
+    """Settings that name a backbone and images."""
+
+    @property
+    def run(self) -> str | None: ...
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def test_data(self) -> str | None: ...
+    @property
+    def workers(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone, and the settings of the images that it is measured on."""
+
+    backbone: nn.Module
+    """In eval mode, on the CPU until it is moved."""
+    name: str
+    """Where its weights come from."""
+    run: Path | None
+    """The run that it is of."""
+    data: DataConfig
+    description: Mapping[str, Any]
+    """What an export's config.json says of it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its weights: names and bytes."""
+        return weights_digest(self.backbone)
+
+
+def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0) -> Subject:
+    """The backbone and the data settings that `config` means. `drop_path` takes effect in training mode alone.
+
+    Raises:
+        ConfigError: there is none, or its weights cannot be had; the message says what to give.
+    """
+    run, weights = named_backbone(config)
+    if run is None and weights is None:
+        raise ConfigError(
+            f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
+        )
+    if weights is not None and weights.startswith(TIMM):
+        architecture = weights.removeprefix(TIMM)
+        backbone, pixels = load_timm(architecture, **({"drop_path_rate": drop_path} if drop_path else {}))
+        name, description = weights, describe_timm(architecture, backbone, pixels)
+    else:
+        exported = Path(weights) if weights is not None else Path(run or "") / EXPORTED
+        backbone, description = load_exported(exported, drop_path=drop_path)
+        pixels, name = description["pretrained_cfg"], str(exported)
+    data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
+    return Subject(backbone, name, Path(run) if run is not None else None, data, description)
+
+
+def describe_timm(name: str, backbone: nn.Module, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of an export of timm's weights says."""
+    cfg = {"input_size": list(pixels["input_size"]), "mean": list(pixels["mean"]), "std": list(pixels["std"])}
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
+        "model_args": {},
+        "pretrained_cfg": {**cfg, "num_classes": 0},
+        "stem": "imagenet",
+    }
+
+
+def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
+    """(run folder, weights), of which at most one is given."""
+    if config.what is None:
+        return config.run, config.weights
+    is_run = not config.what.startswith(TIMM) and is_run_folder(Path(config.what))
+    return (config.what, None) if is_run else (None, config.what)
+
+
+def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with the weights that timm knows by this name, in eval mode, and its `pretrained_cfg`.
+
+    Without classifier, unless `options` of `timm.create_model` say otherwise.
+
+    Raises:
+        ConfigError: there is no such model, it has no weights, or they cannot be fetched.
+    """
+    import timm
+
+    check_name(name)
+    options = {"num_classes": 0, **options}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the hub, the network and timm raise whatever they like
+        raise ConfigError(f"timm's weights of {name} cannot be had: {one_line(error)}") from error
+    pixels = dict(model.pretrained_cfg)
+    _, height, width = pixels["input_size"]
+    require(height == width, f"the image size of {name}", (height, width), "a square")
+    return model.eval(), pixels
+
+
+def measured_data(config: Named, pixels: Mapping[str, Any]) -> DataConfig:
+    """The images that `config` means, as the run reads them, in the size and range of the export's `pretrained_cfg`."""
+    stored = stored_config(Path(config.run)).data if config.run is not None else DataConfig()
+    if config.data is None and stored.data is None:
+        raise ConfigError("data is missing; give --data DIR, a folder with one folder per class")
+    return replace(
+        stored,
+        data=config.data or stored.data,
+        # A split that belongs to the run's data belongs to no other.
+        test_data=config.test_data or (stored.test_data if config.data is None else None),
+        image_px=pixels["input_size"][1],
+        mean=tuple(pixels["mean"]),
+        std=tuple(pixels["std"]),
+        workers=config.workers,
+        bad_images=getattr(config, "bad_images", None) or stored.bad_images,
+        loader=getattr(config, "loader", None) or stored.loader,
+    )
+
+
+def labelled_images(
+    data: DataConfig, test_data: str | None = None, *, progress: Progress | None = None, say: Say | None = print
+) -> tuple[Index, Index]:
+    """Bank and queries, all of them, with the same class numbers; `test_data` goes before that of `data`."""
+    asked = data if test_data is None else replace(data, test_data=test_data)
+    return knn_images(*measured_images(asked, progress, say), max_images=EVERY_IMAGE)
+
+
+def knn_images(train: Index, test: Index | None, max_images: int) -> tuple[Index, Index]:
+    """Bank and queries, at most `max_images` together: the two splits, or four fifths and one fifth of the first."""
+    if test is not None:
+        return spread(train, max_images * 4 // 5), spread(test, max_images // 5)
+    chosen = spread(train, max_images)
+    is_query = np.arange(len(chosen)) % 5 == 4
+    return chosen.subset(np.flatnonzero(~is_query)), chosen.subset(np.flatnonzero(is_query))
+
+
+def spread(index: Index, count: int) -> Index:
+    """At most `count` rows, evenly spread over the index, so over its classes."""
+    if len(index) <= count:
+        return index
+    return index.subset(np.linspace(0, len(index) - 1, max(count, 1)).astype(np.int64))
+
+
+class Steps:
+    """Called before every batch of a measurement: hears signals, and says how far it is."""
+
+    def __init__(self, log: Log, stop: StopRequest, images: int, batch_size: int, what: str) -> None:
+        self._log, self._stop, self._what = log, stop, what
+        self._images, self._batch_size, self._batches = images, batch_size, 0
+
+    def __call__(self) -> None:
+        self._stop.check()
+        if self._batches == 0:
+            self._log.start_progress(-(-self._images // self._batch_size), 0)
+        self._log.advance(self._batches)
+        done = min(self._batches * self._batch_size, self._images)
+        self._log.progress(f"{done:,} of {self._images:,} {self._what}")
+        self._batches += 1
+        if self._batches * self._batch_size >= self._images:
+            self._log.stop_progress()
+
+
+def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "fp32"]:
+    """What `auto` means here."""
+    if precision == "auto":
+        return "bf16" if world.device.type == "cuda" else "fp32"
+    return precision
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a module's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def plain_settings(config: Any, *left_out: str) -> dict[str, Any]:
+    """The fields of a frozen dataclass as JSON has them: tuples as lists, nested settings as objects."""
+    found = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return json.loads(json.dumps(found))
+
+
+def result_folder(subject: Subject, output: str | None) -> Path | None:
+    """Where `evaluations.jsonl` is: --output, else the run's folder, else nowhere."""
+    return Path(output) if output is not None else subject.run
+
+
+def keep_result(folder: Path | None, protocol: str, subject: Subject, found: Mapping[str, Any]) -> None:
+    """Add a line to the folder's `evaluations.jsonl`: what was measured, of which weights, when and by what.
+
+    Raises:
+        ConfigError: where it cannot be written.
+    """
+    if folder is None:
+        return
+    row = {
+        "protocol": protocol,
+        **found,
+        "weights": subject.name,
+        "weights_sha256": subject.digest,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = LineFile(folder / EVALUATIONS)
+        written = file.write(json.dumps(row))
+        file.close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the result cannot be written to {printable(folder / EVALUATIONS)}: {error}") from error
+    if not written:
+        raise ConfigError(f"the result cannot be written to {printable(folder / EVALUATIONS)}: is the disk full?")

@@ -1,0 +1,176 @@
+"""MoCHi inside MoCo v3: the hardest negatives of every query, mixed with each other and with the query.
+
+Kalantidis et al., Hard Negative Mixing for Contrastive Learning (2020). Table 1 of the SDMP paper compares with it
+inside MoCo v3, without saying how: this is our re-implementation. The images are MoCo v3's; features are mixed.
+
+    H_i: the `hard` keys of other images that are most similar to query q_i, out of all ranks' keys
+    type 1, `mixed` of them:  h = (a n + (1 - a) n') / |.|,  n, n' from H_i, a ~ U(0, 1)
+    type 2, `query_mixed`:    h = (b q_i + (1 - b) n) / |.|,  n from H_i, b ~ U(0, 1/2)
+    ctr(q, k) = 2T mean_i -log( exp(q_i k_i / T) / (sum_j exp(q_i k_j / T) + sum_h exp(q_i h / T)) )
+
+Synthetic negatives carry no gradient of their own; the positive is clean; the first `warmup` epochs are MoCo v3's.
+MoCHi takes its negatives out of a queue of 65,536 keys, with (hard, mixed, query_mixed) = (1024, 1024, 128); MoCo v3
+has no queue but the M keys of the batch, of which 1024 may be all, so that the defaults here are an eighth of that.
+
+Cost: no synthetic negative is ever built. With s = <q, n>, s' = <q, n'> and g = <n, n'> its similarity to the query is
+
+    <q, h> = (a s + (1 - a) s') / sqrt(a^2 + (1 - a)^2 + 2 a (1 - a) g),   likewise for type 2 with <q, q> = 1
+
+so that beside MoCo v3's own the method needs similarities of (N, M) with gradient and of keys with keys (M, M), and a
+selection of the largest: 4 M (N + M) bytes a term and (N + M) M D multiplications, but not the N (mixed + query_mixed)
+D numbers of the features themselves (at N = M = 4096, D = 256 and the defaults 0.13 GB instead of 0.6).
+
+Letters: N rows per rank, M keys (N * ranks), D features, S, S' synthetic negatives of either type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
+
+from ..data import Batch
+from ..flags import arg
+from ..settings import DataConfig, between, require
+from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of, weighted_sum
+from .method import At, Pass, Setup
+from .mixing import generator, place_of
+
+PAIR_STREAM = 2**59
+TERMS = (Term("hard", "a", "b", 1.0), Term("hard", "b", "a", 1.0))
+SMALL = 1e-6
+"""Least length of a mixture before it is scaled to 1: two opposite features cancel."""
+
+
+@dataclass(frozen=True)
+class MoCHiConfig(ContrastConfig):
+    """MoCHi inside MoCo v3, our re-implementation."""
+
+    hard: Annotated[int, arg(name="mochi-hard")] = 128
+    """Hardest negatives that are mixed, for each query; at most as many as there are."""
+    mixed: Annotated[int, arg(name="mochi-mixed")] = 128
+    """Synthetic negatives that are mixtures of two of those, for each query."""
+    query_mixed: Annotated[int, arg(name="mochi-query-mixed")] = 16
+    """Synthetic negatives that are mixtures of one of those and the query itself."""
+    warmup: Annotated[float, arg(name="mochi-warmup-epochs")] = 10
+    """Epochs without synthetic negatives at the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.hard >= 1, "mochi_hard", self.hard, "at least 1")
+        require(self.mixed >= 0, "mochi_mixed", self.mixed, "0 or more")
+        require(self.query_mixed >= 0, "mochi_query_mixed", self.query_mixed, "0 or more")
+        between("mochi_warmup_epochs", self.warmup, 0, 1e9)
+
+
+class Draws(NamedTuple):
+    """What is mixed with what, places within a query's list of hard negatives."""
+
+    first: Tensor
+    """(N, S) int64."""
+    second: Tensor
+    """(N, S) int64."""
+    share: Tensor
+    """(N, S) float32 in [0, 1), of the first."""
+    third: Tensor
+    """(N, S') int64."""
+    query_share: Tensor
+    """(N, S') float32 in [0, 1/2), of the query."""
+
+
+class MoCHi(Contrast):
+    """MoCHi inside MoCo v3."""
+
+    Config: ClassVar[type] = MoCHiConfig
+
+    def __init__(self, config: MoCHiConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
+        super().__init__(config, build_backbone, setup, TERMS)
+        self.config = config
+
+    @staticmethod
+    def passes(config: MoCHiConfig, data: DataConfig) -> list[Pass]:
+        """MoCo v3's."""
+        return passes_of(TERMS, data)
+
+    @property
+    def partners_follow_ranks(self) -> bool:
+        """The draws of which negatives are mixed do."""
+        return self.config.mixed + self.config.query_mixed > 0
+
+    def plan(self, at: At) -> Plan:
+        """No image is mixed."""
+        return Plan(False, {})
+
+    def target(self, term: Term, plan: Plan) -> TwoHot:
+        """The row's own key."""
+        return self.keep.source_target(self.offset)
+
+    def compare(
+        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+    ) -> tuple[Tensor, list[Tensor]]:
+        """MoCo v3's during the first epochs; then with synthetic negatives behind the keys, in float32 at least."""
+        if at.epoch < self.config.warmup:
+            return super().compare(query, keys, targets, weights, at)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        losses = []
+        for key, target in zip(keys, targets, strict=True):
+            similarities = torch.cat(self.similarities(query.to(wide), key.to(wide), target.first, at), dim=1)
+            losses.append(soft_cross_entropy(similarities / self.temperature, target))
+        return weighted_sum(losses, weights)
+
+    def similarities(self, query: Tensor, key: Tensor, own: Tensor, at: At) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, M) of queries and keys; (N, S) and (N, S') of queries and their synthetic negatives."""
+        known = query @ key.T
+        count = min(self.config.hard, len(key) - 1)
+        others = known.detach().scatter(1, own[:, None], -torch.inf)
+        hard = others.topk(count, dim=1).indices
+        return known, *synthetic(query, known, key, hard, self.draws(at, count))
+
+    def draws(self, at: At, count: int) -> Draws:
+        """Out of `count` hard negatives each, from (seed, step, rank) alone, on the device."""
+        config, rows, device = self.config, self.setup.rows, self.world.device
+        seed = int(generator(self.setup, at, PAIR_STREAM, place_of(self.setup, at)).integers(2**62))
+        numbers = torch.Generator(device).manual_seed(seed)
+
+        def uniform(columns: int) -> Tensor:
+            return torch.rand(rows, columns, generator=numbers, device=device)
+
+        def places(columns: int) -> Tensor:
+            return torch.randint(count, (rows, columns), generator=numbers, device=device)
+
+        first, second, share = places(config.mixed), places(config.mixed), uniform(config.mixed)
+        return Draws(first, second, share, places(config.query_mixed), uniform(config.query_mixed) / 2)
+
+    def describe(self) -> str:
+        """And what comes when."""
+        config = self.config
+        return (
+            f"{super().describe()}; from epoch {config.warmup:g} on {config.mixed} + {config.query_mixed} synthetic "
+            f"negatives of the {config.hard} hardest"
+        )
+
+    def example(self, batch: Batch) -> list[tuple[str, Tensor, MixPlan]]:
+        """No image is mixed."""
+        return []
+
+
+def synthetic(query: Tensor, known: Tensor, key: Tensor, hard: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """(N, S) and (N, S') similarities of queries and synthetic negatives, with the gradient to the query alone.
+
+    query (N, D) and key (M, D) unit vectors, known (N, M) their similarities, hard (N, ...) columns of the hard
+    negatives.
+    """
+    first, second, third = (hard.gather(1, places) for places in (draws.first, draws.second, draws.third))
+    a, b = draws.share, draws.query_share
+    between_keys = (key @ key.T)[first, second]
+    length = (a * a + (1 - a) ** 2 + 2 * a * (1 - a) * between_keys).clamp_min(SMALL**2).sqrt()
+    mixed = (a * known.gather(1, first) + (1 - a) * known.gather(1, second)) / length
+    to_third = known.gather(1, third)
+    to_itself = (query * query.detach()).sum(dim=1, keepdim=True)
+    length = (b * b + (1 - b) ** 2 + 2 * b * (1 - b) * to_third.detach()).clamp_min(SMALL**2).sqrt()
+    return mixed, (b * to_itself + (1 - b) * to_third) / length

@@ -1,0 +1,196 @@
+"""The same images as a folder, a list and shards, resident or not: the same batches, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdmp_kernels.views import byol_views
+from sdmp_train.commands import verify_folder
+from sdmp_train.data import Batch, DataError, Index, kind_of, make_loader, open_source
+from sdmp_train.data.index import find_bad
+
+SOURCES = ("list", "shards", "shard")
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The 30 images of `folder` in its order: listed, in three shards with .cls members, in one shard as a tree."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "list.txt").write_text("".join(f"{folder}/{name}\t{name.split('/')[0]}\n" for name in index.paths))
+    (root / "shards").mkdir()
+    for first in range(0, 30, 10):
+        with tarfile.open(root / "shards" / f"{first:06d}.tar", "w") as archive:
+            for row in range(first, first + 10):
+                add(archive, f"{row:06d}.jpg", index.read(row))
+                add(archive, f"{row:06d}.cls", index.paths[row].split("/")[0].encode())
+    with tarfile.open(root / "tree.tar", "w") as archive:
+        for row in range(30):
+            add(archive, index.paths[row], index.read(row))
+    return {"list": root / "list.txt", "shards": root / "shards", "shard": root / "tree.tar"}
+
+
+@pytest.fixture
+def sources(places: dict[str, Path], tmp_path: Path) -> dict[str, Index]:
+    return {name: open_source(place, cache_dir=tmp_path) for name, place in places.items()}
+
+
+def batches(index: Index, loader: str = "torchvision", **changes: object) -> list[Batch]:
+    arguments = {"batch_size": 8, "steps": 5, "seed": 5, "device": "cpu", "workers": 0, **changes}
+    with make_loader(index, byol_views(48), loader=loader, **arguments) as made:
+        return list(made)
+
+
+def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_and_loader_gives_the_bytes_of_the_folder(
+    index: Index, sources: dict[str, Index], name: str
+) -> None:
+    expected, source = batches(index), sources[name]
+    assert source.classes == index.classes
+    for loader, workers in (("torchvision", 0), ("torchvision", 2), ("resident", 2)):
+        assert_same(batches(source, loader, workers=workers), expected)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_dali_decodes_them_too(index: Index, sources: dict[str, Index], name: str) -> None:
+    pytest.importorskip("nvidia.dali")
+    assert not sources[name].pillow.any()
+    assert_same(batches(sources[name], "dali", workers=2), batches(index))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_resume_and_ranks(sources: dict[str, Index], name: str) -> None:
+    """30 images in batches of 8: three steps an epoch on every rank, six images sit it out."""
+    source = sources[name]
+    whole = batches(source, steps=6)
+    assert_same(batches(source, start_step=4, steps=6), whole[4:])
+    parts = [batches(source, steps=6, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(part) for part in parts] == [6, 6]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].ids for part in parts]), batch.ids)
+    for epoch in (whole[:3], whole[3:]):
+        assert len(set(torch.cat([batch.ids for batch in epoch]).tolist())) == 24
+
+
+def test_kinds(places: dict[str, Path], folder: Path, tmp_path: Path) -> None:
+    found = {name: kind_of(place) for name, place in places.items()}
+    assert found == {"list": "lists", "shards": "shards", "shard": "shards"}
+    assert kind_of(folder) == kind_of(tmp_path) == kind_of(tmp_path / "absent") == "folder"
+    (tmp_path / "a.tar").touch()
+    assert kind_of(tmp_path) == "shards"
+    (tmp_path / "class").mkdir()
+    assert kind_of(tmp_path) == "folder"  # which names the archive and says to unpack it
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_subset_is_those_rows(sources: dict[str, Index], name: str) -> None:
+    source = sources[name]
+    part = source.subset(torch.tensor([7, 29, 0]).numpy())
+    assert [part.read(row) for row in range(3)] == [source.read(row) for row in (7, 29, 0)]
+    assert [part.name(row) for row in range(3)] == [source.name(row) for row in (7, 29, 0)]
+    assert part.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("name", ["list", "shards"])
+def test_no_split_of_their_own(places: dict[str, Path], name: str) -> None:
+    with pytest.raises(DataError, match="no test split; give one with --test-data"):
+        open_source(places[name], split="val")
+
+
+# Lists
+
+
+def listed(tmp_path: Path, text: str) -> Index:
+    (tmp_path / "list.txt").write_text(text)
+    return open_source(tmp_path / "list.txt", cache_dir=tmp_path / ".cache")
+
+
+def test_lines_of_a_list(tmp_path: Path, index: Index) -> None:
+    for name in ("a b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(index.read(0))
+    assert listed(tmp_path, "c.jpg\r\n\na b.jpg\n").classes == ()
+    numbers = listed(tmp_path, "\ufeffc.jpg 10\na b.jpg\t9\n")
+    assert (numbers.classes, numbers.labels.tolist()) == (("9", "10"), [1, 0])
+    assert list(numbers.paths) == ["c.jpg", "a b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("c.jpg\nc.jpg\n", "line 2 of .* names c.jpg again"),
+        ("c.jpg 1\nd.jpg\n", "some name a class and some none, as line 2"),
+        ("c.jpg\0\n", "bytes that are no text"),
+        ("c.jpg\nd.jpg\n", r"1 of 2 files under .* are not readable images:\n.*d\.jpg. is gone"),
+    ],
+)
+def test_a_list_that_cannot_be_used(tmp_path: Path, index: Index, text: str, said: str) -> None:
+    (tmp_path / "c.jpg").write_bytes(index.read(0))
+    with pytest.raises(DataError, match=said):
+        listed(tmp_path, text)
+
+
+# Shards
+
+
+def test_a_shard_that_cannot_be_used(tmp_path: Path, places: dict[str, Path]) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(DataError, match=r"a\.tar cannot be read as an uncompressed tar file"):
+        open_source(tmp_path / "a.tar", cache_dir=tmp_path / ".cache")
+    whole = places["shard"].read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.tar.*is cut"):
+        open_source(tmp_path / "a.tar", cache_dir=tmp_path / ".cache")
+    index = open_source(tmp_path / "a.tar", on_bad="list", cache_dir=tmp_path / ".cache")
+    assert 5 < len(index) < 30 and find_bad(index, range(len(index))) == []
+
+
+def test_a_member_that_is_no_image_is_named(tmp_path: Path, index: Index) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "x/good.jpg", index.read(0))
+        add(archive, "x/bad.jpg", b"no image")
+        add(archive, "x/._good.jpg", b"what macOS adds")
+        add(archive, "x/good.json", b"{}")
+    with pytest.raises(DataError, match=r"(?s)1 of 2 files.*a\.tar/x/bad\.jpg"):
+        open_source(tmp_path / "a.tar", cache_dir=tmp_path / ".cache")
+    found = open_source(tmp_path / "a.tar", on_bad="list", cache_dir=tmp_path / ".cache")
+    assert list(found.paths) == ["a.tar/x/good.jpg"] and found.read(0) == index.read(0)
+
+
+def test_a_shard_cut_after_it_was_indexed_is_named(tmp_path: Path, places: dict[str, Path]) -> None:
+    (tmp_path / "a.tar").write_bytes(places["shard"].read_bytes())
+    index = open_source(tmp_path / "a.tar", cache_dir=tmp_path / ".cache")
+    (tmp_path / "a.tar").write_bytes(places["shard"].read_bytes()[: int(index.places[20, 1])])
+    with pytest.raises(DataError, match=r"a\.tar/.*is cut: the shard ends"):
+        batches(index)
+
+
+def test_verify_takes_any_source_and_fits_on_a_screen(
+    tmp_path: Path, index: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in range(30):
+        (tmp_path / f"{row}.jpg").write_bytes(index.read(row))
+    (tmp_path / "list.txt").write_text("".join(f"{row}.jpg class{row:02d}\n" for row in range(30)))
+    verify_folder(str(tmp_path / "list.txt"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("30 images, 30 classes")
+    assert lines[20:] == ["         1  class19", "  and 10 more classes of 1 to 1 images", "every image decodes"]
