@@ -141,7 +141,8 @@ def write_line(training: Training, meter: Meter, log: Log) -> None:
     log.metrics({"step": at.step, "epoch": at.epoch, "lr": lr, **values})
     head = f"step {at.step}/{training.last_step}"
     left = duration((training.last_step - at.step) * values["step_seconds"])
-    line = f"{head}  epoch {at.epoch:.1f}  {line_of(values)}  lr {lr:.2e}  left {left}"
+    line = f"{head}  epoch {at.epoch:.1f}  {line_of(values)}  lr {lr:.2e}  "
+    line += f"{duration(values['step_seconds'])} a step  memory {values['memory_gib']:.1f} GiB  left {left}"
     log.report(line, live=f"{head}  loss {values['loss']:.3f}  {values['images_per_second']:.3g} img/s")
     why = training.method.collapse(values) if at.epoch > training.config.optim.warmup_epochs else None
     if why is not None and not training.warned:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .distributed import World, reduce_mean
 from .methods.method import Step
-from .text import duration
 
 
 class Meter:
@@ -84,5 +83,4 @@ def line_of(values: Mapping[str, float]) -> str:
     return (
         f"loss {values['loss']:.3f}  {f'({terms})  ' if terms else ''}{spread}"
         f"{values['images_per_second']:.3g} img/s  waiting for data {values['data_wait_fraction']:.0%}"
-        f"  {duration(values['step_seconds'])} a step  memory {values['memory_gib']:.1f} GiB"
     )
