@@ -9,7 +9,7 @@ from typing import Literal
 
 from .cifar import cifar_files, open_cifar
 from .file_lists import SUFFIXES_OF_LISTS, open_list
-from .images import SUFFIXES, DataError
+from .images import MAX_PIXELS, SUFFIXES, DataError
 from .index import Checks, Index, open_folder
 from .listing import is_folder, scan
 from .shards import is_shard, open_shards
@@ -73,5 +73,5 @@ def open_source(
         return open_cifar(place, split)
     if split == "val":
         raise DataError(f"{kind} name no test split; give one with --test-data")
-    how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
+    how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress)
     return open_list(place, how) if kind == "lists" else open_shards(place, how)
