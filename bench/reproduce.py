@@ -355,7 +355,7 @@ def cell_log() -> Log:
         def say(self, line: str = "") -> None:
             self._write(printable_lines(line))
 
-        def report(self, line: str) -> None:
+        def report(self, line: str, live: str | None = None) -> None:
             if self.console.is_terminal:
                 super().report(line)
             else:

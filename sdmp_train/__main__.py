@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -86,6 +87,8 @@ class VerifyArguments:
     """The same as --data."""
     data: str | None = None
     """Folder of images."""
+    max_pixels: int | None = None
+    """Files that claim more pixels are bad (decompression bombs); None is 89,478,485, Pillow's own limit."""
 
 
 def one_of(name: str, flag: str | None, positional: str | None) -> str:
@@ -231,7 +234,7 @@ def run_verify(argv: Sequence[str]) -> int:
     from .commands import verify_folder
 
     arguments = parse(VerifyArguments, "verify", argv)
-    return verify_folder(one_of("data", arguments.data, arguments.folder))
+    return verify_folder(one_of("data", arguments.data, arguments.folder), arguments.max_pixels)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -252,6 +255,9 @@ def main(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name in ("-h", "--help"):
         print(ABOUT, end="")
+        return DONE
+    if name == "--version":
+        print(f"sdmp-kernels {version('sdmp-kernels')}")
         return DONE
     try:
         if name not in COMMANDS:

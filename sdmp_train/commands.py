@@ -292,13 +292,15 @@ VERIFIED_CLASSES = 20
 """Classes that `verify` prints one by one: its report fits on a screen."""
 
 
-def verify_folder(folder: str) -> int:
+def verify_folder(folder: str, max_pixels: int | None = None) -> int:
     """Decode every image once and print what is there, and what of it no run would use.
 
     Raises:
         DataError: some files are no readable images, or a class folder has none; it names them.
     """
-    index = open_source(folder, split=None, on_bad="list", check="decode", progress=reporting(print, None))
+    index = open_source(
+        folder, split=None, on_bad="list", check="decode", max_pixels=max_pixels, progress=reporting(print, None)
+    )
     print(index.summary())
     counts = [int((index.labels == number).sum()) for number in range(len(index.classes))]
     for name, count in zip(index.classes[:VERIFIED_CLASSES], counts, strict=False):

@@ -143,6 +143,7 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         "license_name: not-stated",
         "pipeline_tag: image-feature-extraction",
         "tags:",
+        f"- {config.method_name}",
         "- sdmp",
         "---",
         CARD_MARK,

@@ -111,6 +111,7 @@ class Log:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed_at = -math.inf
+        self.last_loss: float | None = None
 
     def open(self, folder: Path, *, from_step: int = 0) -> None:
         """Write to `folder` from now on; drop the metrics of steps that a resumed run will make again.
@@ -144,6 +145,7 @@ class Log:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Append one object to metrics.jsonl; numbers that JSON lacks (NaN, infinities) become null."""
+        self.last_loss = values.get("loss", self.last_loss)
         if self._metrics is None:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -154,7 +156,7 @@ class Log:
         if self.quiet or not self.console.is_terminal:
             return
         columns = (
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
@@ -167,19 +169,22 @@ class Log:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
 
-    def report(self, line: str) -> None:
-        """A line of numbers: always in train.log; on the live line, or plainly but not more often than every 5 s."""
+    def report(self, line: str, live: str | None = None) -> None:
+        """A line of numbers: always in train.log; on the live line, or plainly but not more often than every 5 s.
+
+        live: what the live line shows instead, which has about 45 of 80 columns.
+        """
         if self.quiet:
             return
         self._write(line)
-        self.progress(line)
+        self.progress(line, live)
 
-    def progress(self, line: str) -> None:
+    def progress(self, line: str, live: str | None = None) -> None:
         """How far something is: on the live line, or plainly but not more often than every 5 s; not in train.log."""
         if self.quiet:
             return
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=line)
+            self._progress.update(self._task, description=line if live is None else live)
         elif time.monotonic() - self._printed_at >= PLAIN_SECONDS:
             self._printed_at = time.monotonic()
             self.console.print(line, markup=False)

@@ -15,6 +15,7 @@ from .log import Log
 from .meter import Meter, line_of
 from .methods.method import Loss, Step
 from .optim import clip_gradients, drop_frozen_gradients, set_schedules
+from .text import duration
 from .training import Training
 
 
@@ -136,9 +137,13 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
 
 def write_line(training: Training, meter: Meter, log: Log) -> None:
     """One object for metrics.jsonl and one line for people; once, a warning where features have likely collapsed."""
-    values, at = meter.read(), training.at
-    log.metrics({"step": at.step, "epoch": at.epoch, "lr": training.optimizer.param_groups[0]["lr"], **values})
-    log.report(f"step {at.step}/{training.last_step}  epoch {at.epoch:.1f}  {line_of(values)}")
+    values, at, lr = meter.read(), training.at, training.optimizer.param_groups[0]["lr"]
+    log.metrics({"step": at.step, "epoch": at.epoch, "lr": lr, **values})
+    head = f"step {at.step}/{training.last_step}"
+    left = duration((training.last_step - at.step) * values["step_seconds"])
+    line = f"{head}  epoch {at.epoch:.1f}  {line_of(values)}  lr {lr:.2e}  "
+    line += f"{duration(values['step_seconds'])} a step  memory {values['memory_gib']:.1f} GiB  left {left}"
+    log.report(line, live=f"{head}  loss {values['loss']:.3f}  {values['images_per_second']:.3g} img/s")
     why = training.method.collapse(values) if at.epoch > training.config.optim.warmup_epochs else None
     if why is not None and not training.warned:
         training.warned = True

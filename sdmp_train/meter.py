@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,14 +53,25 @@ class Meter:
         self._began += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Means over steps and ranks, images per second of all ranks, and the fraction of time spent waiting."""
+        """Means over steps and ranks, seconds per step, images per second of all ranks, the fraction spent waiting;
+        the most memory held in GiB and the time of day in seconds since 1970, both of this rank."""
         means = reduce_mean(torch.stack([self._sums[name] / self._counts[name] for name in self._sums]), self.world)
         values = dict(zip(self._sums, means.tolist(), strict=True))
         seconds = max(time.perf_counter() - self._began, 1e-9)
+        values["step_seconds"] = seconds / max(self._steps, 1)
         values["images_per_second"] = self._steps * self.batch_size / seconds
         values["data_wait_fraction"] = min(self._waited_seconds / seconds, 1.0)
+        values["memory_gib"] = memory_gib(self.world.device)
+        values["time"] = time.time()
         self._clear()
         return values
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory held so far, in GiB: of a GPU by tensors, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def line_of(values: Mapping[str, float]) -> str:

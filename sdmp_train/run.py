@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
+from .text import duration
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
@@ -41,6 +43,7 @@ class Run:
     run_id: str
     log: Log
     stop: StopRequest
+    began_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -207,7 +210,9 @@ class Run:
         embedded = self.training.config.data.data == EMBEDDED
         first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
         folder = shlex.quote(str(self.folder.absolute()))
+        loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         return [
+            f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
             *([f"kNN      {known}"] if known else []),
             f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png checkpoints/ exported/)",
             f"load     {first}",

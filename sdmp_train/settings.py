@@ -65,7 +65,13 @@ class DataConfig:
     """Who decodes. `auto` measures dali and torchvision for a second where a run is long enough, and keeps the faster;
     `resident` decodes every image once and keeps all on the device, where they fit."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What to do where a file is no readable image: stop and name it, or leave it out (up to 1 % of the files)."""
+    """What to do where a file is no readable image: stop and name it, or leave it out."""
+    max_bad_frac: float = 0.01
+    """With --bad-images skip: the share of files that may be left out; more end the run with exit code 4."""
+    check: Literal["header", "decode"] = "header"
+    """`decode` also decodes every file once before the first step, as --bad-images skip does in any case."""
+    max_pixels: int | None = None
+    """Files that claim more pixels are bad (decompression bombs); None is 89,478,485, Pillow's own limit."""
     workers: Annotated[int | None, arg(aliases=("-j",))] = None
     """Decoding threads (DALI) or processes (torchvision) per GPU; None chooses by the number of cores."""
 
@@ -73,6 +79,8 @@ class DataConfig:
         require(self.image_px >= 8, "image_px", self.image_px, "at least 8 pixels")
         between("crop_min", self.crop_min_frac, 0, 1, above=True)
         between("gray_prob", self.gray_prob, 0, 1)
+        between("max_bad_frac", self.max_bad_frac, 0, 1)
+        require(self.max_pixels is None or self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
         require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "three finite numbers")
         require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "three numbers above 0")
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")

@@ -92,7 +92,9 @@ def open_images_in(
         folder,
         split=split,
         on_bad=data.bad_images,
-        check="decode" if data.bad_images == "skip" else "header",
+        check="decode" if data.bad_images == "skip" else data.check,
+        max_bad_frac=data.max_bad_frac,
+        max_pixels=data.max_pixels,
         progress=reporting(say, progress),
     )
 

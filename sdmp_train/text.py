@@ -38,6 +38,20 @@ def printable_lines(text: object) -> str:
     return "\n".join(printable(line) for line in str(text).split("\n"))
 
 
+def duration(seconds: float) -> str:
+    """`0.25 s`, `42 s`, `7 min 05 s`, `3 h 20 min`, `2 d 04 h`: two units, so that a line stays short."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    for large, small, size, part in (("min", "s", 60, 1), ("h", "min", 3600, 60)):
+        count = round(seconds / part)
+        if count * part < size * (60 if large == "min" else 24):
+            return f"{count * part // size} {large} {count % (size // part):02d} {small}"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
 def _escape(character: str) -> str:
     if 0xDC80 <= ord(character) <= 0xDCFF:
         # How Python keeps a byte that is not UTF-8 in a file name.

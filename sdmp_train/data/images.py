@@ -81,6 +81,12 @@ class BadFile:
     reason: str
 
 
+def let_pillow_open(max_pixels: int) -> None:
+    """Raise Pillow's own limit, at twice which it refuses to open a file, where somebody allows more than that."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
 def read_size(file: str | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) as stored, from the header alone, of a path or a file's bytes; raises one of `DECODE_ERRORS`."""
     with _open_image(file) as image:
@@ -88,7 +94,9 @@ def read_size(file: str | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int
         if image.mode not in _MODES and not (image.mode == "I" and image.format in _DEEP_GREY):
             raise ValueError(f"has pixels of type {image.mode}, which has no agreed meaning as RGB")
     if width * height > max_pixels:
-        raise ValueError(f"claims {width} x {height} pixels, more than the limit of {max_pixels:,} pixels")
+        raise ValueError(
+            f"claims {width} x {height} pixels, more than the limit of {max_pixels:,} pixels (--max-pixels)"
+        )
     return height, width
 
 

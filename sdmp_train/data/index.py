@@ -33,6 +33,7 @@ from .images import (
     TooManyBadFiles,
     decode_rgb,
     describe,
+    let_pillow_open,
     read_size,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
@@ -145,7 +146,7 @@ def open_folder(
     on_bad: Literal["stop", "skip", "list"] = "stop",
     check: Literal["header", "decode"] = "header",
     max_bad_frac: float = 0.01,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -165,7 +166,8 @@ def open_folder(
             "list" leaves out any number of them without a word, for callers that tell of `Index.faults`.
         check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones.
         max_bad_frac: with "skip", the share of bad files above which the folder is refused after all.
-        max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded).
+        max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded); default
+            `MAX_PIXELS`. More than twice that raises Pillow's own limit for the whole process.
         cache_dir: where results are remembered; default `$XDG_CACHE_HOME/sdmp` or `~/.cache/sdmp`. A file is read again
             when its size or time changes. A cache that cannot be written costs a notice, nothing else.
         workers: threads; default four per core, at most 32.
@@ -175,6 +177,8 @@ def open_folder(
         DataError: no such folder, no images, or bad files; the message says what was found and what to do.
         TooManyBadFiles: the share of bad files exceeds `max_bad_frac`.
     """
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    let_pillow_open(max_pixels)
     root = _resolve(Path(path), split)
     how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
     return index_listing(root, list_files(root), how)
@@ -280,7 +284,7 @@ def bad_files_error(bad: Sequence[BadFile]) -> DataError:
     return DataError(
         f"{len(bad)} image file{'s' if len(bad) > 1 else ''} could not be decoded:\n{_listing(bad)}\n"
         "Repair or remove them, or leave out all damaged files with --bad-images skip, which decodes every file once "
-        "before the start (in a program: check='decode' and on_bad='skip')"
+        "before the start"
     )
 
 
@@ -387,7 +391,7 @@ def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], t
 def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) -> None:
     """Raise where what cannot be used may not be left out; else say what is left out."""
     if on_bad == "stop":
-        raise DataError(f"{faults}\nRepair or remove them, or leave them out with on_bad='skip' (--bad-images skip)")
+        raise DataError(f"{faults}\nRepair or remove them, or leave them out with --bad-images skip")
     if bad == total:
         kind = DataError if on_bad == "list" else TooManyBadFiles
         raise kind(f"{faults}\nNo usable image is left")
@@ -395,7 +399,7 @@ def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) 
         return
     if bad > max_bad_frac * total:
         raise TooManyBadFiles(
-            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that max_bad_frac allows"
+            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that --max-bad-frac allows"
         )
     _log.warning("%s\nThey are left out.", faults)
 

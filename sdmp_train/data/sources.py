@@ -43,7 +43,7 @@ def open_source(
     on_bad: Literal["stop", "skip", "list"] = "stop",
     check: Literal["header", "decode"] = "header",
     max_bad_frac: float = 0.01,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -73,5 +73,5 @@ def open_source(
         return open_cifar(place, split)
     if split == "val":
         raise DataError(f"{kind} name no test split; give one with --test-data")
-    how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
+    how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress)
     return open_list(place, how) if kind == "lists" else open_shards(place, how)

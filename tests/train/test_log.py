@@ -140,3 +140,15 @@ def test_names_chosen_by_others_reach_terminal_and_file_as_escapes(tmp_path: Pat
         log.say("run \x1b[2J\udcff\nnext")
     assert screen.getvalue() == "run \\x1b[2J\\xff\nnext\n"
     assert (tmp_path / "train.log").read_text() == screen.getvalue()
+
+
+def test_the_live_line_fits_eighty_columns(tmp_path: Path):
+    screen = io.StringIO()
+    with Log(console=Console(file=screen, force_terminal=True, width=80)) as log:
+        log.open(tmp_path)
+        log.start_progress(123_456, 0)
+        log.report("the whole line", live="step 123450/123456  loss 13.841  1.11e+03 img/s")
+        log.advance(123_450)
+        log.stop_progress()
+    assert "step 123450/123456  loss 13.841  1.11e+03 img/s" in screen.getvalue()
+    assert "the whole line" in (tmp_path / "train.log").read_text()

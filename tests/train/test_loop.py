@@ -113,7 +113,7 @@ def test_metrics_have_the_promised_names(tiny: Config):
     run(build_training(tiny), 4, log)
     assert [line["step"] for line in log.numbers] == [1, 2, 3, 4]
     promised = {"step", "epoch", "loss", "loss_clean", "loss_source", "loss_pair", "lr", "images_per_second"}
-    promised |= {"data_wait_fraction", "grad_norm", "lam_mean"}
+    promised |= {"data_wait_fraction", "time", "step_seconds", "memory_gib", "grad_norm", "lam_mean"}
     assert promised <= set(log.numbers[-1])
     last = log.numbers[-1]
     assert last["loss"] == pytest.approx(last["loss_clean"] + (last["loss_source"] + last["loss_pair"]) / 2, rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sdmp_train.__main__ import main, parse_pretrain
 from sdmp_train.checkpoint import save_checkpoint
@@ -237,7 +239,7 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert printed.count("backbone, k = ") == 2
     assert printed.count("raw pixels, k = ") == 2
     assert main(["export", "run", "--output", "again"]) == 0
-    assert sorted(p.name for p in Path("again").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in Path("again").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert main(["eval", "knn", "--weights", "again", "--data", str(image_folder), "--device", "cpu", "-j", "0"]) == 0
     assert main(["export", "run", "--step", "77"]) == 2
     assert "step-000006" in capsys.readouterr().err
@@ -319,3 +321,71 @@ def test_a_checkpoint_that_misplaces_its_backbone_is_refused(place: object, tmp_
     save_checkpoint(tmp_path / "checkpoints", 1, {"student": {"w": torch.zeros(1)}}, {"backbone": place})
     assert main(["export", str(tmp_path)]) == 2
     assert "does not say where its backbone is" in capsys.readouterr().err
+
+
+def test_every_limit_on_files_has_the_flag_that_the_advice_names(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "images", 8)
+    Image.new("RGB", (300, 300)).save(folder / "large.png")
+    cut = folder / "cut.jpg"
+    Image.effect_noise((64, 64), 90).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-400])
+    words = ["plan", str(folder), *TINY]
+    assert main([*words, "--max-pixels", "80000"]) == 2
+    advice = capsys.readouterr().err
+    assert "on_bad" not in advice
+    assert "(--max-pixels)" in advice
+    assert "--bad-images skip" in advice
+    assert main(words) == 0  # its header is whole
+    assert main([*words, "--check", "decode"]) == 2
+    capsys.readouterr()
+    assert main([*words, "--bad-images", "skip"]) == 4
+    assert "--max-bad-frac" in capsys.readouterr().err
+    assert main([*words, "--bad-images", "skip", "--max-bad-frac", "0.2"]) == 0
+    with pytest.raises(SystemExit) as refused:
+        main([*words, "--max-bad-frac", "1.5"])
+    assert refused.value.code == 2
+    assert main(["verify", "--data", str(folder), "--max-pixels", "80000"]) == 2
+    assert "large.png" in capsys.readouterr().err
+
+
+def test_pillow_opens_what_max_pixels_allows(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "images", 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    Image.new("RGB", (300, 300)).save(folder / "large.png")
+    assert main(["plan", str(folder), *TINY, "--max-pixels", "90000"]) == 0
+
+
+def test_folders_are_given_with_or_without_their_flag(capsys):
+    for command, flag in (("export", "--run"), ("verify", "--data")):
+        assert main([command]) == 2
+        assert f"give {flag}" in capsys.readouterr().err
+        assert main([command, "one", flag, "two"]) == 2
+        assert "give one of them" in capsys.readouterr().err
+
+
+def test_version_and_the_help_of_eval(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sdmp-kernels 0.")
+    assert main(["eval", "--help"]) == 0
+    assert "--help lists" in capsys.readouterr().out
+
+
+def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "1", "--output", "my run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    done = next(line for line in lines if line.startswith("done"))
+    assert "final loss " in done
+    assert "1 steps; this took " in done
+    monkeypatch.chdir("/")
+    at = next(i for i, line in enumerate(lines) if line.startswith("load "))
+    names: dict = {}
+    exec("\n".join(line[9:] for line in lines[at : at + 2]), names)
+    assert names["backbone"].num_features == 32
+    command = shlex.split(next(line for line in lines if line.startswith("measure"))[9:])
+    assert command[:3] == ["python", "-m", "sdmp_train"]
+    assert main([*command[3:], "--device", "cpu", "-j", "0", "--k", "1"]) == 0
+    card = (tmp_path / "my run" / "exported" / "README.md").read_text()
+    assert "| kNN (k = 20), trained backbone | " in card

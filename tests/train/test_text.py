@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdmp_train.text import brief, one_line, printable
+from sdmp_train.text import brief, duration, one_line, printable
 
 HOSTILE = "a\x1b[2J\u202eb"
 
@@ -33,3 +33,9 @@ def test_what_is_long_is_shortened_and_what_is_empty_says_its_kind():
     assert len(brief(["x" * 10_000] * 10_000)) <= 400
     assert one_line(KeyError()) == "KeyError"
     assert brief(10**5000) == "a int too large to print"
+
+
+def test_durations_have_two_units_at_most():
+    shown = {0.254: "0.25 s", 42.2: "42 s", 59.7: "1 min 00 s", 425: "7 min 05 s", 3599.8: "1 h 00 min"}
+    shown |= {12000: "3 h 20 min", 86_399: "1 d 00 h", 187_200: "2 d 04 h"}
+    assert {seconds: duration(seconds) for seconds in shown} == shown

@@ -281,7 +281,7 @@ BAD_HEADERS = {
 def test_bad_headers_stop_by_name(own: Path, cache: Path, name: str, place: str) -> None:
     content, reason = BAD_HEADERS[name]
     (own / place / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"1 of 31 files.*\n.*{name}.*{reason}.*\n.*on_bad='skip'"):
+    with pytest.raises(DataError, match=rf"1 of 31 files.*\n.*{name}.*{reason}.*\n.*--bad-images skip"):
         open_folder(own, cache_dir=cache)
 
 
