@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,10 @@ class SubjectConfig:
     """Decoding threads; None chooses by the number of cores."""
     bad_images: Literal["stop", "skip"] | None = None
     """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
+    max_bad_frac: float | None = None
+    """With --bad-images skip: the share of files that may be left out; default: the run's."""
+    max_pixels: int | None = None
+    """Files that claim more pixels are bad; default: the run's."""
     loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
     """Who decodes; default: the run's choice."""
 
@@ -73,19 +77,6 @@ class SubjectConfig:
             raise ConfigError(
                 "more than one backbone is given; give --run RUN (a run folder) or --weights DIR (an export), once"
             )
-
-
-class Named(Protocol):
-    """Settings that name a backbone and images."""
-
-    @property
-    def run(self) -> str | None: ...
-    @property
-    def data(self) -> str | None: ...
-    @property
-    def test_data(self) -> str | None: ...
-    @property
-    def workers(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +166,7 @@ def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), pixels
 
 
-def measured_data(config: Named, pixels: Mapping[str, Any]) -> DataConfig:
+def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfig:
     """The images that `config` means, as the run reads them, in the size and range of the export's `pretrained_cfg`."""
     stored = stored_config(Path(config.run)).data if config.run is not None else DataConfig()
     if config.data is None and stored.data is None:
@@ -189,8 +180,10 @@ def measured_data(config: Named, pixels: Mapping[str, Any]) -> DataConfig:
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         workers=config.workers,
-        bad_images=getattr(config, "bad_images", None) or stored.bad_images,
-        loader=getattr(config, "loader", None) or stored.loader,
+        bad_images=config.bad_images or stored.bad_images,
+        max_bad_frac=stored.max_bad_frac if config.max_bad_frac is None else config.max_bad_frac,
+        max_pixels=stored.max_pixels if config.max_pixels is None else config.max_pixels,
+        loader=config.loader or stored.loader,
     )
 
 

@@ -69,8 +69,8 @@ class DINOConfig:
     drop_path_rate: Annotated[float, arg(name="drop-path-rate")] = 0.1
     """ViT: chance that the student's last residual branch is left out for a sample, falling to 0 towards the first."""
     vit_start: Annotated[Literal["timm", "mocov3"], arg(name="vit-start")] = "timm"
-    """How a ViT starts: as timm's does (DINO's own), or with MoCo v3's Xavier weights, fixed sin-cos positions and frozen
-    patch projection, which suits narrow nets and short runs."""
+    """How a ViT starts: as timm's does (DINO's own), or with MoCo v3's Xavier weights, fixed sin-cos positions and
+    frozen patch projection, which suits narrow nets and short runs."""
     local_crops_number: int = 8
     """Local crops of an image; 0 leaves the two global ones."""
     local_px: int = 96
