@@ -27,6 +27,7 @@ from typing import Literal, Self
 from .config import Config, ConfigError, load_config
 from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
+from .export import CARD, is_edited
 from .reading import open_for_append, parse_json, read_text
 
 MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
@@ -45,7 +46,7 @@ OURS = {
     "": rf"({_TOP}){_DRAFT}",
     CHECKPOINTS: rf"latest{_DRAFT}",
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
-    EXPORTED: rf"((model|classifier)\.safetensors|(config|classes)\.json){_DRAFT}",
+    EXPORTED: rf"((model|classifier)\.safetensors|(config|classes)\.json|README\.md){_DRAFT}",
     "report-figures": rf"(knn|losses|method|speed|optimiser|lam)\.png{_DRAFT}",
     "pictures": rf"((attention|patches|neighbours|embedding)\.png|captions\.json){_DRAFT}",
 }
@@ -130,6 +131,8 @@ def strangers(path: Path) -> Iterator[Path]:
             continue
         elif is_folder and name in OURS:
             yield from _other_files(entry, OURS[name])
+            if name == EXPORTED and is_edited(entry / CARD):
+                yield entry / CARD
         elif not _is_plain(entry, OURS[""]):
             yield entry
 

@@ -45,7 +45,7 @@ def test_yaml_overrides_only_what_it_names(tmp_path: Path):
         ("optim: {epoch: 3}", "unknown setting optim.epoch. Did you mean epochs"),
         ("optim: {epochs: many}", "optim.epochs is 'many'; expected int"),
         ("optim: {epochs: true}", "optim.epochs is True; expected int"),
-        ("optim: {opt: adam}", "expected one of adamw, lars. Did you mean adamw"),
+        ("optim: {opt: adam}", "expected one of adamw, lars, sgd. Did you mean adamw"),
         ("optim: 3", "must hold names and values"),
         ("- a", "expected groups"),
         ("a: [", "cannot read"),

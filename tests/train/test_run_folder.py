@@ -15,7 +15,8 @@ import pytest
 
 from sdmp_train import run_folder
 from sdmp_train.config import ConfigError
-from sdmp_train.run_folder import LOCK, MARKER, check_folder, claim
+from sdmp_train.export import CARD_MARK
+from sdmp_train.run_folder import LOCK, MARKER, check_folder, claim, strangers
 
 HOLD = """
 import os, sys, time
@@ -201,3 +202,12 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_not_written(tmp_path: Path):
             claim(tmp_path / "run", "resume")
         (tmp_path / "run" / LOCK).unlink()
     assert mine.read_text() == "precious"
+
+
+def test_an_edited_model_card_is_not_ours_to_delete(tmp_path: Path) -> None:
+    card = tmp_path / "exported" / "README.md"
+    card.parent.mkdir()
+    card.write_text(f"---\n{CARD_MARK}\n# a net\n")
+    assert list(strangers(tmp_path)) == []
+    card.write_text("# my notes\n")
+    assert list(strangers(tmp_path)) == [card]
