@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
+from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
 from .data import DataError, Index, eval_loader
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
-from .export import export_backbone, how_to_load, write_card
+from .export import export_backbone
 from .log import Log
 from .loop import Outcome
 from .picture import save_mix_picture

@@ -24,10 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from .card import CARD, is_edited
 from .config import Config, ConfigError, load_config
 from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
-from .export import CARD, is_edited
 from .reading import open_for_append, parse_json, read_text
 
 MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"

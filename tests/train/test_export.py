@@ -17,8 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sdmp_train import export
+from sdmp_train.card import how_to_load, write_card
 from sdmp_train.config import Config, ConfigError, ModelConfig
-from sdmp_train.export import export_backbone, how_to_load, load_exported, write_card
+from sdmp_train.export import export_backbone, load_exported
 from sdmp_train.models import build_backbone
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(export.__file__).parents[1])}

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdmp_train import run_folder
+from sdmp_train.card import CARD_MARK
 from sdmp_train.config import ConfigError
-from sdmp_train.export import CARD_MARK
 from sdmp_train.run_folder import LOCK, MARKER, check_folder, claim, strangers
 
 HOLD = """
