@@ -178,7 +178,6 @@ def open_folder(
         TooManyBadFiles: the share of bad files exceeds `max_bad_frac`.
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
-    let_pillow_open(max_pixels)
     root = _resolve(Path(path), split)
     how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
     return index_listing(root, list_files(root), how)
@@ -221,6 +220,7 @@ def index_listing(
     Raises:
         DataError, TooManyBadFiles: as `open_folder`.
     """
+    let_pillow_open(how.max_pixels)
     contents = contents or partial(os.path.join, root)
     cache, decode = Cache(cached_as or root, how.cache_dir), how.check == "decode"
     with cache.alone() if decode else nullcontext():

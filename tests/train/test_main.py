@@ -349,12 +349,16 @@ def test_every_limit_on_files_has_the_flag_that_the_advice_names(tmp_path: Path,
     assert "large.png" in capsys.readouterr().err
 
 
-def test_pillow_opens_what_max_pixels_allows(tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("source", ["folder", "list"])
+def test_pillow_opens_what_max_pixels_allows(source: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = make_folder(tmp_path / "images", 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
     Image.new("RGB", (300, 300)).save(folder / "large.png")
-    assert main(["plan", str(folder), *TINY, "--max-pixels", "90000"]) == 0
+    names = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in names))
+    given = folder if source == "folder" else tmp_path / "list.txt"
+    assert main(["plan", str(given), *TINY, "--max-pixels", "90000"]) == 0
 
 
 def test_folders_are_given_with_or_without_their_flag(capsys):
