@@ -53,6 +53,26 @@ class Draws:
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 1, salt], dtype=np.uint64)))
 
 
+class Drawing:
+    """A drop-in with streams of its own in `_draws`, whose seed is read and whose step is read and set."""
+
+    _draws: Draws
+
+    @property
+    def seed(self) -> int:
+        """The seed of this object's draws."""
+        return self._draws.seed
+
+    @property
+    def step(self) -> int:
+        """Number of draws so far; set it to resume."""
+        return self._draws.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._draws.step = check_integer("step", step, low=0, what="a number of draws, 0 or more")
+
+
 def fresh_seed() -> int:
     """A seed made of torch's seed and the number of seeds this process has asked for: another one at every call.
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number
-from sdmp_kernels._drop_in import LABELS, Draws, check_ignored, class_numbers, dense_target, soft_rows
+from sdmp_kernels._drop_in import LABELS, Drawing, Draws, check_ignored, class_numbers, dense_target, soft_rows
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, check_size, draw_boxes, make_plan
 
 
-class _Mixing(nn.Module):
+class _Mixing(Drawing, nn.Module):
     """What the three classes share: finding images and labels in a sample, and mixing both by one plan."""
 
     rule: ClassVar[Rule]
@@ -71,20 +71,6 @@ class _Mixing(nn.Module):
         self.labels = labels
         self.ignore_index = check_ignored(ignore_index)
         self._draws = Draws(seed)
-
-    @property
-    def seed(self) -> int:
-        """The seed of this object's draws."""
-        return self._draws.seed
-
-    @property
-    def step(self) -> int:
-        """Number of draws so far; set it to resume."""
-        return self._draws.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self._draws.step = check_integer("step", step, low=0, what="a number of draws, 0 or more")
 
     def forward(self, *inputs: Any, plan: MixPlan | None = None) -> Any:
         """Mix the images and labels of a sample.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import LABELS, Draws, check_ignored, choose, class_numbers, dense_target, soft_rows
+from sdmp_kernels._drop_in import LABELS, Drawing, Draws, check_ignored, choose, class_numbers, dense_target, soft_rows
 from sdmp_kernels.ops.mix import mix
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
 
@@ -20,7 +20,7 @@ _IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.floa
 _RESIZEMIX_RANGE = (0.1, 0.9)
 
 
-class Mixup:
+class Mixup(Drawing):
     """Mixup and CutMix of a labelled batch as `timm.data.Mixup` does them, and ResizeMix beside them.
 
     Row i is mixed with row N-1-i. Every mode is one fused call, on the device of the images. What timm gets wrong is
@@ -114,20 +114,6 @@ class Mixup:
         self.last_plan: MixPlan | None = None
         self.ignore_index = check_ignored(ignore_index)
         self._draws = Draws(seed)
-
-    @property
-    def seed(self) -> int:
-        """The seed of this object's draws."""
-        return self._draws.seed
-
-    @property
-    def step(self) -> int:
-        """Number of draws so far; set it to resume."""
-        return self._draws.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self._draws.step = check_integer("step", step, low=0, what="a number of draws, 0 or more")
 
     def __call__(self, x: Tensor, target: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, Tensor | TwoHot]:
         """Mix `x` in place and make its target.

@@ -18,7 +18,7 @@ from torch import nn
 
 from sdmp_kernels import MixPlan, draw_plan
 
-from ..config import Config, OptimConfig, RunConfig
+from ..config import Config, OptimConfig
 from ..data import Batch, Index, LoaderName, RandAugmentErase, ViewRecipe, crop_flip_view
 from ..distributed import World, join_world
 from ..durable import replacing, write_durably
@@ -26,6 +26,7 @@ from ..export import write_export
 from ..flags import arg
 from ..log import Log
 from ..methods.method import At, Group, Setup
+from ..methods.mixing import place_of
 from ..methods.supervised import Supervised, SupervisedConfig
 from ..run_folder import EXPORTED
 from ..settings import between, require
@@ -42,7 +43,6 @@ from .subject import (
     labelled_images,
     open_subject,
     plain_settings,
-    resolved_precision,
     result_folder,
 )
 from .subset import some_images
@@ -166,7 +166,7 @@ class FineTuning(Supervised):
             box="clip",
             seed=setup.seed,
             step=at.step,
-            rank=at.part * setup.world.size + setup.world.rank,
+            rank=place_of(setup, at),
             world_size=at.parts * setup.world.size,
             device=setup.world.device,
         )
@@ -216,7 +216,7 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
         log.say(f"labels   {which}")
         fitting = finetuning(config, subject, world, train)
         with fitted(fitting, world, log, stop) as training:
-            found = measure(training, config, train, test, log, stop)
+            found = measure(training, train, test, log, stop)
             if world.is_first:
                 found["exported"] = str(export_classifier(training, subject, train, fitting.folder / EXPORTED))
                 keep_result(result_folder(subject, config.output), "finetune", subject, found)
@@ -229,7 +229,7 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: Index) -> Fitting:
     """The training, with the recipe's settings where none were given."""
-    assert subject.digest  # of the weights as they come
+    subject.digest  # noqa: B018  # kept from now on: of the weights as they come
     recipe = RECIPES[config.recipe]
     batch_size = config.batch_size or max(2, min(1024, len(train)) // world.size * world.size)
     epochs = config.epochs or recipe.epochs
@@ -249,14 +249,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
             warmup_epochs=min(config.warmup_epochs, epochs),
             batch_size=batch_size,
         ),
-        run=RunConfig(
-            preset=f"finetune/{config.recipe}",
-            seed=config.seed,
-            device=config.device,
-            precision=resolved_precision(config.precision, world),
-            log_every_steps=config.log_every_steps,
-            save_every_minutes=config.save_every_minutes,
-        ),
+        run=config.run_settings(f"finetune/{config.recipe}", world),
     )
     return Fitting(
         "finetune",
@@ -271,9 +264,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     )
 
 
-def measure(
-    training: Training, config: FinetuneConfig, train: Index, test: Index, log: Log, stop: StopRequest
-) -> dict[str, Any]:
+def measure(training: Training, train: Index, test: Index, log: Log, stop: StopRequest) -> dict[str, Any]:
     """Accuracy of the plain weights on the test images: shorter side * 256 / 224, bicubic, centre."""
     method = cast(FineTuning, training.method)
     method.classifier.eval()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .. import checkpoint, run_folder
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, RunConfig
 from ..data import DataError, HostTransform, Index, LoaderName, choose_loader, make_loader, steps_per_epoch
 from ..distributed import World, together
 from ..durable import write_durably
@@ -27,7 +27,7 @@ from ..settings import between, require
 from ..stop import Stopped, StopRequest
 from ..text import brief, printable
 from ..training import Training, assemble, load_parts, versions
-from .subject import PLACES, Precision, Subject, SubjectConfig
+from .subject import PLACES, Precision, Subject, SubjectConfig, resolved_precision
 
 
 class NotFinite(RuntimeError):
@@ -61,9 +61,21 @@ class FitConfig(SubjectConfig):
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a training and --overwrite deletes it; give one of them")
 
+    def run_settings(self, name: str, world: World) -> RunConfig:
+        """Those of the training itself, under the name that stands in place of a preset's."""
+        return RunConfig(
+            preset=name,
+            seed=self.seed,
+            device=self.device,
+            precision=resolved_precision(self.precision, world),
+            log_every_steps=self.log_every_steps,
+            save_every_minutes=self.save_every_minutes,
+        )
+
 
 NOT_MATHS = frozenset(
-    {*PLACES, "data", "test_data", "device", "workers", "bad_images", "save_every_minutes", "log_every_steps"}
+    {*PLACES, "data", "test_data", "device", "workers", "save_every_minutes", "log_every_steps"}
+    | {"bad_images", "max_bad_frac", "max_pixels"}
 )
 """Settings that a training may be gone on with otherwise: weights and images are compared by their digests."""
 

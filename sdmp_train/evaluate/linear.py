@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
 from sdmp_kernels.views import Interpolation
 
-from ..config import Config, OptimConfig, RunConfig
+from ..config import Config, OptimConfig
 from ..data import Batch, Index, ViewRecipe, crop_flip_view
 from ..distributed import World, distribute, join_world
 from ..flags import arg
@@ -40,7 +40,6 @@ from .subject import (
     labelled_images,
     open_subject,
     plain_settings,
-    resolved_precision,
     result_folder,
     weights_digest,
 )
@@ -270,14 +269,7 @@ def linear_fitting(config: LinearConfig, subject: Subject, world: World, train: 
         optim=OptimConfig(
             opt="sgd", base_lr=max(config.rates), weight_decay=0, epochs=epochs, warmup_epochs=0, batch_size=batch_size
         ),
-        run=RunConfig(
-            preset=f"linear/{config.recipe}",
-            seed=config.seed,
-            device=config.device,
-            precision=resolved_precision(config.precision, world),
-            log_every_steps=config.log_every_steps,
-            save_every_minutes=config.save_every_minutes,
-        ),
+        run=config.run_settings(f"linear/{config.recipe}", world),
     )
     features = config.features_of(subject.backbone)
     whole = replace(config, features=features, lr=config.rates, epochs=epochs, batch_size=batch_size)

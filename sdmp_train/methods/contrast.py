@@ -109,12 +109,6 @@ def mlp_head(sizes: list[int], last_norm: bool) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """The sum of losses, each times its weight, and the losses themselves without gradient."""
-    total = torch.stack([weight * loss for loss, weight in zip(losses, weights, strict=True)]).sum()
-    return total, [loss.detach() for loss in losses]
-
-
 class Encoder(nn.Module):
     """Backbone and projector: what the momentum encoder is a copy of."""
 

@@ -29,7 +29,7 @@ from ..optim import key_momentum
 from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans
+from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules
 from .momentum import follow
 from .start import start_vit
 
@@ -519,9 +519,8 @@ class DINO:
         """The first view, mixed by each rule in turn."""
         if not self.crops.mixed:
             return []
-        images, config = batch.views[0].cpu(), self.config
-        plans = example_plans(tuple(images.shape), rules=config.rules, alpha=config.alpha, seed=self.setup.seed)
-        return [(rule, images, plan) for rule, plan in plans]
+        config = self.config
+        return examples_of_rules(batch.views[0], rules=config.rules, alpha=config.alpha, seed=self.setup.seed)
 
 
 def pair_weights(crops: Crops, mix_weight: float) -> tuple[Tensor, Tensor, Tensor]:

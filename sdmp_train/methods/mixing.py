@@ -102,9 +102,11 @@ def draw_batch_plan(
     return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
 
 
-def example_plans(
-    images_shape: tuple[int, ...], *, rules: tuple[str, ...], alpha: float, seed: int
-) -> list[tuple[str, MixPlan]]:
-    """For mix.png: a plan for each rule, that of step 0 of a run with this rule alone."""
-    count, _, height, width = images_shape
-    return [(rule, draw_plan(count, (height, width), rules=(rule,), alpha=alpha, seed=seed, step=0)) for rule in rules]
+def examples_of_rules(
+    views: Tensor, *, rules: tuple[str, ...], alpha: float, seed: int
+) -> list[tuple[str, Tensor, MixPlan]]:
+    """For mix.png: the views with a plan for each rule, that of step 0 of a run with this rule alone."""
+    images = views.cpu()
+    count, _, height, width = images.shape
+    plans = (draw_plan(count, (height, width), rules=(rule,), alpha=alpha, seed=seed, step=0) for rule in rules)
+    return [(rule, images, plan) for rule, plan in zip(rules, plans, strict=True)]

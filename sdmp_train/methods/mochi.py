@@ -25,7 +25,7 @@ Letters: N rows per rank, M keys (N * ranks), D features, S, S' synthetic negati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -37,7 +37,7 @@ from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
 from ..data import Batch
 from ..flags import arg
 from ..settings import DataConfig, between, require
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of, weighted_sum
+from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
 from .method import At, Pass, Setup
 from .mixing import generator, place_of
 
@@ -174,3 +174,9 @@ def synthetic(query: Tensor, known: Tensor, key: Tensor, hard: Tensor, draws: Dr
     to_itself = (query * query.detach()).sum(dim=1, keepdim=True)
     length = (b * b + (1 - b) ** 2 + 2 * b * (1 - b) * to_third.detach()).clamp_min(SMALL**2).sqrt()
     return mixed, (b * to_itself + (1 - b) * to_third) / length
+
+
+def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of losses, each times its weight, and the losses themselves without gradient."""
+    total = torch.stack([weight * loss for loss, weight in zip(losses, weights, strict=True)]).sum()
+    return total, [loss.detach() for loss in losses]

@@ -23,7 +23,7 @@ from ..flags import arg
 from ..settings import DataConfig, between
 from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
 from .method import At, Pass, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, example_plans, generator
+from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules, generator
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
 SWAP_STREAM = 2**62
@@ -133,6 +133,5 @@ class MoCoV3(Contrast):
         """The first view, mixed by each rule in turn."""
         if self.config.mixing == "none":
             return []
-        images, config = batch.views[0].cpu(), self.config
-        plans = example_plans(tuple(images.shape), rules=config.rules, alpha=config.alpha, seed=self.setup.seed)
-        return [(rule, images, plan) for rule, plan in plans]
+        config = self.config
+        return examples_of_rules(batch.views[0], rules=config.rules, alpha=config.alpha, seed=self.setup.seed)

@@ -25,7 +25,7 @@ from ..models import feature_width
 from ..settings import ConfigError, DataConfig, between
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, example_plans
+from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules
 
 HEAD_STD = 0.01
 
@@ -174,6 +174,5 @@ class Supervised:
         """The view, mixed by each rule in turn."""
         if not self.config.prob:
             return []
-        images, config = batch.views[0].cpu(), self.config
-        plans = example_plans(tuple(images.shape), rules=config.rules, alpha=config.alpha, seed=self.setup.seed)
-        return [(rule, images, plan) for rule, plan in plans]
+        config = self.config
+        return examples_of_rules(batch.views[0], rules=config.rules, alpha=config.alpha, seed=self.setup.seed)

@@ -11,7 +11,7 @@ from tiny_runs import at_step, build_method, build_training, noise_batches
 from sdmp_train import loop
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.guard import StopRequest
-from sdmp_train.methods.mixing import check_rules, draw_batch_plan, example_plans
+from sdmp_train.methods.mixing import check_rules, draw_batch_plan, examples_of_rules
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_accumulated_batches_with_a_global_flip_are_a_step(tiny: Config):
 
 
 def test_examples_are_of_each_rule(tiny: Config):
-    plans = example_plans((4, 3, 16, 16), rules=("cutmix", "mixup"), alpha=1.0, seed=3)
-    assert [name for name, _ in plans] == ["cutmix", "mixup"]
-    assert [[rule.name.lower() for rule in plan.rules] for _, plan in plans] == [["cutmix"], ["mixup"]]
-    assert all(plan.size == (16, 16) and len(plan) == 4 for _, plan in plans)
+    plans = examples_of_rules(
+        torch.zeros(4, 3, 16, 16, dtype=torch.uint8), rules=("cutmix", "mixup"), alpha=1.0, seed=3
+    )
+    assert [name for name, _, _ in plans] == ["cutmix", "mixup"]
+    assert [[rule.name.lower() for rule in plan.rules] for _, _, plan in plans] == [["cutmix"], ["mixup"]]
+    assert all(plan.size == (16, 16) and len(plan) == 4 for _, _, plan in plans)
