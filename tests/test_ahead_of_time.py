@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,44 @@ TIGHT = ("info_nce", "soft_cross_entropy")
 # What these launch like sm_80, they need not compile again, see below.
 LIKE_SM_80 = ("sm_86", "sm_89")
 
+# `make test` compiles everything for one generation, and for the others what computes on tensor cores, whose
+# instructions differ; `make test-slow` the rest.
+WHOLE, PRODUCTS = "sm_90", ("info_nce",)
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Everything, for the three generations that Triton compiles for differently; and what is tuned for the others."""
+
+def covered(part: str) -> list[tuple[str, str]]:
+    """(architecture, op) of a part: every op for the three generations that Triton compiles for differently, and for
+    the others what is tuned for them."""
+    pairs = [(arch, op) for arch in SHARED_LIMIT if arch not in LIKE_SM_80 for op in SERVED]
+    pairs += [(arch, op) for arch in LIKE_SM_80 for op in SERVED if launches("sm_80", op) != launches(arch, op)]
+    return [pair for pair in pairs if (pair[0] == WHOLE or pair[1] in PRODUCTS) is (part == "first")]
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What came of compiling `pairs`, (architecture, op)."""
+
+    pairs: list[tuple[str, str]]
+    found: list[dict[str, Any]]
+
+    def of(self, arch: str) -> list[dict[str, Any]]:
+        return [report for report in self.found if report["arch"] == arch]
+
+
+@pytest.fixture(scope="module", params=["first", pytest.param("rest", marks=pytest.mark.slow)])
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """One process per set of ops, each of which compiles on all cores."""
+    pairs = covered(request.param)
     found = []
-    others = [arch for arch in SHARED_LIMIT if arch not in LIKE_SM_80]
-    own = [op for op in SERVED if launches("sm_80", op) != launches("sm_86", op)]
-    for arguments in (["--arch", *others], ["--arch", *LIKE_SM_80, "--op", *own]):
+    together: dict[tuple[str, ...], list[str]] = {}
+    for arch in dict.fromkeys(arch for arch, _ in pairs):
+        together.setdefault(tuple(op for of, op in pairs if of == arch), []).append(arch)
+    for ops, archs in together.items():
         file = tmp_path_factory.mktemp("ahead_of_time") / "reports.json"
-        done = run("--json", str(file), *arguments)
+        done = run("--json", str(file), "--arch", *archs, "--op", *ops)
         assert file.exists(), done.stdout[-4000:] + done.stderr[-4000:]
         found += json.loads(file.read_text())
-    return found
+    return Reports(pairs, found)
 
 
 def launches(arch: str, op: str) -> list[tuple[Any, ...]]:
@@ -59,11 +85,9 @@ def launches(arch: str, op: str) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_every_declared_fact_holds(reports: list[dict[str, Any]], arch: str) -> None:
-    failed = {r["name"]: r["failed"] for r in reports if r["arch"] == arch and r["failed"]}
-    assert not failed
-    assert any(r["arch"] == arch for r in reports)
+def test_every_declared_fact_holds(reports: Reports) -> None:
+    assert not {(r["arch"], r["name"]): r["failed"] for r in reports.found if r["failed"]}
+    assert {r["arch"] for r in reports.found} == {arch for arch, _ in reports.pairs}
 
 
 @pytest.mark.parametrize(
@@ -93,26 +117,32 @@ def test_products_that_wait_for_each_other_are_found(waits: int, fails: bool) ->
     assert bool(failures(item, "sm_90", report)) is fails
 
 
-@pytest.mark.parametrize("arch", LIKE_SM_80)
-def test_what_is_launched_as_on_sm_80_fits_into_less_shared_memory(reports: list[dict[str, Any]], arch: str) -> None:
+def test_what_is_launched_as_on_sm_80_fits_into_less_shared_memory(reports: Reports) -> None:
     """The same kernels of the same constants: of these architectures' limits, only that of shared memory is lower."""
-    needs = {r["name"]: r["shared"] for r in reports if r["arch"] == "sm_80"}
-    compiled = {r["name"] for r in reports if r["arch"] == arch}
-    for op in SERVED:
+    needs = {r["name"]: r["shared"] for r in reports.of("sm_80")}
+    for op in [op for arch, op in reports.pairs if arch == "sm_80"]:
         as_on_sm_80 = launches("sm_80", op)
-        for launch in launches(arch, op):
-            assert launch[0] in compiled or (launch in as_on_sm_80 and needs[launch[0]] <= SHARED_LIMIT[arch])
+        for arch in LIKE_SM_80:
+            compiled = {r["name"] for r in reports.of(arch)}
+            for launch in launches(arch, op):
+                assert launch[0] in compiled or (launch in as_on_sm_80 and needs[launch[0]] <= SHARED_LIMIT[arch])
 
 
-@pytest.mark.parametrize("op", SERVED)
-def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> None:
-    module = importlib.import_module(f"sdmp_kernels.ops.{op}.triton")
-    for arch in SHARED_LIMIT:
+def test_every_kernel_is_compiled(reports: Reports) -> None:
+    for arch, op in reports.pairs:
+        module = importlib.import_module(f"sdmp_kernels.ops.{op}.triton")
         compiled = {item.kernel.__name__ for item in module.compiles(arch)}
         assert compiled == set(module.KERNELS), arch
         names = [item.name for item in module.compiles(arch)]
         assert len(set(names)) == len(names)
-        assert arch in LIKE_SM_80 or set(names) <= {r["name"] for r in reports if r["arch"] == arch}
+        assert set(names) <= {r["name"] for r in reports.of(arch)}
+
+
+def test_the_parts_are_everything() -> None:
+    """No op of no generation falls between them."""
+    pairs = covered("first") + covered("rest")
+    assert len(set(pairs)) == len(pairs)
+    assert {(arch, op) for arch in SHARED_LIMIT if arch not in LIKE_SM_80 for op in SERVED} <= set(pairs)
 
 
 @pytest.mark.parametrize(("name", "itemsize", "loads", "stores"), [
@@ -122,10 +152,10 @@ def test_every_kernel_is_compiled(reports: list[dict[str, Any]], op: str) -> Non
     ("soft_cross_entropy gradient bfloat16 65536", 2, 2, 1),
 ])  # fmt: skip
 def test_each_element_is_read_and_written_as_often_as_the_model_says(
-    reports: list[dict[str, Any]], name: str, itemsize: int, loads: int, stores: int
+    reports: Reports, name: str, itemsize: int, loads: int, stores: int
 ) -> None:
     """In the machine's loops: one load per sweep, the second out of the L2 cache, and one store."""
-    for report in (r for r in reports if r["name"] == name):
+    for report in (r for r in reports.found if r["name"] == name):
         block = next(
             item.constants for item in tiles_of("soft_cross_entropy", report["arch"]) if item.name == report["name"]
         )
@@ -133,7 +163,7 @@ def test_each_element_is_read_and_written_as_often_as_the_model_says(
         wide = 16 // itemsize * 32 * report["num_warps"]
         assert report["loads"].get("128", 0) * wide == loads * elements, report["arch"]
         assert report["stores"].get("128", 0) * wide == stores * elements, report["arch"]
-    assert any(r["name"] == name for r in reports)
+    assert any(r["name"] == name for r in reports.found)
 
 
 def tiles_of(op: str, arch: str) -> list[Any]:
