@@ -3,6 +3,7 @@
 from sdmp_kernels._backends import backends, use_backend
 from sdmp_kernels.clip import clip_loss
 from sdmp_kernels.ops.augment import augment
+from sdmp_kernels.ops.augment.arguments import FlatImages
 from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
 from sdmp_kernels.ops.mix import mix
@@ -11,6 +12,7 @@ from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_plan, make_plan
 from sdmp_kernels.views import ViewDraws, ViewRecipe, byol_views, dino_views, draw_views
 
 __all__ = [
+    "FlatImages",
     "MixPlan",
     "Rule",
     "TwoHot",

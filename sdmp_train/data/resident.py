@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdmp_kernels import augment
+from sdmp_kernels import FlatImages, augment
 
 from .ahead import Ahead
 from .batch import Batch, Loader
@@ -106,15 +106,24 @@ class Images:
         if bad:
             raise bad_files_error(bad)
 
-    def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor]:
-        """Images of rows: (N, 3, H, W) in one batch on a GPU where all of the set are of one size, else each (H, W, 3).
-
-        The list holds views into `pixels`, no copies.
+    def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor] | FlatImages:
+        """Images of rows: on a GPU (N, 3, H, W) in one batch where all of the set are of one size, else the buffer and
+        where in it they lie; on a CPU each (H, W, 3). Only the batch is a copy.
         """
         if self.pixels.is_cuda and self._one_size:
             stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
             chosen = torch.from_numpy(rows.astype(np.int64)).to(self.pixels.device, non_blocking=True)
             return stacked.index_select(0, chosen).permute(0, 3, 1, 2)
+        if self.pixels.is_cuda:
+            offsets, heights, widths = (
+                torch.from_numpy(table).to(self.pixels.device, non_blocking=True)
+                for table in (
+                    self.offsets[rows],
+                    self._heights[rows].astype(np.int32),
+                    self._widths[rows].astype(np.int32),
+                )
+            )
+            return FlatImages(self.pixels, offsets, heights, widths)
         return [
             self.pixels[self.offsets[row] : self.offsets[row + 1]].view(
                 int(self._heights[row]), int(self._widths[row]), 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from sdmp_kernels import ViewDraws, ViewRecipe, _backends, augment, draw_views, use_backend
+from sdmp_kernels import FlatImages, ViewDraws, ViewRecipe, _backends, augment, draw_views, use_backend
 from sdmp_kernels.ops.augment import cases
 from sdmp_kernels.views import eval_view
 
@@ -81,6 +83,40 @@ def test_a_list_of_images_is_the_batch_of_them(backend: str) -> None:
     images = photographs()
     draws = draw_views(cases.EVERYTHING, np.full(6, 60), np.full(6, 80), step=3)
     assert torch.equal(augment(images, draws, 16), augment([i.permute(1, 2, 0) for i in images], draws, 16))
+
+
+def test_images_of_many_sizes_in_one_buffer_give_the_views_of_a_list(backend: str) -> None:
+    """Rows chosen anew from one buffer, as a resident set is read; and of five channels."""
+    for channels, recipe in ((3, cases.EVERYTHING), (5, cases.COLOURLESS)):
+        generator = torch.Generator().manual_seed(3)
+        images = [cases.photograph(generator, *size, channels) for size in ((20, 31), (9, 9), (40, 17))]
+        sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int32)
+        ends = torch.tensor([image.numel() for image in images]).cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends[:-1]])
+        rows = torch.tensor([2, 0, 0, 1])
+        pixels = torch.cat([image.reshape(-1) for image in images])
+        flat = FlatImages(pixels, offsets[rows], sizes[rows, 0], sizes[rows, 1], channels)
+        draws = draw_views(recipe, sizes[rows, 0].numpy(), sizes[rows, 1].numpy(), step=0)
+        chosen = [images[row] for row in rows.tolist()]
+        got = augment(flat, draws, 16)
+        assert torch.equal(got, augment(chosen, draws, 16))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"offsets": torch.tensor([1, 700])}, "row 1 begins at byte 700"),
+    ({"offsets": torch.tensor([-1, 0])}, "row 0 begins at byte -1"),
+    ({"heights": torch.tensor([0, 4], dtype=torch.int32)}, "row 0"),
+    ({"heights": torch.tensor([4, 4])}, "heights"),
+    ({"widths": torch.tensor([4], dtype=torch.int32)}, "widths has 1 rows"),
+    ({"pixels": torch.zeros(96)}, "pixels"),
+    ({"channels": 0}, "channels"),
+])  # fmt: skip
+def test_a_buffer_that_does_not_hold_its_images_is_refused(change: dict[str, Any], words: str) -> None:
+    four = torch.full((2,), 4, dtype=torch.int32)
+    given = {"pixels": torch.zeros(96, dtype=torch.uint8), "offsets": torch.tensor([0, 48]), "heights": four}
+    flat = FlatImages(**{**given, "widths": four, **change})
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        augment(flat, neutral(2, (4, 4)), 4)
 
 
 def test_out_is_written_and_returned(backend: str) -> None:

@@ -230,7 +230,9 @@ def test_no_generator_is_moved_by_a_step_and_layers_draw_from_seed_step_and_rank
 def test_no_hidden_wait_for_the_device():
     """Words that make the host wait occur only where a line is written, a flag is read one step late, or in mix.png."""
     of_methods = [importlib.import_module(f"sdmp_train.methods.{path.stem}") for path in METHOD_FILES]
-    allowed = {"meter.read", "guard.pop", "loop.train", "mixing.examples_of_rules"} | {f"{name}.example" for name in METHODS}
+    allowed = {"meter.read", "guard.pop", "loop.train", "mixing.examples_of_rules"} | {
+        f"{name}.example" for name in METHODS
+    }
     waits = re.compile(r"\.(item|cpu|tolist|numpy)\(|\b(float|int|bool)\(\w*(loss|norm|bad|grad|share)")
     looked_at = set()
     for module in (loop, guard, meter, optim, *of_methods):

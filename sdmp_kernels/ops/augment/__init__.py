@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_tensor, readable
 from sdmp_kernels.ops.augment import op as _op  # noqa: F401  registers the operators
+from sdmp_kernels.ops.augment.arguments import FlatImages
 from sdmp_kernels.views import Interpolation, Size, ViewDraws, view_size
 
 
 def augment(
-    images: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[Tensor] | FlatImages,
     draws: ViewDraws,
     size_px: Size,
     *,
@@ -39,8 +40,9 @@ def augment(
     With one channel luma is the value itself, and saturation, hue and grey do nothing.
 
     Args:
-        images: (N, C, H, W) uint8 of any strides, or N tensors (H_i, W_i, C) uint8 as decoders give them (read where
-            they lie on the CPU; on a GPU one after another, so give it one batch).
+        images: (N, C, H, W) uint8 of any strides; or N tensors (H_i, W_i, C) uint8 as decoders give them, read where
+            they lie on the CPU (on a GPU one after another: give it one batch); or `FlatImages`, images of many
+            sizes in one buffer, which a GPU takes in one go. On a GPU their sizes are not checked against the buffer.
         draws: N rows, on the device of the images. Boxes must lie inside their image; on a GPU they are clamped.
         size_px: side of the views in pixels, or (height, width).
         interpolation: "bilinear" or "bicubic".
@@ -60,8 +62,9 @@ def augment(
     if not isinstance(draws, ViewDraws):
         raise TypeError(f"draws must be a ViewDraws (see draw_views), got {type(draws).__name__}")
     given, sizes, channels = _check_images(images)
-    if len(sizes) != len(draws):
-        raise ValueError(f"draws has {len(draws)} rows but there are {len(sizes)} images; draw one view per image")
+    count = len(images.offsets) if isinstance(images, FlatImages) else len(sizes)
+    if count != len(draws):
+        raise ValueError(f"draws has {len(draws)} rows but there are {count} images; draw one view per image")
     for image in given:
         if image.device != draws.device:
             raise ValueError(f"images are on {image.device} but draws on {draws.device}; use ViewDraws.to(device)")
@@ -82,8 +85,15 @@ def _radius(sigma: float) -> int:
     return -int(-3 * sigma // 1)
 
 
-def _check_images(images: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]], int]:
-    """The images as a list of one batch or of N images, their (height, width), and how many channels they have."""
+def _check_images(
+    images: Tensor | Sequence[Tensor] | FlatImages,
+) -> tuple[list[Tensor], list[tuple[int, int]], int]:
+    """The images as the operator takes them, their (height, width), and how many channels they have.
+
+    Sizes on a GPU are not looked at, since that would stop the host: none are returned then.
+    """
+    if isinstance(images, FlatImages):
+        return _check_flat(images)
     if isinstance(images, Tensor):
         check_tensor("images", images, dtypes=(torch.uint8,), ndim=4, shape="(N, C, H, W)")
         n, channels, height, width = images.shape
@@ -102,6 +112,33 @@ def _check_images(images: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], list
                 "give images of one kind"
             )
     return list(images), [(i.shape[0], i.shape[1]) for i in images], images[0].shape[2] if len(images) else 3
+
+
+def _check_flat(images: FlatImages) -> tuple[list[Tensor], list[tuple[int, int]], int]:
+    pixels, offsets, heights, widths = images.pixels, images.offsets, images.heights, images.widths
+    channels = images.channels
+    check_tensor("pixels", pixels, dtypes=(torch.uint8,), ndim=1, shape="(bytes,)")
+    if not pixels.is_contiguous():
+        raise ValueError("pixels must be contiguous, got strides " + str(pixels.stride()))
+    if channels < 1:
+        raise ValueError(f"channels must be positive, got {channels}")
+    kinds = {"offsets": torch.int64, "heights": torch.int32, "widths": torch.int32}
+    for (name, dtype), rows in zip(kinds.items(), (offsets, heights, widths), strict=True):
+        check_tensor(name, rows, dtypes=(dtype,), ndim=1, shape="(N,)")
+        if len(rows) != len(offsets):
+            raise ValueError(f"{name} has {len(rows)} rows but offsets has {len(offsets)}")
+    given = [pixels, offsets.contiguous(), heights.contiguous(), widths.contiguous()]
+    if not readable(offsets):
+        return given, [], channels
+    end = offsets + heights.long() * widths.long() * channels
+    wrong = (offsets < 0) | (heights < 1) | (widths < 1) | (end > len(pixels))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"row {row} begins at byte {int(offsets[row])} and has {int(heights[row])} x {int(widths[row])} pixels of "
+            f"{channels} channels, which {len(pixels)} bytes of pixels do not hold"
+        )
+    return given, list(zip(heights.tolist(), widths.tolist(), strict=True)), channels
 
 
 def _check_values(draws: ViewDraws, sizes: list[tuple[int, int]], channels: int) -> None:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdmp_kernels.ops.augment import augment, reference
-from sdmp_kernels.ops.augment.arguments import Draws
+from sdmp_kernels.ops.augment.arguments import Draws, FlatImages
 from sdmp_kernels.ops.case import Case
 from sdmp_kernels.views import EvalView, Interpolation, Size, ViewDraws, ViewRecipe, draw_views, eval_view, view_size
 
-Images = Tensor | list[Tensor]
+Images = Tensor | list[Tensor] | FlatImages
 
 
 def call(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation) -> Tensor:
@@ -36,10 +36,12 @@ def truth(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interp
 
 def _views(images: Images, draws: ViewDraws, size_px: Size, interpolation: Interpolation, dtype: torch.dtype) -> Tensor:
     size, cubic = torch.Size(view_size(size_px)), interpolation == "bicubic"
-    pictures = reference.pictures([images] if isinstance(images, Tensor) else images)
+    channels = _channels(images)
+    if isinstance(images, FlatImages):
+        images = images.unbind()
+    pictures = reference.pictures([images] if isinstance(images, Tensor) else images, channels)
     rows = zip(pictures, *draws.tensors(), strict=True)
     views = [reference.make_view(image.to(dtype), Draws(*drawn), cubic, size).to(torch.uint8) for image, *drawn in rows]
-    channels = images.shape[1] if isinstance(images, Tensor) else 3
     return torch.stack(views) if views else torch.empty(0, channels, *size, dtype=torch.uint8)
 
 
@@ -78,6 +80,8 @@ def flops(images: Images, draws: ViewDraws, size_px: Size, **_: Any) -> int:
 def _channels(images: Images) -> int:
     if isinstance(images, Tensor):
         return images.shape[1]
+    if isinstance(images, FlatImages):
+        return images.channels
     return images[0].shape[2] if images else 3
 
 
@@ -117,6 +121,23 @@ def _ragged(recipe: ViewRecipe | EvalView) -> Callable[[torch.Generator], dict[s
     return make
 
 
+def _flat(recipe: ViewRecipe | EvalView) -> Callable[[torch.Generator], dict[str, Any]]:
+    """The same images in one buffer, out of order and with a gap that no image owns."""
+
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        images = [photograph(generator, *size) for size in SIZES]
+        order = [3, 0, 6, 5, 1, 4, 2]
+        parts = [torch.full((7,), 255, dtype=torch.uint8), *(images[i].reshape(-1) for i in order)]
+        ends = np.cumsum([len(part) for part in parts])
+        offsets = torch.empty(len(SIZES), dtype=torch.int64)
+        offsets[order] = torch.from_numpy(ends[:-1])
+        heights, widths = torch.tensor(SIZES, dtype=torch.int32).unbind(1)
+        flat = FlatImages(torch.cat(parts), offsets, heights, widths)
+        return {"images": flat, **_draw(recipe, list(SIZES))}
+
+    return make
+
+
 def _batch(
     recipe: ViewRecipe | EvalView, n: int = 3, size: tuple[int, int] = (24, 30), channels: int = 3, planar: bool = False
 ) -> Callable[[torch.Generator], dict[str, Any]]:
@@ -151,4 +172,6 @@ CASES = [
     _case("no images", _batch(EVERYTHING, n=0)),
     _case("many sizes", _ragged(EVERYTHING), interpreter=False),
     _case("many sizes evaluation", _ragged(eval_view(16)), interpreter=False),
+    _case("many sizes in one buffer", _flat(EVERYTHING)),
+    _case("many sizes in one buffer evaluation", _flat(eval_view(16))),
 ]

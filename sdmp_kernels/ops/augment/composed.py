@@ -21,12 +21,17 @@ def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: T
     cut = not box.is_floating_point()
     if cut and not box.is_cuda:
         mode = "bicubic" if cubic else "bilinear"
-        views = torch.cat([_resized(p, b, size, mode) for p, b in zip(pictures(images), box.tolist(), strict=True)])
+        views = torch.cat(
+            [_resized(p, b, size, mode) for p, b in zip(pictures(images, out.shape[1]), box.tolist(), strict=True)]
+        )
     elif images[0].ndim == 4:
         views = _resampled(images[0], box, size, cubic, cut)
     else:
         views = torch.cat(
-            [_resampled(p[None], b[None], size, cubic, cut) for p, b in zip(pictures(images), box, strict=True)]
+            [
+                _resampled(p[None], b[None], size, cubic, cut)
+                for p, b in zip(pictures(images, out.shape[1]), box, strict=True)
+            ]
         )
     views = views.clamp(0, 255)
     views = torch.where(_per_row(draws.flip), views.flip(3), views)

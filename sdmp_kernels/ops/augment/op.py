@@ -10,8 +10,8 @@ OP = _backends.register("augment", cpu=("cpp", "torch", "reference"), cuda=("tri
 
 
 def _refuse(backend: str, images: list[Tensor]) -> str | None:
-    if backend == "triton" and images[0].ndim != 4:
-        return "triton takes one batch (N, C, H, W), not a list of images"
+    if backend == "triton" and images[0].ndim == 3:
+        return "triton takes one batch (N, C, H, W) or FlatImages, not a list of images"
     return None
 
 
@@ -31,7 +31,10 @@ def augment_op(
     radius: int,
     out: Tensor,
 ) -> None:
-    """`images`: one (N, C, H, W) batch, or N images (H, W, C). `radius`: of the widest blur; -1 where unknown."""
+    """`images`: one (N, C, H, W) batch, N images (H, W, C), or the four tensors of `FlatImages`.
+
+    `radius`: of the widest blur; -1 where unknown.
+    """
     if out.numel():
         draws = Draws(box, flip, brightness, contrast, saturation, hue, gray, sigma, solarize)
         backend = _backends.choose(OP, out.device, lambda name: _refuse(name, images))

@@ -10,14 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from sdmp_kernels.ops.augment.arguments import Draws
+from sdmp_kernels.ops.augment.arguments import Draws, FlatImages
 
 LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`."""
-    for image, drawn, view in zip(pictures(images), zip(*draws, strict=True), out, strict=True):
+    for image, drawn, view in zip(pictures(images, out.shape[1]), zip(*draws, strict=True), out, strict=True):
         view.copy_(make_view(image.double(), Draws(*drawn), cubic, view.shape[1:]))
 
 
@@ -34,11 +34,19 @@ def make_view(image: Tensor, drawn: Draws, cubic: bool, size: torch.Size) -> Ten
     return torch.where(drawn.solarize & (view >= 128), 255 - view, view)
 
 
-def pictures(images: list[Tensor]) -> list[Tensor]:
-    """(C, H, W) each, whether one (N, C, H, W) batch came or N images (H, W, C)."""
+def pictures(images: list[Tensor], channels: int) -> list[Tensor]:
+    """(C, H, W) each, of one (N, C, H, W) batch, of N images (H, W, C), or of the tensors of `FlatImages`."""
     if len(images) == 1 and images[0].ndim == 4:
         return list(images[0].unbind())
-    return [image.permute(2, 0, 1) for image in images]
+    return [image.permute(2, 0, 1) for image in one_by_one(images, channels)]
+
+
+def one_by_one(images: list[Tensor], channels: int) -> list[Tensor]:
+    """N images (H, W, C), whether they came so or in one buffer."""
+    if images and images[0].ndim == 1:
+        pixels, offsets, heights, widths = images
+        return FlatImages(pixels, offsets, heights, widths, channels).unbind()
+    return images
 
 
 def crop_and_resize(image: Tensor, box: Tensor, size: torch.Size, cubic: bool) -> Tensor:

@@ -29,11 +29,11 @@ KERNELS = (
 def augment(images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> None:
     """Write one view of every image into `out`; one signature with `reference`."""
     arch = _launch.architecture(out.device)
-    for call in calls(arch, images[0], Draws(*(rows.contiguous() for rows in draws)), cubic, radius, out):
+    for call in calls(arch, images, Draws(*(rows.contiguous() for rows in draws)), cubic, radius, out):
         call.launch(out.device)
 
 
-def calls(arch: str, images: Tensor, draws: Draws, cubic: bool, radius: int, out: Tensor) -> list[Call]:
+def calls(arch: str, images: list[Tensor], draws: Draws, cubic: bool, radius: int, out: Tensor) -> list[Call]:
     """The launches, in order; the rows of `draws` are contiguous."""
     n, channels, height, width = out.shape
     group = 3 if channels == 3 else 1
@@ -44,9 +44,13 @@ def calls(arch: str, images: Tensor, draws: Draws, cubic: bool, radius: int, out
     block = min(given["block"], triton.next_power_of_2(area))
     tiles = triton.cdiv(area, block)
     sums = torch.empty(n * units * tiles, dtype=torch.float32, device=out.device)
-    constants = {"GROUP": group, "CUT": not draws.box.is_floating_point(), "CUBIC": cubic, "BLOCK": block}
-    sizes = (*images.stride(), *images.shape[2:], height, width, area, tiles, units)
-    args = (images, draws.box, draws.flip, draws.brightness, view, sums, *sizes)
+    cut, flat = not draws.box.is_floating_point(), images[0].ndim == 1
+    constants = {"FLAT": flat, "GROUP": group, "CUT": cut, "CUBIC": cubic, "BLOCK": block}
+    # A dense batch has no table of places: its pointers are never read.
+    places = images if flat else [images[0]] * 4
+    strides = (0, 1, 0, channels, 0, 0) if flat else (*images[0].stride(), *images[0].shape[2:])
+    sizes = (*strides, height, width, area, tiles, units)
+    args = (*places, draws.box, draws.flip, draws.brightness, view, sums, *sizes)
     grid = (n * units * tiles,)
     found = [Call(augment_resize_kernel, grid, args, given["num_warps"], 1, constants)]
 
@@ -70,21 +74,26 @@ def calls(arch: str, images: Tensor, draws: Draws, cubic: bool, radius: int, out
 
 
 def compiles(arch: str) -> list[Compile]:
-    """Every kernel for whole and fractional boxes, both filters, three channels and others, both memory orders."""
+    """Every kernel for whole and fractional boxes, both filters, three channels and others, every memory order."""
     found = []
-    for name, channels, fractional, cubic, planar in (
-        ("rgb", 3, False, False, False),
-        ("rgb planar", 3, False, False, True),
-        ("rgb cubic", 3, False, True, False),
-        ("rgb evaluation", 3, True, False, False),
-        ("rgb evaluation cubic", 3, True, True, False),
-        ("grey", 1, False, False, False),
-        ("five channels cubic", 5, False, True, False),
+    for name, channels, fractional, cubic, order in (
+        ("rgb", 3, False, False, "channels_last"),
+        ("rgb planar", 3, False, False, "planar"),
+        ("rgb flat", 3, False, False, "flat"),
+        ("rgb flat cubic", 3, False, True, "flat"),
+        ("rgb cubic", 3, False, True, "channels_last"),
+        ("rgb evaluation", 3, True, False, "channels_last"),
+        ("rgb evaluation cubic", 3, True, True, "channels_last"),
+        ("grey", 1, False, False, "channels_last"),
+        ("five channels cubic", 5, False, True, "channels_last"),
     ):
         n, size = 64, 224
-        images = torch.empty((n, channels, 256, 256), dtype=torch.uint8, device="meta")
-        if not planar:
-            images = images.to(memory_format=torch.channels_last)
+        images = [torch.empty((n, channels, 256, 256), dtype=torch.uint8, device="meta")]
+        if order == "channels_last":
+            images = [images[0].to(memory_format=torch.channels_last)]
+        if order == "flat":
+            sizes = [torch.empty(n, dtype=dtype, device="meta") for dtype in (torch.int64, torch.int32, torch.int32)]
+            images = [torch.empty(2**34, dtype=torch.uint8, device="meta"), *sizes]
         out = torch.empty((n, channels, size, size), dtype=torch.uint8, device="meta")
         out = out.to(memory_format=torch.channels_last)
         number = torch.empty(n, dtype=torch.float32, device="meta")

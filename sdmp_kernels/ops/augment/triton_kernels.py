@@ -82,13 +82,14 @@ def _axis(box_ptr, n, axis, count, size, sample, CUT: tl.constexpr, CUBIC: tl.co
 
 @triton.jit(do_not_specialize=["stride_n", "out_h", "out_w", "tiles", "units"])
 def augment_resize_kernel(
-    images_ptr, box_ptr, flip_ptr, brightness_ptr, view_ptr, sums_ptr, stride_n, stride_c, stride_h, stride_w, in_h,
-    in_w, out_h, out_w, area, tiles, units, GROUP: tl.constexpr, CUT: tl.constexpr, CUBIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    images_ptr, offset_ptr, height_ptr, width_ptr, box_ptr, flip_ptr, brightness_ptr, view_ptr, sums_ptr, stride_n,
+    stride_c, stride_h, stride_w, in_h, in_w, out_h, out_w, area, tiles, units, FLAT: tl.constexpr,
+    GROUP: tl.constexpr, CUT: tl.constexpr, CUBIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Crop, resize, flip and brightness of BLOCK pixels; and the sum of their luma.
 
-    area: out_h * out_w. units: groups of channels per image. Grid: (images * units * tiles,).
+    area: out_h * out_w. units: groups of channels per image. FLAT: each image has its own offset, height and width,
+    and its channels lie side by side. Grid: (images * units * tiles,).
     """
     program = tl.program_id(0).to(tl.int64)
     tile, unit = program % tiles, program // tiles
@@ -97,9 +98,15 @@ def augment_resize_kernel(
     inside = at < area
     y, x = at // out_w, at % out_w
     x = tl.where(tl.load(flip_ptr + n) != 0, out_w - 1 - x, x)
+    if FLAT:
+        in_h = tl.maximum(tl.load(height_ptr + n), 1)
+        in_w = tl.maximum(tl.load(width_ptr + n), 1)
+        stride_h = in_w * stride_w
+        image = images_ptr + tl.load(offset_ptr + n) + group * GROUP
+    else:
+        image = images_ptr + n * stride_n + group * GROUP * stride_c
     top, first_y, last_y, centre_y, shrink_y, taps_y = _axis(box_ptr, n, 0, out_h, in_h, y, CUT, CUBIC)
     left, first_x, last_x, centre_x, shrink_x, taps_x = _axis(box_ptr, n, 1, out_w, in_w, x, CUT, CUBIC)
-    image = images_ptr + n * stride_n + group * GROUP * stride_c
     total = tl.zeros([BLOCK], tl.float32)
     r = tl.zeros([BLOCK], tl.float32)
     g = tl.zeros([BLOCK], tl.float32)
