@@ -16,7 +16,7 @@ from sdmp_kernels import backends
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
 from .data import LOADERS, Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_source
-from .distributed import World, join_world, said_by_first, together
+from .distributed import World, join_world, said_by_first, same_on_all, together
 from .export import export_backbone
 from .file_list import store_file_list
 from .log import Log
@@ -71,6 +71,11 @@ def pretrain(
                 claimed = claim(stack, world, folder, mode)
             index, test_index = open_images(config, stop.check, log.say)
             stop.check()
+        if not same_on_all(index.fingerprint, world):
+            raise ConfigError(
+                f"--data {config.data.data} does not hold the same files for all {world.size} processes; expected one "
+                "folder that all nodes see, or copies of the same files by the same names"
+            )
         training = build(config, world, index)
         remarks: list[str] = []
         with together(world):  # no rank has found a fault: only after this is anything written
