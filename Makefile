@@ -1,5 +1,6 @@
 # make demo  sets up .venv and runs the main job on embedded data
 # make test  sets up .venv, lints and runs the tests; make test-slow  those of more than 20 seconds
+# make docs  builds the pages with the API reference into build/site
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
@@ -7,7 +8,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(shell $(PYTHON) -c 'import platform; print(",dali" if platform.machine() in ("x86_64", "aarch64") else "")'))
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow kills lint format bench gpu clean
+.PHONY: setup demo test test-slow kills lint format bench gpu docs clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,16 @@ bench: setup
 
 gpu: setup
 	$(PY) -m bench gpu --minutes 10
+
+# The pages of docs/ with the API reference, into build/site; in an environment of its own, since only this needs them.
+DOCS := $(VENV)-docs
+docs: $(DOCS)/.installed
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+
+$(DOCS)/.installed: pyproject.toml
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $(shell $(PYTHON) -c 'import pathlib, tomllib; print(*(repr(p) for p in tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]))')
+	@touch $@
 
 clean:
 	rm -rf build *.egg-info sdmp_kernels/*.so sdmp_kernels/_build.json
