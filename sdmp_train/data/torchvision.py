@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sdmp_kernels import augment
 from sdmp_kernels.views import view_size
@@ -82,6 +82,11 @@ class TorchvisionLoader(Loader):
         try:
             batch: tuple[list[Tensor], list[BadFile]] = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
+            if "unable to allocate shared memory" in str(error):
+                raise DataError(
+                    "decoding processes hand batches on in shared memory, and /dev/shm has no room for another one; "
+                    "give fewer --workers (0 decodes in this process), or more of it (docker run --shm-size=8g)"
+                ) from error
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             if ": Caught " in said or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
                 raise  # the process lives, and hands on an error of its own
@@ -115,10 +120,7 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
         schedule = self.schedule
         rows = schedule.rows(position)
         draws = schedule.draws(position, rows)
-        views = [
-            torch.empty(len(rows), 3, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
-            for r in schedule.recipes
-        ]
+        views = [_room_for(len(rows), *view_size(recipe.size_px)) for recipe in schedule.recipes]
         bad: list[BadFile] = []
         for first in range(0, len(rows), _DECODED_AT_ONCE):
             some = slice(first, first + _DECODED_AT_ONCE)
@@ -139,6 +141,17 @@ class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
         except DECODE_ERRORS as error:
             bad.append(BadFile(source.name(row), describe(error)))
             return torch.empty(0, 0, 3, dtype=torch.uint8)
+
+
+def _room_for(n: int, height: int, width: int) -> Tensor:
+    """(n, 3, height, width) uint8, channels_last; of a decoding process in the memory that it shares.
+
+    Torch would move it there while it hands it on, in a thread whose error nobody hears: the run would wait for ever.
+    """
+    if get_worker_info() is None:
+        return torch.empty(n, 3, height, width, dtype=torch.uint8, memory_format=torch.channels_last)
+    shared = torch.UntypedStorage._new_shared(n * height * width * 3)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
 def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:
