@@ -40,6 +40,10 @@ def between(name: str, value: float, low: float, high: float, *, above: bool = F
     require(ok, name, value, f"a number {'above' if above else 'from'} {low:g} to {high:g}")
 
 
+MOST_WORKERS = 1024
+"""Decoding processes or threads of one process of a run: more would take minutes to start, and then not run."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is augmented."""
@@ -83,7 +87,8 @@ class DataConfig:
         require(self.max_pixels is None or self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
         require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "three finite numbers")
         require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "three numbers above 0")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        most = MOST_WORKERS
+        require(self.workers is None or 0 <= self.workers <= most, "workers", self.workers, f"0 to {most}")
 
 
 @dataclass(frozen=True)

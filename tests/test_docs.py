@@ -110,7 +110,10 @@ def usage(module: str, subcommand: tuple[str, ...]) -> str:
     if key not in HELP:
         if module == "sdmp_train":
             pytest.importorskip("tyro", reason="tyro is not installed")
-        entry, printed = importlib.import_module(f"{module}.__main__"), io.StringIO()
+        entry, printed = (
+            importlib.import_module({"bench": "bench.__main__", "sdmp_train": "sdmp_train.cli"}[module]),
+            io.StringIO(),
+        )
         arguments = [*subcommand, "--help"]
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
             entry.main(arguments)

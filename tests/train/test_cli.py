@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdmp_train.__main__ import main, parse_pretrain
 from sdmp_train.checkpoint import save_checkpoint
+from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
