@@ -288,7 +288,10 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
     backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
-    export_backbone(backbone, config, output, int(state["step"]))
+    try:
+        export_backbone(backbone, config, output, int(state["step"]))
+    except OSError as error:
+        raise ConfigError(f"the export cannot be written to {output}: {error}") from error
     print(printable_lines(f"exported {path} to {output}"))
     return 0
 

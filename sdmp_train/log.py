@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from .reading import open_for_append, open_regular
 from .text import printable_lines
 
 PLAIN_SECONDS = 5.0
+STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+"""What begins a line of train.log: when it was said, by the clock of this machine."""
 
 
 class Screen:
@@ -144,10 +147,11 @@ class Log:
         self._write(line)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl; numbers that JSON lacks (NaN, infinities) become null."""
+        """Append one object to metrics.jsonl, with its `time`; numbers that JSON lacks (NaN) become null."""
         self.last_loss = values.get("loss", self.last_loss)
         if self._metrics is None:
             return
+        values = {**values, "time": values.get("time", time.time())}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._append(self._metrics, json.dumps(plain))
 
@@ -204,6 +208,7 @@ class Log:
         self._text = self._metrics = None
 
     def _write(self, line: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}"
         if self._text is not None:
             self._append(self._text, line)
         else:

@@ -284,6 +284,57 @@ def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path
     assert printed.count("\n") == 1
 
 
+NONSENSE = {
+    "pretrain --output": "Missing value for argument",
+    "pretrain --preset": "Missing value for argument",
+    "pretrain --workers 100000": "0 to 1024",
+    "pretrain --preset quickstart -b 8 -j 0 --data IMAGES --output /proc/none": "cannot be made",
+    "pretrain --lr nan": "lr",
+    "pretrain --batch-size 0": "batch_size",
+    "pretrain --seed -1": "seed",
+    "pretrain --rules foo": "foo",
+    "pretrain --preset nosuch": "unknown preset",
+    "pretrain --config nosuch.yaml": "cannot read the config file",
+    "pretrain --data IMAGES --device tpu": "tpu",
+    "plan --data nosuch": "there is no folder",
+    "export nosuch": "cannot read the config file",
+    "export nosuch --step x": "--step",
+    "report nosuch": "is no run folder",
+    "eval": "unknown protocol",
+    "eval nosuch": "unknown protocol",
+    "eval linear nosuch --data IMAGES": "holds no exported backbone",
+    "eval knn timm:nosuch --data IMAGES": "nosuch",
+    "verify nosuch": "there is no folder",
+    "presets nosuch": "unknown preset",
+    "nosuch": "unknown subcommand",
+}
+"""Commands that cannot be carried out, and what each says."""
+
+
+@pytest.mark.parametrize(("command", "message"), NONSENSE.items())
+def test_nonsense_exits_with_two_and_says_what_is_wrong(
+    command: str, message: str, image_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("IMAGES", str(image_folder)).split()
+    try:
+        code = main(words)
+    except SystemExit as left:  # tyro's own way out
+        code = left.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert message in " ".join((said.err + said.out).replace("\u2502", " ").split())
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
+
+
+def test_an_export_that_cannot_be_written_is_no_traceback(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", str(image_folder), *TINY, "--max-steps", "1", "--knn-max-images", "0", "--output", "run"]
+    assert main(words) == 0
+    assert main(["export", "run", "--output", "/proc/none"]) == 2
+    assert "the export cannot be written to /proc/none" in capsys.readouterr().err
+
+
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):
     assert main(["verify", str(image_folder)]) == 0
     printed = capsys.readouterr().out
