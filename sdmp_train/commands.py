@@ -22,6 +22,7 @@ from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
 from .models import build_backbone
+from .pace import is_long, measure_pace
 from .run import Run
 from .run_folder import RunFolder
 from .splits import describe_split, open_images, reporting
@@ -94,6 +95,8 @@ def pretrain(
                 begin(claimed, config, log, training, index)
         for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
+        if is_long(config, world) and (pace := measure_pace(config, world, len(index.classes))) is not None:
+            log.say(pace.line(training.last_step - training.step))
         if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
             log.say(f"split    {describe_split(config.data, index, test_index)}")
         run = Run(training, index, test_index, folder, run_id, log, stop)
@@ -264,6 +267,9 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
                 print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
+        pace = measure_pace(config, world, len(index.classes))
+        if pace is not None:
+            print(pace.line(training.last_step))
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
