@@ -28,6 +28,7 @@ from .run_folder import RunFolder
 from .splits import describe_split, open_images, reporting
 from .stop import Stopped, StopRequest
 from .text import printable, printable_lines
+from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -138,6 +139,10 @@ def begin(claimed: RunFolder, config: Config, log: Log, training: Training, inde
         lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the run folder {claimed.path} cannot be written: {error}") from error
+    try:
+        log.trackers = open_trackers(config, claimed.path, claimed.run_id, training.step)
+    except Exception as error:  # a network, a password, a server: theirs to explain
+        raise ConfigError(f"cannot log to {' and '.join(asked_for(config.run))}: {error}") from error
     for line in [*lines, *([claimed.unlocked] if claimed.unlocked else [])]:
         log.say(line)
 
@@ -160,6 +165,7 @@ def resolve(config: Config, world: World) -> Config:
     """
     if config.optim.batch_size % world.size:
         raise ConfigError(f"batch_size is {config.optim.batch_size}; expected a multiple of the {world.size} processes")
+    asked_for(config.run)
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
     try:

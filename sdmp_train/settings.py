@@ -202,6 +202,12 @@ class RunConfig:
     """Epochs between kNN measurements; 0 measures before and after training only."""
     knn_max_images: int = 10_000
     """Images used for kNN (four fifths bank, one fifth queries); 0 switches kNN off."""
+    tensorboard: bool = False
+    """Log to TensorBoard too, in the run folder (extra: tensorboard)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra: wandb)."""
+    mlflow: bool = False
+    """Log to MLflow too (extra: mlflow)."""
     max_steps: int | None = None
     """Stop after this step; the schedules still follow --epochs."""
     max_bad_steps: int = 20
