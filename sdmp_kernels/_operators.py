@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("sdmp", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
@@ -81,6 +82,11 @@ class Operator:
         self._record = Recorded.apply
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in _flat(args)):
+            raise NotImplementedError(
+                f"{self.overload} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), and a "
+                "zero one would be wrong; use reverse mode (backward, torch.func.grad, torch.func.vjp)"
+            )
         if torch.is_grad_enabled():
             watched = self._watched(args)
             if torch._C._any_requires_grad(*watched):
@@ -152,6 +158,10 @@ def _flat(values: Sequence[Any]) -> list[Any]:
         elif isinstance(value, (list, tuple)):
             found += _flat(value)
     return found
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _like(output: Any, tensors: Iterator[Tensor]) -> Any:

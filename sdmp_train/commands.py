@@ -94,6 +94,8 @@ def pretrain(
             folder, run_id = (claimed.path, claimed.run_id) if claimed else (folder, "")
             if claimed:
                 begin(claimed, config, log, training, index)
+        if resume and training.step:
+            remarks = [resumed(training), *remarks]
         for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
         if is_long(config, world) and (pace := measure_pace(config, world, len(index.classes))) is not None:
@@ -115,6 +117,15 @@ def pretrain(
             if outcome is Outcome.DONE:
                 run.after_training()
         return EXIT_CODES[outcome]
+
+
+def resumed(training: Training) -> str:
+    """From where a run goes on, or that nothing is left to do."""
+    step, last = training.step, training.last_step
+    if step < last:
+        return f"resume   after step {step} of {last}"
+    more = "; a larger --max-steps goes on" if last < training.total_steps else ""
+    return f"resume   this run is finished, all {last} steps are made{more}: backbone and kNN are made again"
 
 
 def claim(

@@ -229,7 +229,11 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
     assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
     assert "already in use" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
+    assert "resume   after step 3 of 5\n" in capsys.readouterr().out
+    assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
+    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in capsys.readouterr().out
     assert main(["pretrain", "--output", "run", "--resume", "--max-steps", "6"]) == 0
     assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
     assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err

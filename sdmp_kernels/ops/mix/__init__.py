@@ -17,6 +17,10 @@ from sdmp_kernels.plan import MixPlan
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+SMALLEST_STD = 1e-30
+"""Of `std`: 1 / std is then still a number, in float32."""
+
+
 def mix(
     images: Tensor,
     plan: MixPlan,
@@ -131,6 +135,8 @@ def _check_normalisation(
         if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in numbers):
             raise ValueError(f"{name} must hold finite numbers{'' if name == 'mean' else ' above 0'}, got {numbers}")
         values.append(numbers)
+    if min(values[1], default=1.0) < SMALLEST_STD:
+        raise ValueError(f"std must be at least {SMALLEST_STD:g}, below which results overflow, got {values[1]}")
     if max(values[0], default=0.0) > 1:
         raise ValueError(
             f"mean must be on the 0 to 1 scale, also for uint8 images, got {values[0]}; divide mean and std by 255"
