@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -406,6 +407,36 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
     return called
 
 
+class _Stream(threading.local):
+    """Numbers of Philox(key=(seed, step), counter=(0, 0, 0, last)), by one generator of every thread.
+
+    A new one asks the system for entropy that the key then replaces: longer than the draws of a small batch take.
+    """
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.numbers = np.random.Generator(self.bits)
+
+    def at(self, seed: int, step: int, last: int = 0) -> np.random.Generator:
+        """The generator at the beginning of a stream; it is the same object for all."""
+        self.bits.state = {
+            "bit_generator": "Philox",
+            "state": {
+                "counter": np.array([0, 0, 0, last], dtype=np.uint64),
+                "key": np.array([seed, step], dtype=np.uint64),
+            },
+            "buffer": _NOTHING_DRAWN,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self.numbers
+
+
+_NOTHING_DRAWN = np.zeros(4, dtype=np.uint64)
+_STREAM = _Stream()
+
+
 @_on_the_host
 def draw_plan(
     n: int,
@@ -479,8 +510,7 @@ def draw_plan(
 
     # Drawn for all ranks, then sliced. The order of these draws is pinned by tests/golden; do not reorder.
     total = n * world_size
-    key = np.array([seed, step], dtype=np.uint64)
-    rng = np.random.Generator(np.random.Philox(key=key))
+    rng = _STREAM.at(seed, step)
     picks = rng.random(1 if per == "batch" else total)
     choice = np.minimum(np.searchsorted(law.edges, picks, side="right"), len(law.values) - 1)
     rule = np.full(total, law.values[choice[0]]) if per == "batch" else law.values[choice]
@@ -492,9 +522,8 @@ def draw_plan(
     pasted = boxed(rule)
     if pasted.any():
         # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
-        counter = np.array([0, 0, 0, view + 1], dtype=np.uint64)
-        boxes_rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        boxes = draw_boxes(boxes_rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
+        rng = _STREAM.at(seed, step, view + 1)
+        boxes = draw_boxes(rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
     else:
         boxes = np.zeros((total, 4), dtype=np.int32)
     lam = count_lam(rule, drawn, boxes, height * width)

@@ -180,12 +180,15 @@ def _check_out(
         tensor = check_tensor(name, given, dtypes=(dtype,), ndim=4, shape="(N, C, H, W)")
         if tensor.shape != images.shape:
             raise ValueError(f"{name} must have shape {tuple(images.shape)}, got {tuple(tensor.shape)}")
-        check_same_device(**{"images": images, name: tensor})
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, partners, tensor)):
+        if tensor is not images:
+            check_same_device(**{"images": images, name: tensor})
+        if torch.is_grad_enabled() and (
+            images.requires_grad or tensor.requires_grad or (partners is not None and partners.requires_grad)
+        ):
             raise ValueError(f"{name} cannot be given where gradients are wanted; leave it out, or use torch.no_grad()")
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{name} is an expanded tensor whose elements share memory; give one of its own")
-    if _is_real(images):
+    if (mixed is not images or kept is not None) and _is_real(images):
         if op.overlaps(images, mixed) and not op.same_memory(images, mixed):
             name = "out[1]" if clean else "out"
             raise ValueError(f"{name} overlaps images without being images; give images itself or a tensor of its own")
