@@ -407,8 +407,8 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
     return called
 
 
-class _Stream(threading.local):
-    """Numbers of Philox(key=(seed, step), counter=(0, 0, 0, last)), by one generator of every thread.
+class Stream(threading.local):
+    """Numbers of Philox(key=(seed, step), counter=(0, 0, third, last)), by one generator of every thread.
 
     A new one asks the system for entropy that the key then replaces: longer than the draws of a small batch take.
     """
@@ -417,12 +417,12 @@ class _Stream(threading.local):
         self.bits = np.random.Philox(key=0)
         self.numbers = np.random.Generator(self.bits)
 
-    def at(self, seed: int, step: int, last: int = 0) -> np.random.Generator:
-        """The generator at the beginning of a stream; it is the same object for all."""
+    def at(self, seed: int, step: int, last: int = 0, third: int = 0) -> np.random.Generator:
+        """The generator at the beginning of a stream: one object, which the next call moves."""
         self.bits.state = {
             "bit_generator": "Philox",
             "state": {
-                "counter": np.array([0, 0, 0, last], dtype=np.uint64),
+                "counter": np.array([0, 0, third, last], dtype=np.uint64),
                 "key": np.array([seed, step], dtype=np.uint64),
             },
             "buffer": _NOTHING_DRAWN,
@@ -434,7 +434,7 @@ class _Stream(threading.local):
 
 
 _NOTHING_DRAWN = np.zeros(4, dtype=np.uint64)
-_STREAM = _Stream()
+_STREAM = Stream()
 
 
 @_on_the_host
@@ -550,6 +550,27 @@ def draw_plan(
 
 
 @_on_the_host
+def flipped_plan(
+    rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, size: tuple[int, int], rules: tuple[Rule, ...]
+) -> MixPlan:
+    """A plan on the CPU of rows that this package has drawn, which are not looked at again; partners by the flip.
+
+    rule: (N,) uint8. drawn: (N,) lam. boxes: (N, 4) int32, inside images of `size`. rules: those that may occur.
+    """
+    lam = count_lam(rule, drawn, boxes, size[0] * size[1])
+    return _trusted(
+        rule=torch.from_numpy(rule),
+        partner=torch.arange(len(rule) - 1, -1, -1),
+        lam=torch.from_numpy(lam),
+        partner_lam=torch.from_numpy(lam[::-1].copy()),
+        box=torch.from_numpy(boxes),
+        size=size,
+        mirrored=True,
+        rules=rules,
+    )
+
+
+@_on_the_host
 def make_plan(
     rule: str | Tensor,
     lam: Tensor,
@@ -624,11 +645,6 @@ def make_plan(
         rules=rules,
     )
     return plan.to(device)
-
-
-def allowing(plan: MixPlan, rules: Iterable[Rule]) -> MixPlan:
-    """`plan`, saying that `rules` may occur beside its own: the host fields of every step's plan are then the same."""
-    return _trusted(**{**vars(plan), "rules": tuple(sorted({*plan.rules, *rules}))})
 
 
 def _trusted(**fields: Any) -> MixPlan:
