@@ -220,11 +220,13 @@ class Run:
         embedded = self.training.config.data.data == EMBEDDED
         first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
         folder = shlex.quote(str(self.folder.absolute()))
+        written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
+        logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         return [
             f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
             *([f"kNN      {known}"] if known else []),
-            f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png curves.png checkpoints/ exported/)",
+            f"run      {self.folder}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),
             f"measure  python -m sdmp_train eval knn --run {folder}",
