@@ -1,7 +1,7 @@
 """What mixing and its labels cost in timm's training loop: `python -m bench labels`.
 
-A step is the loop of timm's own script without its prefetcher: mix the batch and make its target, forward, loss, backward,
-update. Mixing and loss are timed within it; what they are of the whole step is the share that can be saved at all. The
+A step is the loop of timm's own script without its prefetcher: mix the batch and make its target, forward, loss,
+backward, update. Mixing and loss are timed within it; what they are of the whole step is the share that can be saved at all. The
 ways of doing it take the same batches in turn, block after block.
 """
 
@@ -132,7 +132,7 @@ def line(row: dict[str, Any]) -> str:
     mixing, loss, step = (1000 * row[part] for part in PARTS)
     low, high = row["interval"]
     return (
-        f"{row['way']:<20} mixing {mixing:7.2f} ms, loss {loss:7.2f} ms, together {100 * (mixing + loss) / step:4.1f} % "
-        f"of a step of {step:7.1f} ms; {FIRST} takes {row['times_first']:.3f} times as long "
+        f"{row['way']:<20} mixing {mixing:7.2f} ms, loss {loss:7.2f} ms, together {100 * (mixing + loss) / step:4.1f} "
+        f"% of a step of {step:7.1f} ms; {FIRST} takes {row['times_first']:.3f} times as long "
         f"(95 %: {low:.3f} to {high:.3f})"
     )
