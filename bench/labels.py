@@ -1,8 +1,8 @@
 """What mixing and its labels cost in timm's training loop: `python -m bench labels`.
 
 A step is the loop of timm's own script without its prefetcher: mix the batch and make its target, forward, loss,
-backward, update. Mixing and loss are timed within it; what they are of the whole step is the share that can be saved at all. The
-ways of doing it take the same batches in turn, block after block.
+backward, update. Mixing and loss are timed within it; what they are of the whole step is the share that can be saved at
+all. The ways of doing it take the same batches in turn, block after block.
 """
 
 from __future__ import annotations
