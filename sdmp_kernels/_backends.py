@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,11 +93,26 @@ def native_library(device_type: str) -> str | None:
     if not found:
         report = folder / "_build.json"
         why = json.loads(report.read_text()).get(name, "not built") if report.exists() else "not built"
-        return f"{why}; a C++ compiler{' and nvcc' if device_type == 'cuda' else ''} and `make setup` build it"
+        mend = f"a C++ compiler{' and nvcc' if device_type == 'cuda' else ''} and `make setup` build it"
+        hidden = _hidden_package(name, folder)
+        if hidden is not None:
+            mend = (
+                f"{hidden} has it, but {folder} comes first on sys.path: run from another folder, or `make setup` here"
+            )
+        return f"{why}; {mend}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} does not load ({error}); rebuild it with `make setup`"
+    return None
+
+
+def _hidden_package(library: str, here: Path) -> Path | None:
+    """Another copy of this package on `sys.path`, with the compiled `library`: a wheel that a clone shadows."""
+    for entry in sys.path:
+        folder = Path(entry or ".").absolute() / here.name
+        if folder != here and any(folder.glob(f"{library}*.so")):
+            return folder
     return None
 
 
@@ -136,18 +153,34 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     forced = _forced.get(op.name)
     if forced is not None and not (forced in NAMES and op.serves(forced)):
         raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: it has no {forced} backend")
-    reasons = []
+    reasons, absent = [], []
     for backend in (forced,) if forced is not None else op.order.get(device.type, ("torch", "reference")):
         if backend in EVERYWHERE:
+            if absent and len(absent) == len(reasons):  # nothing was refused for this call alone
+                _say_once(device.type, backend, absent[0])
             return backend
-        why = unavailable(backend, device.type) or (refuse(backend) if refuse else None)
+        missing = unavailable(backend, device.type)
+        why = missing or (refuse(backend) if refuse else None)
         if why is None:
             return backend
+        if missing:
+            absent.append(missing)
         reasons.append((backend, why))
     if forced is not None:
         raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: {reasons[0][1]}")
     said = "; ".join(f"{backend}: {why}" for backend, why in reasons)
     raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({said})")
+
+
+@functools.cache
+def _say_once(device_type: str, backend: str, why: str) -> None:
+    """Warn that compiled kernels are not there; the same reason is said once in a process."""
+    device = {"cpu": "the CPU", "cuda": "a GPU"}[device_type]
+    warnings.warn(
+        f"sdmp_kernels runs on {device} without compiled kernels, by the slower {backend} backend: {why}. "
+        f"use_backend({backend!r}) chooses it without this warning",
+        stacklevel=2,
+    )
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +128,30 @@ def test_an_op_without_the_backend_raises_when_it_is_called(monkeypatch):
         assert (chosen("bare"), chosen()) == ("none", "cpp")
         with pytest.raises(RuntimeError, match="bare cannot run on cpu: it has no cpp backend"):
             _backends.choose(bare, torch.device("cpu"))
+
+
+def test_absent_kernels_are_said_once_with_the_reason(monkeypatch):
+    monkeypatch.setattr(_backends, "native_library", lambda device_type: "not built; `make setup` builds it")
+    _backends._say_once.cache_clear()
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="without compiled kernels, by the slower torch backend: not built; `make se"):
+        assert _backends.choose(_backends.OPS["mix"], cpu) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _backends.choose(_backends.OPS["info_nce"], cpu)
+        _backends._say_once.cache_clear()
+        with use_backend("torch"):
+            _backends.choose(_backends.OPS["mix"], cpu)
+        monkeypatch.setattr(_backends, "native_library", lambda device_type: None)
+        _backends.choose(_backends.OPS["mix"], cpu, lambda name: "float64 is not for it" if name == "cpp" else None)
+
+
+def test_a_wheel_that_a_clone_shadows_is_named(tmp_path: Path, monkeypatch):
+    clone, wheel = tmp_path / "clone" / "sdmp_kernels", tmp_path / "site-packages" / "sdmp_kernels"
+    for folder in (clone, wheel):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(clone.parent), str(wheel.parent)])
+    assert _backends._hidden_package("_native_cpu", clone) is None
+    (wheel / "_native_cpu.abi3.so").touch()
+    assert _backends._hidden_package("_native_cpu", clone) == wheel
+    assert _backends._hidden_package("_native_cpu", wheel) is None

@@ -554,6 +554,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": sentinel(), "dtype": torch.float16}, TypeError, "out must be float16, got float32; convert it first"),
     ({"out": sentinel().to("meta")}, ValueError, "out is on meta but images is on cpu"),
     ({"out": torch.zeros(1).expand(4, 3, 6, 8)}, ValueError, "out is an expanded tensor whose elements share memory"),
+    ({"out": torch.zeros(999).as_strided((4, 3, 6, 8), (72, 48, 8, 1))}, ValueError, "out has elements that share"),
     (
         {"clean": True, "out": (None, sentinel())},
         TypeError,

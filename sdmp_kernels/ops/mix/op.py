@@ -54,6 +54,16 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
     return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether elements of a tensor may share memory (says yes for dimensions that interleave without meeting, too)."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return t.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 @operator("mix")
 def mix_op(
     images: Tensor,
