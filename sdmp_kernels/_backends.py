@@ -153,7 +153,8 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     forced = _forced.get(op.name)
     if forced is not None and not (forced in NAMES and op.serves(forced)):
         raise RuntimeError(f"use_backend({forced!r}): {op.name} cannot run on {device}: it has no {forced} backend")
-    reasons, absent = [], []
+    reasons: list[tuple[str, str]] = []
+    absent: list[str] = []
     for backend in (forced,) if forced is not None else op.order.get(device.type, ("torch", "reference")):
         if backend in EVERYWHERE:
             if absent and len(absent) == len(reasons):  # nothing was refused for this call alone

@@ -189,8 +189,8 @@ def _check_out(
         if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{name} is an expanded tensor whose elements share memory; give one of its own")
     if (mixed is not images or kept is not None) and _is_real(images):
-        for name, tensor in (("out[0]", kept), ("out[1]", mixed)) if clean else (("out", mixed),):
-            if tensor is not None and op.overlaps_itself(tensor):
+        for name, written in (("out[0]", kept), ("out[1]", mixed)) if clean else (("out", mixed),):
+            if written is not None and op.overlaps_itself(written):
                 raise ValueError(f"{name} has elements that share memory; give a tensor of its own")
         if op.overlaps(images, mixed) and not op.same_memory(images, mixed):
             name = "out[1]" if clean else "out"
