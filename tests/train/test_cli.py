@@ -365,6 +365,20 @@ def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path):
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
+    done = subprocess.run(
+        [sys.executable, "-m", "sdmp_train", "presets"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: tyro is not installed, which sdmp_train needs: pip install 'sdmp-kernels[train]'\n"
+
+
 def test_an_error_reaches_the_terminal_without_control_characters(capsys):
     assert main(["pretrain", "--config", "no\x1b[2J.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
