@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,24 @@ from sdmp_kernels import backends
 
 from . import checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import LOADERS, Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_source
+from .data import (
+    LOADERS,
+    Choice,
+    DataError,
+    Index,
+    Loader,
+    LoaderName,
+    TooManyBadFiles,
+    choose_loader,
+    make_loader,
+    open_source,
+)
 from .distributed import World, join_world, said_by_first, together
 from .export import export_backbone
 from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
+from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
@@ -97,12 +109,14 @@ def pretrain(
                 with together(world):
                     run.before_training()
                     stop.check()
-            outcome = train(training, loader, log, stop, run.after_step)
+            outcome = train(training, loader, log, stop, run.after_step, lost_images(training, index))
             log.stop_progress()
             with together(world):  # none leaves while the first still saves
                 run.save_last(outcome)
                 if stop.failure is not None:
                     raise stop.failure
+                if outcome is Outcome.LOST_IMAGES:
+                    raise TooManyBadFiles(too_many_lost(len(index)))
             if outcome is Outcome.DONE:
                 run.after_training()
         return EXIT_CODES[outcome]
@@ -207,7 +221,22 @@ def open_loader(training: Training, index: Index, loader: Choice | LoaderName) -
         device=world.device,
         loader=loader,
         workers=config.data.workers,
+        fill=colour_of(config.data.mean) if config.data.bad_images == "skip" else None,
     )
+
+
+def colour_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """The 8-bit colour next to means on the 0 to 1 scale."""
+    return tuple(min(255, max(0, round(255 * value))) for value in mean)
+
+
+def lost_images(training: Training, index: Index) -> Lost:
+    """The count of files that cannot be decoded, where they may be left out; those before the start count too."""
+    config = training.config.data
+    if config.bad_images != "skip":
+        return NONE_LOST
+    limit = config.max_bad_frac * (len(index) + len(index.bad)) - len(index.bad)
+    return LostImages(training.world, training.steps_per_epoch, max(0, limit))
 
 
 def describe(training: Training, index: Index, loader: Loader | None) -> list[str]:

@@ -24,7 +24,7 @@ from .folders import find_splits, holds_images
 from .host import HostTransform, RandAugmentErase
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
-from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
+from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source
 from .sources import kind_of, open_source
@@ -34,6 +34,7 @@ __all__ = [
     "BadFile",
     "Batch",
     "Choice",
+    "Colour",
     "DataError",
     "EvalView",
     "HostTransform",
@@ -76,6 +77,7 @@ def make_loader(
     workers: int | None = None,
     repeats: int = 1,
     host: HostTransform | None = None,
+    fill: Colour | None = None,
 ) -> Loader:
     """Batches of augmented views for the steps `start_step` to `steps - 1`.
 
@@ -88,6 +90,8 @@ def make_loader(
     process may use, divided by the ranks that share the machine.
     `repeats`: how often an image comes in a row, in views of its own (repeated augmentation).
     `host`: what is done to each image's first view on the host; the torchvision loader alone does that.
+    `fill`: the colour of rows whose file cannot be decoded: `Batch.valid` is False for them and `Batch.bad` names them.
+    Without it such a file is an error.
     """
     schedule = TrainSchedule(
         index,
@@ -100,6 +104,7 @@ def make_loader(
         world_size=world_size,
         repeats=repeats,
         host=host,
+        fill=fill,
     )
     device, workers = _place(device), _worker_count(workers, world_size)
     if host is not None:

@@ -167,6 +167,9 @@ class LinearProbe:
     def plan(self, at: At) -> None:
         """Nothing is mixed."""
 
+    def without_lost(self, plan: None, batch: Batch) -> None:
+        """Never asked for: a damaged file ends this training."""
+
     def mix(self, batch: Batch, plan: None) -> Tensor:
         """The normalised view."""
         return standardise(batch.views[0], self.setup.data.mean, self.setup.data.std)

@@ -30,6 +30,7 @@ from ..optim import key_momentum
 from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
+from .mixing import Valid, keep_lost, valid_of
 from .momentum import follow
 from .start import start_vit
 
@@ -243,6 +244,14 @@ class Contrast(ABC):
         terms = " + ".join(f"{term.weight:g} {term.name}({term.query} -> {term.key})" for term in self.terms)
         return f"{terms}; chance level {self.chance()['loss']:.3f}"
 
+    def without_lost(self, plan: Plan, batch: Batch) -> Plan:
+        """Every mix without them."""
+        kept = {
+            view: keep_lost(mixed, batch, self.world, global_flip=self.global_flip)
+            for view, mixed in plan.mixes.items()
+        }
+        return replace(plan, mixes=kept)
+
     def mix(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
         """(N, 3, H, W) uint8 views -> the normalised images that an encoder sees, by name; a~ and a from one read."""
         views = batch.views
@@ -286,26 +295,44 @@ class Contrast(ABC):
         temperature = self.temperature
         total = torch.zeros((), device=self.world.device)
         kinds: dict[str, list[Tensor]] = {}
+        valid = valid_of(batch, self.world)
         for name, query in features.queries.items():
             terms = [term for term in self.terms if term.query == name]
             keys, targets = [features.keys[term.key] for term in terms], [self.target(term, plan) for term in terms]
-            loss, values = self.compare(query, keys, targets, [2 * temperature * term.weight for term in terms], at)
+            weights = [2 * temperature * term.weight for term in terms]
+            loss, values = self.compare(query, keys, targets, weights, at, valid)
             total = total + loss
             for term, value in zip(terms, values, strict=True):
                 kinds.setdefault(term.name, []).append(2 * temperature * value)
         return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
 
     def compare(
-        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+        self,
+        query: Tensor,
+        keys: list[Tensor],
+        targets: list[TwoHot],
+        weights: list[float],
+        at: At,
+        valid: Valid | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries (N, D) against sets of keys (M, D): the weighted sum of their mean cross-entropies, and each of them.
 
-        The sum carries the gradient; the others are detached. 0-dim tensors all.
+        The sum carries the gradient; the others are detached. 0-dim tensors all. With `valid`, keys that are no images
+        are nobody's, and means are over the valid rows of all ranks.
         """
         # The weights are in the gradient by then: the upstream factor is 1.
-        options = {"temperature": self.temperature, "form": self.form, "term_weight": weights, "with_terms": True}
-        loss, values = info_nce(query, keys, targets, **options)  # type: ignore[arg-type]
-        return loss, list(values)
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "form": self.form,
+            "term_weight": weights,
+            "with_terms": True,
+        }
+        if valid is None:
+            loss, values = info_nce(query, keys, targets, **options)
+            return loss, list(values)
+        options |= {"exclude": [~valid.all_rows] * len(keys), "reduction": "none"}
+        loss, values = info_nce(query, keys, targets, **options)
+        return valid.mean(loss), list(valid.mean(values))
 
     def groups(self) -> list[Group]:
         """All of the student alike: MoCo v3 decays norms and biases too."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdmp_kernels import MixPlan, draw_plan
+from sdmp_kernels import MixPlan, Rule, draw_plan
 
-from ..distributed import mirror_rank
+from ..data import Batch
+from ..distributed import World, mirror_rank
 from ..settings import between, near, require
 from .method import At, Setup
 
@@ -100,6 +101,45 @@ def draw_batch_plan(
     # draw_plan flips all rows of the step, which would pair the first batch with the last.
     partners = draw(mirror_rank(world), "local")
     return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
+
+
+class Valid(NamedTuple):
+    """Which rows are images, and what one of them counts in a mean over those of all ranks."""
+
+    rows: Tensor
+    """(N,) bool on the device: this rank's."""
+    all_rows: Tensor
+    """(M,) bool on the device: those of all ranks, in rank order."""
+    share: float
+    """Ranks / valid rows of all ranks, since the ranks' gradients are averaged; NaN, a step that changes nothing, where
+    no row is valid."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(..., N) -> (...): this rank's share of the mean over the valid rows of all ranks."""
+        return torch.where(self.rows, values, 0.0).sum(dim=-1) * self.share
+
+
+def valid_of(batch: Batch, world: World) -> Valid | None:
+    """None where all rows are images."""
+    if batch.all_valid is None:
+        return None
+    count = int(batch.all_valid.sum())
+    share = world.size / count if count else float("nan")
+    rows, all_rows = (flags.to(world.device, non_blocking=True) for flags in (batch.valid, batch.all_valid))
+    return Valid(rows, all_rows, share)
+
+
+def keep_lost(plan: MixPlan, batch: Batch, world: World, *, global_flip: bool = False) -> MixPlan:
+    """The plan with the rows that are no images, and those that have one of them as partner, kept as they are."""
+    if batch.all_valid is None:
+        return plan
+    lost = (~batch.all_valid).to(plan.device, non_blocking=True).view(world.size, -1)
+    return plan.keeping(lost[world.rank], lost[mirror_rank(world)] if global_flip else None)
+
+
+def half_unless_kept(weight: Tensor, plan: MixPlan) -> Tensor:
+    """The static weight of Table 6, 1/2, but all of it for a row that is not mixed."""
+    return torch.where(plan.rule == int(Rule.KEEP), 1.0, torch.full_like(weight, 0.5))
 
 
 def examples_of_rules(

@@ -25,7 +25,7 @@ from ..models import feature_width
 from ..settings import ConfigError, DataConfig, between
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules
+from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules, keep_lost, valid_of
 
 HEAD_STD = 0.01
 
@@ -125,6 +125,10 @@ class Supervised:
             self.setup, at, 0, rules=config.rules, alpha=config.alpha, per=config.per, prob=config.prob
         )
 
+    def without_lost(self, plan: MixPlan, batch: Batch) -> MixPlan:
+        """The same without them."""
+        return keep_lost(plan, batch, self.setup.world)
+
     def mix(self, batch: Batch, plan: MixPlan) -> Tensor:
         """(N, 3, H, W) uint8 view -> the mixed, normalised images."""
         data = self.setup.data
@@ -139,10 +143,14 @@ class Supervised:
     def loss(self, features: Tensor, plan: MixPlan, batch: Batch, at: At) -> Loss:
         """Soft cross-entropy on the labels mixed as the pixels were; `top1`: the weight of the label guessed."""
         target = plan.label_target(batch.labels.to(features.device, non_blocking=True))
-        loss = soft_cross_entropy(features.float(), target, label_smoothing=self.config.label_smoothing)
+        smoothing, valid = self.config.label_smoothing, valid_of(batch, self.setup.world)
         guess = features.detach().argmax(dim=1)
         right = target.weight * (guess == target.first) + (1 - target.weight) * (guess == target.second)
-        return Loss(loss, {}, {"top1": right.mean()})
+        if valid is None:
+            loss = soft_cross_entropy(features.float(), target, label_smoothing=smoothing)
+            return Loss(loss, {}, {"top1": right.mean()})
+        losses = soft_cross_entropy(features.float(), target, label_smoothing=smoothing, reduction="none")
+        return Loss(valid.mean(losses), {}, {"top1": valid.mean(right)})
 
     def groups(self) -> list[Group]:
         """Norms and biases do not decay (DeiT)."""
