@@ -42,6 +42,7 @@ SUITES = {
     "train/test_pretrain.py": "whole runs: commands.py, run.py, run_folder.py, training.py",
     "train/methods/test_dino_on_photographs.py": "dino.py trained on photographs",
     "train/methods/test_dino_settings.py": "every setting and flag of dino.py",
+    "train/data/test_fault_corpus.py": "fault_corpus.py, in every loader",
     "train/data/test_loaders.py": "dali.py and torchvision.py side by side",
 }
 
