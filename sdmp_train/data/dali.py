@@ -8,6 +8,7 @@ files in memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import nvidia.dali.types as types
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
+from PIL import Image
 from torch import Tensor
 
 from sdmp_kernels import augment
@@ -27,7 +29,8 @@ from sdmp_kernels.views import EvalView, ViewRecipe, eval_geometry, view_size
 
 from .ahead import Ahead
 from .batch import Batch, Loader, Lost, made_batch, paint
-from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .decoders import looks_whole, needs_pillow
+from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, describe, read_size
 from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
 from .source import Source
@@ -211,7 +214,8 @@ class _Feed:
         rows = schedule.rows(position)
         if self.some_in_memory:
             fetched = self._fetched(position)
-            in_memory = np.array([row in self._known or _in_memory(schedule.source, row) for row in rows.tolist()])
+            screened = schedule.fill is not None
+            in_memory = np.array([screened or _in_memory(schedule.source, row) for row in rows.tolist()])
             arrays: list[Any] = [fetched, in_memory]
         else:
             arrays = [[_as_array(_path(schedule.source, int(row))) for row in rows]]
@@ -232,7 +236,8 @@ class _Feed:
         for later in range(position, min(position + 1 + _PREFETCH_BATCHES, len(self._schedule))):
             if later not in self._ahead:
                 rows = self._schedule.rows(later).tolist()
-                self._ahead[later] = [self._pool.submit(_fetch, source, row) for row in rows]
+                fetch = _fetch if self._schedule.fill is None else _fetch_screened
+                self._ahead[later] = [self._pool.submit(fetch, source, row) for row in rows]
         files = [future.result() for future in self._ahead.pop(position)]
         bad = [file for file in files if isinstance(file, BadFile)]
         if bad and self._schedule.fill is None:
@@ -254,11 +259,29 @@ def _fetch(source: Source, row: int) -> bytes | BadFile:
     if not _in_memory(source, row):
         return _path(source, row)
     try:
-        if not source.pillow[row]:
-            return source.read(row)
-        image = open_row(source, row)
+        return _ppm(open_row(source, row)) if source.pillow[row] else source.read(row)
     except DECODE_ERRORS as error:
         return BadFile(source.name(row), describe(error))
+
+
+def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
+    """The file's bytes where it looks whole and has the size that is expected; else Pillow decodes it, or says why.
+
+    DALI 2.4 ends the process where it cannot make out one file of a batch while its threads decode others: none of that
+    kind reaches it. What is damaged within the pixels does, and costs it the batch alone.
+    """
+    try:
+        data = source.read(row)
+        expected = int(source.heights[row]), int(source.widths[row])
+        plain = not source.pillow[row] and looks_whole(data) and not needs_pillow(data)
+        if plain and read_size(data, max(MAX_PIXELS, math.prod(expected))) == expected:
+            return data
+        return _ppm(open_row(source, row))
+    except DECODE_ERRORS as error:
+        return BadFile(source.name(row), describe(error))
+
+
+def _ppm(image: Image.Image) -> bytes:
     return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 

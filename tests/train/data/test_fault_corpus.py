@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from fault_corpus import encoded, faults, table
-from file_kinds import HEIGHT, WIDTH, smooth_picture
+from file_kinds import HEIGHT, WIDTH, kinds, smooth_picture
 from torch import Tensor
 
 from sdmp_train.data import Index, ViewRecipe, make_loader, open_folder
+from sdmp_train.data.decoders import looks_whole
 
 HAVE_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 OTHERS = [
@@ -98,3 +99,18 @@ def test_every_loader_has_the_same_outcomes(damaged: Index, loader: str) -> None
 def test_the_table_is_that_of_the_docs() -> None:
     missing = [row for row in table() if row not in DOCS.read_text(encoding="utf-8")]
     assert missing == [], "write it with: python tests/train/data/fault_corpus.py FOLDER"
+
+
+@pytest.mark.parametrize("name", [name for name, (who, _) in kinds().items() if who == "dali"])
+def test_what_is_whole_looks_whole_and_stays_with_dali(tmp_path: Path, name: str) -> None:
+    kinds()[name][1](tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    assert looks_whole(data)
+    assert not looks_whole(data[: len(data) // 2])
+    assert not looks_whole(data[:30])
+
+
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.outcome == "header"])
+def test_what_has_no_header_never_looks_whole(tmp_path: Path, name: str) -> None:
+    FAULTS[name].write(tmp_path / name)
+    assert not (tmp_path / name).exists() or not looks_whole((tmp_path / name).read_bytes()) or name == "bomb.png"
