@@ -21,7 +21,7 @@ python -m bench price    what SDMP adds to a step beyond its extra forward passe
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
 python -m bench tune     measure the launch tables of the Triton kernels for this GPU
-python -m bench table    the table of the README, from the newest results of every machine
+python -m bench table    the tables of README and docs/results, from the newest results of every machine
 python -m bench reproduce table5|map   is the method any good? Table 5, and where the gain begins: whole trainings,
                          resumable, within --minutes
 python -m bench env      what this machine is, and which libraries there are to compare with
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     tune.add_argument("--dry-run", action="store_true", help="tiny sizes through the interpreter; writes nothing")
     tune.add_argument("--out", type=Path, help="the table file (default sdmp_kernels/tables/<arch>.json)")
-    table = commands.add_parser("table", help="the README's table")
-    table.add_argument("--write", action="store_true", help="put it between the README's markers")
+    table = commands.add_parser("table", help="the tables of README and docs/results")
+    table.add_argument("--write", action="store_true", help="put them between the pages' markers")
     table.add_argument("--plots", action="store_true", help="draw the plots of the newest results again")
     again = commands.add_parser("reproduce", help="the paper's Table 5, and where the gain begins")
     _reproducing(again)

@@ -293,7 +293,7 @@ def sanitizer(state: Run, seconds: float) -> None:
 
 
 def pictures(state: Run, seconds: float) -> None:
-    """Goals into the results file; plots; the README's table, where it has the markers."""
+    """Goals into the results file; plots; the tables of README and docs/results."""
     results = Results(state.path)
     results.document["goals"] = goals.summary(results.document)
     results.write()
@@ -311,7 +311,8 @@ def pictures(state: Run, seconds: float) -> None:
     if state.dry:
         print(f"  the table has {len(table.render([results.document]).splitlines())} lines")
     elif state.path.parent == FOLDER:
-        print("  README.md: table written" if table.write_readme() else "  README.md has no markers for the table")
+        for page, written in table.write_pages().items():
+            print(f"  {page}: table written" if written else f"  {page} has no markers for the table")
     return None
 
 

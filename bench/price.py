@@ -28,7 +28,7 @@ from sdmp_kernels.views import view_size
 
 BLOCKS = 20
 METHODS = {"mocov3": "quickstart", "dino": "quickstart-dino"}
-"""By method, the preset whose model and views are timed on a CPU."""
+"""By method, the preset whose views are timed on a CPU, on the ViT of the first."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,16 +70,18 @@ def measure(method: str, batch_size: int, blocks: int, seconds: float) -> dict[s
     }
 
 
-def step_of(method: str, mixing: str, batch_size: int) -> Callable[[], Any]:
-    """A step of the trainer's own on views that lie there."""
+def config_of(method: str, batch_size: int) -> Any:
+    """What is timed: settings, views and model."""
     from sdmp_train.presets import get_preset
 
-    config = get_preset(METHODS[method])
-    config = replace(
-        config,
-        method=replace(config.method, mixing=mixing),
-        optim=replace(config.optim, batch_size=batch_size, epochs=2),
-    )
+    config, model = get_preset(METHODS[method]), get_preset(METHODS["mocov3"]).model
+    return replace(config, model=model, optim=replace(config.optim, batch_size=batch_size, epochs=2))
+
+
+def step_of(method: str, mixing: str, batch_size: int) -> Callable[[], Any]:
+    """A step of the trainer's own on views that lie there."""
+    config = config_of(method, batch_size)
+    config = replace(config, method=replace(config.method, mixing=mixing))
     training = make_training(config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     views = tuple(
@@ -92,10 +94,7 @@ def step_of(method: str, mixing: str, batch_size: int) -> Callable[[], Any]:
 
 def extra_of(method: str, batch_size: int) -> Callable[[], Any]:
     """The forward passes without gradient that SDMP has and the plain method has not."""
-    from sdmp_train.presets import get_preset
-
-    config = get_preset(METHODS[method])
-    config = replace(config, optim=replace(config.optim, batch_size=batch_size, epochs=2))
+    config = config_of(method, batch_size)
     found: Any = make_training(config, torch.device("cpu")).method
     network, count = (found.momentum_encoder, 1) if method == "mocov3" else (found.teacher, 2)
     px = config.data.image_px

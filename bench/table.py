@@ -1,9 +1,11 @@
-"""The README's table, made from the newest results of every machine. `python -m bench table --write`."""
+"""The tables of the README and of docs/results, from the newest results of every machine.
+
+`python -m bench table --write` puts them there: a small one for readers in a hurry, and all that was measured.
+"""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from bench import goals, plots, report
@@ -12,6 +14,9 @@ from bench.results import FOLDER, newest
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
+FULL = ROOT / "docs" / "results" / "README.md"
+SHOWN = ("mixup", "cutmix", "resizemix", "uint8", "soft_cross_entropy", "distillation", "info_nce")
+"""Words of the settings in the small table: of each the first that was measured, most valuable first."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,27 +25,76 @@ def run(args: argparse.Namespace) -> int:
     if args.plots:
         for document in documents:
             print("\n".join(f"drew {path.name}" for path in plots.draw(document, FOLDER)))
-    text = render(documents)
     if not args.write:
-        print(text)
+        print(render(documents))
         return 0
-    if not README.exists() or not {BEGIN, END} <= set(README.read_text().split("\n")):
-        print(f"README.md has no lines {BEGIN} and {END}; add them where the table belongs")
-        return 2
-    README.write_text(between_markers(README.read_text(), text))
-    print("README.md: table written")
-    return 0
+    pages = write_pages(documents)
+    for page, written in pages.items():
+        print(f"{page}: table written" if written else f"{page} has no lines {BEGIN} and {END}; add them")
+    return 0 if all(pages.values()) else 2
 
 
-def between_markers(readme: str, text: str) -> str:
-    """`readme` with what lies between the markers replaced by `text`."""
-    head, rest = readme.split(BEGIN, 1)
+def between_markers(page: str, text: str) -> str:
+    """`page` with what lies between the markers replaced by `text`."""
+    head, rest = page.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
     return f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}"
 
 
+def small(documents: list[dict[str, Any]]) -> str:
+    """What stands in the README: a few rows of the machine that says most, one with a GPU where there is any."""
+    gpus = [d for d in documents if d["environment"]["gpu"]]
+    if not documents:
+        return "Nothing has been measured yet: `python -m bench mix` and `python -m bench losses` do."
+    document = (gpus or documents)[-1]
+    lines = [
+        "| what | ours | of the ceiling | best eager | torch.compile | best library |",
+        "|---|---|---|---|---|---|",
+        *(_small_row(row) for row in _shown(document["rows"])),
+        "",
+        f"{_where(document)}, {document['date']} ({_commands(document)}); every answer checked against float64.",
+    ]
+    if not gpus:
+        lines.append("**No GPU figure exists yet**: no run on a GPU has been recorded; `make gpu` makes one.")
+    return "\n".join(lines)
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for word in SHOWN:
+        row = next((r for r in rows if word in r["setting"] and r not in found and r["ours"] is not None), None)
+        found += [row] if row is not None else []
+    return found
+
+
+def _small_row(row: dict[str, Any]) -> str:
+    own = next(arm for arm in row["arms"] if arm["name"] == row["ours"])
+    cells = []
+    for kind in ("eager", "compile", "peer"):
+        arms = [arm for arm in row["arms"] if arm["kind"] == kind and "times_ours" in arm]
+        best = min(arms, key=lambda arm: arm["times_ours"]["p50"], default=None)
+        cells.append("" if best is None else _best(best))
+    time = report.seconds(own["seconds"]["p50"])
+    return f"| {row['setting']} | {time} | {_of_ceiling(own)} | {' | '.join(cells)} |"
+
+
+def _best(arm: dict[str, Any]) -> str:
+    """A ratio, and where the column's title does not say it, whose."""
+    ratio = report.ratio(arm["times_ours"]["p50"])
+    text = f"**{ratio}**" if arm["times_ours"]["p50"] < 1 else ratio
+    return text if arm["kind"] == "compile" else f"{text} ({arm['name'].removeprefix('eager ')})"
+
+
+def _of_ceiling(own: dict[str, Any]) -> str:
+    """Which share of a copy of its bytes, or of a matrix product of its arithmetic, it reaches."""
+    share = next((own[f] for f in ("share_of_copy", "share_of_matmul") if f in own), None)
+    if share is None:
+        return ""
+    return f"{100 * share['p50']:.0f} % of a {'copy' if 'share_of_copy' in own else 'matmul'}"
+
+
 def render(documents: list[dict[str, Any]]) -> str:
-    """Everything between the markers: what exists, a table per machine, and the goals beside what was measured."""
+    """All that was measured: what exists, a table per machine, and the goals beside what was measured."""
     gpus = [d for d in documents if d["environment"]["gpu"]]
     cpus = [d for d in documents if not d["environment"]["gpu"]]
     parts = [existing(gpus, cpus)]
@@ -63,7 +117,7 @@ def existing(gpus: list[dict[str, Any]], cpus: list[dict[str, Any]]) -> str:
         "Every ratio is a median of ratios taken round by round in one run, after each answer was checked against "
         'float64; above 1 the other takes longer ("both in place": the quotient of two such medians). Rows that we '
         "lose are in the table too, in bold. How it is measured: "
-        "[docs/benchmarks.md](docs/benchmarks.md)."
+        "[docs/benchmarks.md](../benchmarks.md)."
     )
     return "\n".join(lines)
 
@@ -111,10 +165,7 @@ def _row(row: dict[str, Any]) -> str:
     if own is None:
         reasons = [f"{a['name']}: {a['reason']}" for a in row["arms"] if a["kind"] == "ours" and a["status"] != "ok"]
         return f"| {row['setting']} | none ran ({'; '.join(reasons)}) | | |"
-    share = next((own[f] for f in ("share_of_copy", "share_of_matmul") if f in own), None)
-    of = "" if share is None else f"{100 * share['p50']:.0f} % of a {'copy' if 'share_of_copy' in own else 'matmul'}"
-    if "images_per_s" in own:
-        of = f"{own['images_per_s']:.0f} images/s"
+    of = f"{own['images_per_s']:.0f} images/s" if "images_per_s" in own else _of_ceiling(own)
     others = [a for a in row["arms"] if a["kind"] != "ceiling" and a is not own and "times_ours" in a]
     cells = [_ratio(a) for a in sorted(others, key=lambda a: a["times_ours"]["p50"])]
     return f"| {row['setting']} | {report.seconds(own['seconds']['p50'])} ({own['name']}) | {of} | {', '.join(cells)} |"
@@ -146,9 +197,14 @@ def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
     return "\n".join([*lines, "", "</details>"])
 
 
-def write_readme(readme: Path = README) -> bool:
-    """Refresh the README's table where the markers are; whether they were there."""
-    if not readme.exists() or BEGIN not in readme.read_text() or END not in readme.read_text():
-        return False
-    readme.write_text(between_markers(readme.read_text(), render(newest())))
-    return True
+def write_pages(documents: list[dict[str, Any]] | None = None) -> dict[str, bool]:
+    """Refresh both pages where their markers are; by page whether they were there."""
+    documents = newest() if documents is None else documents
+    found = {}
+    for page, text in ((README, small(documents)), (FULL, render(documents))):
+        old = page.read_text(encoding="utf-8") if page.exists() else ""
+        name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
+        found[name] = {BEGIN, END} <= set(old.split("\n"))
+        if found[name]:
+            page.write_text(between_markers(old, text), encoding="utf-8")
+    return found

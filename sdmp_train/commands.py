@@ -25,9 +25,8 @@ from .data import (
     TooManyBadFiles,
     choose_loader,
     make_loader,
-    open_source,
 )
-from .distributed import World, join_world, said_by_first, together
+from .distributed import World, join_world, said_by_first, same_on_all, together
 from .export import export_backbone
 from .file_list import store_file_list
 from .log import Log
@@ -36,9 +35,9 @@ from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .models import build_backbone
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images, reporting
+from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
-from .text import printable, printable_lines
+from .text import printable_lines
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -83,6 +82,11 @@ def pretrain(
                 claimed = claim(stack, world, folder, mode)
             index, test_index = open_images(config, stop.check, log.say)
             stop.check()
+        if not same_on_all(index.fingerprint, world):
+            raise ConfigError(
+                f"--data {config.data.data} does not hold the same files for all {world.size} processes; expected one "
+                "folder that all nodes see, or copies of the same files by the same names"
+            )
         training = build(config, world, index)
         remarks: list[str] = []
         with together(world):  # no rank has found a fault: only after this is anything written
@@ -314,30 +318,4 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(printable_lines(f"exported {path} to {output}"))
-    return 0
-
-
-VERIFIED_CLASSES = 20
-"""Classes that `verify` prints one by one: its report fits on a screen."""
-
-
-def verify_folder(folder: str, max_pixels: int | None = None) -> int:
-    """Decode every image once and print what is there, and what of it no run would use.
-
-    Raises:
-        DataError: some files are no readable images, or a class folder has none; it names them.
-    """
-    index = open_source(
-        folder, split=None, on_bad="list", check="decode", max_pixels=max_pixels, progress=reporting(print, None)
-    )
-    print(index.summary())
-    counts = [int((index.labels == number).sum()) for number in range(len(index.classes))]
-    for name, count in zip(index.classes[:VERIFIED_CLASSES], counts, strict=False):
-        print(f"  {count:8}  {printable(name)}")
-    if len(counts) > VERIFIED_CLASSES:
-        rest = counts[VERIFIED_CLASSES:]
-        print(f"  and {len(rest)} more classes of {min(rest)} to {max(rest)} images")
-    if index.faults:
-        raise DataError(index.faults)
-    print("every image decodes")
     return 0

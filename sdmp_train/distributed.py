@@ -147,6 +147,16 @@ def said_by_first(choice: str, known: Sequence[str], world: World) -> str:
     return known[int(number)]
 
 
+def same_on_all(fingerprint: str, world: World) -> bool:
+    """Whether every rank has this fingerprint, hexadecimal digits."""
+    if world.size == 1:
+        return True
+    number = int(fingerprint[:15], 16)
+    ends = torch.tensor([number, -number])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=world.host)
+    return bool(ends[0] == -ends[1])
+
+
 @contextmanager
 def together(world: World) -> Iterator[None]:
     """A block that all ranks leave at the same time, and in the same way.

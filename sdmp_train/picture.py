@@ -5,48 +5,92 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sdmp_kernels import MixPlan, mix
+from sdmp_kernels import MixPlan, ViewRecipe, augment, draw_views, mix
 
+from .data import Batch, Source
+from .data.index import open_row
 from .durable import replacing
 
-COLUMNS = 4
-CELL_PX = 96
-GAP_PX = 6
-CAPTION_PX = 16
+LAM = (0.35, 0.65)
+"""Samples are shown whose lam is nearest to these: at 0 or 1 nothing would be seen of the mixing."""
+CELL_PX = 128
+GAP_PX = 8
+BETWEEN_PX = 40
+TITLE_PX, HEADING_PX, CAPTION_PX = 24, 20, 16
+_NAMES = {"mixup": "Mixup", "cutmix": "CutMix", "resizemix": "ResizeMix"}
 
 
-def save_mix_picture(path: Path, examples: Sequence[tuple[str, Tensor, MixPlan]]) -> None:
-    """One row per example and up to four samples in it, each as source, mixed, partner, with lam written below.
+def views_of(source: Source, recipes: Sequence[ViewRecipe], seed: int) -> Batch:
+    """All images of a (small) source as the views of a step 0.
 
-    examples: one or more of (what it shows, (N, 3, S, S) uint8 images, their plan), all on the CPU.
+    Raises:
+        One of `DECODE_ERRORS`: an image cannot be decoded.
     """
-    count = min(COLUMNS, *(len(images) for _, images, _ in examples))
-    cell, left = CELL_PX, 78
-    width = left + count * (3 * cell + 2 * GAP_PX) + (count - 1) * 3 * GAP_PX + GAP_PX
-    height = GAP_PX + len(examples) * (cell + CAPTION_PX + GAP_PX)
-    picture = Image.new("RGB", (width, height), "white")
+    images = [torch.from_numpy(np.array(open_row(source, row))) for row in range(len(source))]
+    views = tuple(
+        augment(
+            images,
+            draw_views(recipe, source.heights, source.widths, seed=seed, step=0, view=number),
+            recipe.size_px,
+            interpolation=recipe.interpolation,
+        )
+        for number, recipe in enumerate(recipes)
+    )
+    return Batch(views, torch.arange(len(source)), torch.as_tensor(source.labels))
+
+
+def save_mix_picture(
+    path: Path, title: str, examples: Sequence[tuple[str, Tensor, MixPlan]], other_view: Tensor | None = None
+) -> None:
+    """One band per example with two samples in it, each as its views, its partner's view and the mixture with its lam.
+
+    examples: one or more of (the rule, (N, 3, S, S) uint8 views, their plan), all on the CPU. other_view: (N, 3, S, S),
+    the second view of the same images, where the method has one.
+    """
+    cells = 3 + (other_view is not None)
+    count = min(len(LAM), *(len(images) for _, images, _ in examples))
+    group = cells * (CELL_PX + GAP_PX) - GAP_PX
+    width = 2 * GAP_PX + count * group + (count - 1) * BETWEEN_PX
+    head, band = TITLE_PX + 3 * GAP_PX, HEADING_PX + CELL_PX + CAPTION_PX + 4 * GAP_PX
+    picture = Image.new("RGB", (width, head + len(examples) * band), "white")
     pen = ImageDraw.Draw(picture)
-    for row, (what, images, plan) in enumerate(examples):
+    pen.text((GAP_PX, GAP_PX), title, fill="black", font=_font(TITLE_PX, title, width - 2 * GAP_PX))
+    for place, (rule, images, plan) in enumerate(examples):
         mixed = mix(images, plan)
-        if not isinstance(mixed, Tensor):
-            raise TypeError("mix without clean=True gives one tensor")
-        top = GAP_PX + row * (cell + CAPTION_PX + GAP_PX)
-        pen.text((GAP_PX, top + cell // 2), what, fill="black")
-        for column in range(count):
-            x = left + column * (3 * cell + 5 * GAP_PX)
-            sources = (images[column], mixed[column], images[int(plan.partner[column])])
-            lam = float(plan.lam[column])
-            captions = ("source", f"mixed, lam {lam:.2f}", "partner")
-            for place, (image, caption) in enumerate(zip(sources, captions, strict=True)):
-                corner = (x + place * (cell + GAP_PX), top)
+        assert isinstance(mixed, Tensor)
+        top = head + place * band
+        pen.text((GAP_PX, top), _NAMES.get(rule, rule), fill="black", font=ImageFont.load_default(HEADING_PX))
+        for group_of, row in enumerate(chosen_rows(plan, count)):
+            second = [] if other_view is None else [(other_view[row], "view b")]
+            shown = [
+                (images[row], "view a" if second else "image"),
+                *second,
+                (images[int(plan.partner[row])], "partner"),
+                (mixed[row], f"mixed, lam {float(plan.lam[row]):.2f}"),
+            ]
+            left = GAP_PX + group_of * (group + BETWEEN_PX)
+            for column, (image, caption) in enumerate(shown):
+                corner = (left + column * (CELL_PX + GAP_PX), top + HEADING_PX + GAP_PX)
                 picture.paste(to_cell(image), corner)
-                pen.text((corner[0], top + cell + 2), caption, fill="black")
+                below = (corner[0], corner[1] + CELL_PX + 2)
+                pen.text(below, caption, fill="black", font=ImageFont.load_default(CAPTION_PX))
     with replacing(path) as draft:
         picture.save(draft, format="PNG")
+
+
+def chosen_rows(plan: MixPlan, count: int) -> list[int]:
+    """`count` different rows whose lam is nearest to `LAM`, one after another."""
+    rows: list[int] = []
+    for wanted in LAM[:count]:
+        distance = (plan.lam - wanted).abs()
+        distance[rows] = float("inf")
+        rows.append(int(distance.argmin()))
+    return rows
 
 
 def to_cell(image: Tensor) -> Image.Image:
@@ -54,3 +98,9 @@ def to_cell(image: Tensor) -> Image.Image:
     pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().to(torch.uint8).numpy())
     method = Image.Resampling.NEAREST if pixels.width < CELL_PX else Image.Resampling.LANCZOS
     return pixels.resize((CELL_PX, CELL_PX), method)
+
+
+def _font(px: int, text: str, room: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """As large as asked for, or as small as it takes to fit."""
+    font = ImageFont.load_default(px)
+    return font if font.getlength(text) <= room else ImageFont.load_default(px * room / font.getlength(text))

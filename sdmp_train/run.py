@@ -16,12 +16,13 @@ from torch import nn
 from . import checkpoint
 from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
-from .data import DataError, Index, eval_loader
+from .data import DataError, Index
+from .data.images import DECODE_ERRORS
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
-from .picture import save_mix_picture
+from .picture import save_mix_picture, views_of
 from .presets import FOR_OWN_IMAGES
 from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
@@ -31,6 +32,8 @@ from .text import duration
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
+PICTURED = 16
+"""Images that mix.png chooses from."""
 
 
 @dataclass
@@ -194,15 +197,16 @@ class Run:
         self.accuracies[what] = accuracy
 
     def picture(self) -> None:
-        """mix.png, from the first images of the run; a disk that is full costs the picture alone."""
-        px, path = self.training.config.data.image_px, self.folder / "mix.png"
-        with eval_loader(spread(self.index, 8), px, batch_size=8, device="cpu") as batches:
-            examples = self.training.method.example(next(iter(batches)))
-        if not examples:
-            return
+        """mix.png, from some images of the run; a disk that is full costs the picture alone, as does a damaged file."""
+        path, config = self.folder / "mix.png", self.training.config
         try:
-            save_mix_picture(path, examples)
-        except OSError as error:
+            recipes = self.training.method.views(self.training.at)[:2]
+            batch = views_of(spread(self.index, PICTURED), recipes, config.run.seed)
+            examples = self.training.method.example(batch)
+            if examples:
+                second = batch.views[1] if len(batch.views) > 1 else None
+                save_mix_picture(path, f"What {config.run.preset} mixes ({config.method_name})", examples, second)
+        except (OSError, *DECODE_ERRORS) as error:
             self.log.say(f"{path} cannot be written: {error}")
 
     def farewell(self) -> list[str]:

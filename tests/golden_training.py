@@ -32,6 +32,10 @@ COMMON = (
     "--data embedded"
 )
 HEADS = "--moco-dim 32 --moco-mlp-dim 64"
+VIT = (
+    "--arch vit_tiny_patch16_224 --stem imagenet --patch-px 4 --width 64 --depth 2 --heads 2 --batch-size 32 --lr 3e-3 "
+    "--momentum-teacher 0.99"
+)
 RUNS = {
     "quickstart": (1, "--preset quickstart --batch-size 64"),
     "cifar-stem-lars": (1, f"--preset cifar10-r18-sdmp --image-px 16 --batch-size 8 {HEADS}"),
@@ -43,8 +47,8 @@ RUNS = {
             "mochi": "--mochi-warmup-epochs 0.05 --mochi-hard 16 --mochi-mixed 16 --mochi-query-mixed 4",
         }.items()
     },
-    "dino": (1, "--preset quickstart-dino --batch-size 32 --depth 2 --drop-path-rate 0.1"),
-    "dino-plain": (1, "--preset quickstart-dino --mixing none --batch-size 32 --depth 2 --no-norm-last-layer"),
+    "dino": (1, f"--preset quickstart-dino {VIT} --drop-path-rate 0.1"),
+    "dino-plain": (1, f"--preset quickstart-dino {VIT} --mixing none --no-norm-last-layer"),
     "two-processes": (2, f"--preset quickstart -b 16 --depth 2 --variant extra --rules mixup cutmix {HEADS}"),
 }
 

@@ -72,7 +72,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+        lines = [line for block in blocks(page, "") for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
         spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
         for line in [*lines, *spans]:
             start = re.search(r"(?:^|\s|/)(?:python3? -m|torchrun .*?-m) (sdmp_\w+|bench)\b|^make \w", line.strip())

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..reading import open_regular
 from ..text import printable
-from .cache import Cache, Checked, cache_folder
+from .cache import Cache, Checked, cache_folder, digest_of
 from .decoders import looks_like_image, needs_pillow
 from .folders import SPELLINGS, find_splits
 from .images import (
@@ -42,6 +42,10 @@ from .source import Source
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
 
 _log = logging.getLogger(__name__)
+
+Check = Literal["header", "decode", "digest"]
+"""How much of a file is looked at."""
+ROTTED = "has other bytes than when it was last verified, though neither its size nor its time has changed"
 
 _CHUNK = 64
 """Files per task of the thread pool: enough to hide the pool's own cost."""
@@ -144,7 +148,7 @@ def open_folder(
     *,
     split: Literal["train", "val"] | None = "train",
     on_bad: Literal["stop", "skip", "list"] = "stop",
-    check: Literal["header", "decode"] = "header",
+    check: Check = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -164,7 +168,9 @@ def open_folder(
         on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
             "skip" leaves such files out of the index and lists them in `Index.bad`;
             "list" leaves out any number of them without a word, for callers that tell of `Index.faults`.
-        check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones.
+        check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones;
+            "digest" does so again for every file, whatever is remembered, and compares its bytes with those that it had
+            the last time.
         max_bad_frac: with "skip", the share of bad files above which the folder is refused after all.
         max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded); default
             `MAX_PIXELS`. More than twice that raises Pillow's own limit for the whole process.
@@ -188,7 +194,7 @@ class Checks:
     """How files are looked at, and what becomes of bad ones: the arguments of `open_folder`."""
 
     on_bad: Literal["stop", "skip", "list"] = "stop"
-    check: Literal["header", "decode"] = "header"
+    check: Check = "header"
     max_bad_frac: float = 0.01
     max_pixels: int = MAX_PIXELS
     cache_dir: str | os.PathLike[str] | None = None
@@ -222,12 +228,13 @@ def index_listing(
     """
     let_pillow_open(how.max_pixels)
     contents = contents or partial(os.path.join, root)
-    cache, decode = Cache(cached_as or root, how.cache_dir), how.check == "decode"
+    cache, decode = Cache(cached_as or root, how.cache_dir), how.check != "header"
     with cache.alone() if decode else nullcontext():
         known = cache.load()
         checked, bad = _check_files(root, listing, known, decode, how, contents)
         files = [file for file in listing.files if file.name in checked]
-        if {file: checked[file.name] for file in files} != known:
+        rotted = any(file.reason == ROTTED for file in bad)  # to be found again the next time
+        if not rotted and {file: checked[file.name] for file in files} != known:
             cache.store(files, checked)
     bad += listing.problems
     if not files and not bad and not listing.closed:
@@ -325,7 +332,12 @@ def _check_files(
     todo: list[File] = []
     for file in listing.files:
         old = known.get(file)
-        if old is None or (decode and not old.decoded) or old.height * old.width > how.max_pixels:
+        if (
+            how.check == "digest"
+            or old is None
+            or (decode and not old.decoded)
+            or old.height * old.width > how.max_pixels
+        ):
             todo.append(file)
         else:
             checked[file.name] = old
@@ -336,13 +348,15 @@ def _check_files(
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # Our own limit is at or below the one Pillow warns at, and is reported by file.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        work = partial(_check_chunk, root, contents, decode=decode, max_pixels=how.max_pixels)
+        work = partial(_check_chunk, root, contents, check=how.check, max_pixels=how.max_pixels)
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             for file, result in zip(chunk, results, strict=True):
                 if result is None:
                     listing.pass_over(file.name, NO_SUFFIX)
                 elif isinstance(result, BadFile):
                     bad.append(result)
+                elif file in known and 0 != known[file].digest != result.digest != 0:
+                    bad.append(BadFile(os.path.join(root, file.name), ROTTED))
                 else:
                     checked[file.name] = result
             done += len(chunk)
@@ -352,25 +366,30 @@ def _check_files(
 
 
 def _check_chunk(
-    root: Path, contents: Callable[[str], str | bytes], files: list[File], *, decode: bool, max_pixels: int
+    root: Path, contents: Callable[[str], str | bytes], files: list[File], *, check: Check, max_pixels: int
 ) -> list[Checked | BadFile | None]:
-    return [_check_file(os.path.join(root, file.name), file, contents, decode, max_pixels) for file in files]
+    return [_check_file(os.path.join(root, file.name), file, contents, check, max_pixels) for file in files]
 
 
 def _check_file(
-    path: str, file: File, contents: Callable[[str], str | bytes], decode: bool, max_pixels: int
+    path: str, file: File, contents: Callable[[str], str | bytes], check: Check, max_pixels: int
 ) -> Checked | BadFile | None:
     try:
         if not file.has_suffix and not looks_like_image(path):
             return None
-        held = contents(file.name)
+        held, digest = contents(file.name), 0
+        if check == "digest":
+            if isinstance(held, str):
+                with open_regular(held) as opened:
+                    held = opened.read()
+            digest = digest_of(held)
         height, width = read_size(held, max_pixels)
         pillow = needs_pillow(held)
-        if decode:
+        if check != "header":
             decode_rgb(held)
     except DECODE_ERRORS as error:
         return BadFile(path, describe(error))
-    return Checked(height, width, decode, pillow)
+    return Checked(height, width, check != "header", pillow, digest)
 
 
 def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path) -> str:

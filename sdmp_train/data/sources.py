@@ -10,7 +10,7 @@ from typing import Literal
 from .cifar import cifar_files, open_cifar
 from .file_lists import SUFFIXES_OF_LISTS, open_list
 from .images import MAX_PIXELS, SUFFIXES, DataError
-from .index import Checks, Index, open_folder
+from .index import Check, Checks, Index, open_folder
 from .listing import is_folder, scan
 from .shards import is_shard, open_shards
 
@@ -41,7 +41,7 @@ def open_source(
     *,
     split: Literal["train", "val"] | None = "train",
     on_bad: Literal["stop", "skip", "list"] = "stop",
-    check: Literal["header", "decode"] = "header",
+    check: Check = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,

@@ -1,4 +1,4 @@
-"""The README's table and the plots: what exists is shown, what does not is said plainly."""
+"""The tables of README and docs/results, and the plots: what exists is shown, what does not is said plainly."""
 
 import pytest
 from bench_documents import arm, document, row
@@ -79,11 +79,29 @@ def test_only_what_lies_between_the_markers_changes():
     assert table.between_markers(readme, "new\n") == f"# Title\n\nabove\n{table.BEGIN}\nnew\n{table.END}\nbelow\n"
 
 
-def test_a_readme_without_markers_is_left_alone(tmp_path):
-    readme = tmp_path / "README.md"
+def test_the_small_table_has_the_best_of_each_kind():
+    assert "Nothing has been measured yet" in table.small([])
+    text = table.small([document()])
+    line = next(line for line in text.splitlines() if line.startswith("| mixup float32, 128"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == ["1 ms", "95 % of a copy", "3.50 (lerp)", "**0.80**", "12.0 (timm elem)"]
+    assert "**No GPU figure exists yet**" in text
+    assert "Test GPU" in table.small([document(), document(environment=GPU)])
+
+
+def test_pages_are_written_between_their_markers_and_left_alone_without(tmp_path, monkeypatch):
+    readme, full = tmp_path / "README.md", tmp_path / "full.md"
+    monkeypatch.setattr(table, "README", readme)
+    monkeypatch.setattr(table, "FULL", full)
     readme.write_text("# Title\n")
-    assert not table.write_readme(readme)
+    full.write_text(f"above\n{table.BEGIN}\nFORMER\n{table.END}\nbelow\n")
+    assert table.write_pages([document()]) == {"README.md": False, "full.md": True}
     assert readme.read_text() == "# Title\n"
+    text = full.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("below\n")
+    assert "FORMER" not in text
+    assert "| G12 | " in text
 
 
 def test_plots_are_drawn(tmp_path):

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ops import matrix
 from ops.losses import FORMS, Storages
 from torch import Tensor
 
 from sdmp_kernels import TwoHot, _backends, distillation, info_nce, soft_cross_entropy, use_backend
 from sdmp_kernels.ops.case import two_hot
+from sdmp_kernels.ops.info_nce import cases as info_nce_cases
 from sdmp_kernels.ops.info_nce import native as info_nce_native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,15 +204,27 @@ def test_far_below_the_largest_there_is_no_probability(dtype):
 CASES = [t for t in matrix.trials(with_grads=True) if t.op == "info_nce" and t.backend == "cpp"]
 
 
-def by(monkeypatch: pytest.MonkeyPatch, few: bool) -> None:
-    """From now on every call is one call of the kernel for few rows, or goes through matrix products."""
-    monkeypatch.setattr(info_nce_native, "_few", lambda q, k: few)
+def by(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
+    """From now on every call is one call of the kernel for few rows, or goes through products of whole rows, or where
+    only the queries have gradients through blocks of columns; returns how many rows went that last way.
+    """
+    rows: list[int] = []
+    blocks = info_nce_native._blocks
+    monkeypatch.setattr(info_nce_native, "_few", lambda q, k: way == "few")
+    monkeypatch.setattr(info_nce_native, "_BLOCK", (5, 8) if way == "blocks" else (1, 2**40))
+    monkeypatch.setattr(info_nce_native, "_blocks", lambda p, *rest: (rows.append(len(p.q)), blocks(p, *rest)))
+    return rows
 
 
-@pytest.mark.parametrize("few", [False, True])
+each_way = pytest.mark.parametrize("way", ["few", "rows", "blocks"])
+
+
+@each_way
 @pytest.mark.parametrize("trial", CASES, ids=str)
-def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial, few):
+def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial, way):
     """Losses and gradients by the rule of the op matrix."""
+    if way == "blocks":
+        trial = replace(trial, case=replace(trial.case, grads=("q",)))
 
     def upstream(t: Tensor) -> Tensor:
         return torch.linspace(-1.0, 2.0, max(t.numel(), 1), dtype=t.dtype)[: t.numel()].view(t.shape)
@@ -217,7 +232,7 @@ def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial
     with use_backend("reference", "info_nce"):
         truth = matrix.gradients(trial.cases.call, trial, matrix.upcast(trial, trial.inputs()), upstream)
     own = matrix.gradients(trial.cases.eager, trial, trial.inputs(), upstream)
-    by(monkeypatch, few)
+    by(monkeypatch, way)
     inputs = trial.inputs()
     got = matrix.gradients(trial.cases.call, trial, inputs, upstream)
     with torch.no_grad():
@@ -227,9 +242,41 @@ def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial
             assert matrix.error(result, right) <= matrix.allowed(matrix.error(plain, right), result.dtype, term)
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_info_nce_kept_graphs_and_gradients_that_are_overwritten(monkeypatch, few):
-    by(monkeypatch, few)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [0.2, 0.03], ids=["flat", "peaked"])
+@each_dtype
+def test_info_nce_in_blocks_of_columns(monkeypatch, form, temperature, dtype):
+    """Targets in any block, of one column and of no weight; several key sets; rows apart by e^66."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (16, 37, 1030)
+    q, *ks = (F.normalize(torch.randn(n, 24, generator=generator), dim=1).to(dtype) for n in (13, *lengths))
+    targets = [two_hot(generator, 13, m) for m in lengths]
+    for row in range(13):  # some are nearly certain of their target, rightly or wrongly
+        q[row] = ks[1][targets[1].first[row]] * (1 if row % 3 else -1)
+    for first, second, weight in targets:
+        second[0], weight[1], weight[2], weight[3] = first[0], 1.0, 0.0, 1.0
+    term_weight, options = [0.5, 1.0, 2.0], {"temperature": temperature, "form": form, "reduction": "none"}
+
+    def results(call, cast):
+        leaf = cast(q).requires_grad_()
+        losses = call(leaf, [cast(k) for k in ks], targets, **options)
+        total = sum(w * loss for w, loss in zip(term_weight, losses, strict=True))
+        return [*(loss.detach() for loss in losses), torch.autograd.grad(total.sum(), leaf)[0]]
+
+    rows = by(monkeypatch, "blocks")
+    got = results(info_nce, lambda t: t.clone())
+    assert rows == [13, 13, 13]
+    own = results(info_nce_cases.eager, lambda t: t.clone())
+    with use_backend("reference", "info_nce"):
+        truth = results(info_nce, lambda t: t.double())
+    for result, right, plain in zip(got, truth, own, strict=True):
+        term = float(right.abs().max())
+        assert matrix.error(result, right) <= matrix.allowed(matrix.error(plain, right), result.dtype, term)
+
+
+@each_way
+def test_info_nce_kept_graphs_and_gradients_that_are_overwritten(monkeypatch, way):
+    by(monkeypatch, way)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(9, 16, generator=generator).requires_grad_(), torch.randn(30, 16, generator=generator)
     loss = info_nce(q, k, two_hot(generator, 9, 30), temperature=0.5)
@@ -241,9 +288,9 @@ def test_info_nce_kept_graphs_and_gradients_that_are_overwritten(monkeypatch, fe
     assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_info_nce_rows_with_nan_leave_the_others_alone(monkeypatch, few):
-    by(monkeypatch, few)
+@each_way
+def test_info_nce_rows_with_nan_leave_the_others_alone(monkeypatch, way):
+    by(monkeypatch, way)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(5, 16, generator=generator), torch.randn(30, 16, generator=generator)
     target = two_hot(generator, 5, 30)
@@ -254,10 +301,10 @@ def test_info_nce_rows_with_nan_leave_the_others_alone(monkeypatch, few):
     assert losses.isnan().tolist() == grad.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_info_nce_in_many_chunks(monkeypatch, few):
+@each_way
+def test_info_nce_in_many_chunks(monkeypatch, way):
     """More logits than a chunk holds: rows of later chunks meet their own targets."""
-    by(monkeypatch, few)
+    by(monkeypatch, way)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1100, 8, generator=generator).requires_grad_(), torch.randn(4000, 8, generator=generator)
     k.requires_grad_()

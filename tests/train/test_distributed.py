@@ -28,6 +28,7 @@ from sdmp_train.distributed import (
     reduce_max,
     reduce_mean,
     said_by_first,
+    same_on_all,
     together,
 )
 from sdmp_train.guard import FAILED, StopRequest
@@ -244,6 +245,7 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
+            "same": torch.tensor([same_on_all("ab" * 32, world), same_on_all(f"{world.rank}f" * 32, world)]),
             "said": ("x", "a", "b").index(said_by_first("ba"[world.rank], ("x", "a", "b"), world)),
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -449,6 +451,11 @@ def test_rows_are_gathered_in_rank_order_and_flags_agree(two_ranks):
     for rank in two_ranks[1]:
         assert rank["gathered"][:, 0].tolist() == [0, 0, 1, 1]
         assert rank["largest"].tolist() == [1.0, 0.0]
+
+
+def test_ranks_with_other_images_notice(two_ranks):
+    for rank in two_ranks[1]:
+        assert rank["same"].tolist() == [True, False]
 
 
 def test_the_first_rank_decides(two_ranks):

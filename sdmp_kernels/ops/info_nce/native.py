@@ -2,7 +2,9 @@
 
 A chunk of rows of the products q k^T is made in one reused buffer by PyTorch's matrix product; the kernel turns it into
 losses and, in place, into the gradient of the products; a second matrix product makes the gradient of the queries of
-it. Problems of a few rows are one call that does everything.
+it. Where the lengths of the rows bound the products, exponentials need no row's largest product: a chunk then has some
+of the columns only and stays in the cache nearest to a core, as in fused attention. Problems of a few rows are one call
+that does everything.
 
 `_backends.native_library` has loaded the library before any of these is called. Shapes as in `reference.py`.
 """
@@ -11,12 +13,17 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem, empty_rows
-from sdmp_kernels.ops.info_nce.composed import added_up, operands_of, products_of
+from sdmp_kernels.ops.info_nce.composed import Operands, added_up, operands_of, products_of
 from sdmp_kernels.ops.losses import full_precision
 
 # Multiplications of a product, and logits, up to which one call on one thread beats two matrix products.
 _FEW_PRODUCTS = 2**16
 _FEW_LOGITS = 2**12
+
+# Rows and columns of a block of products: 1 MiB. From twice the columns on, blocks are worth their calls.
+_BLOCK = (256, 1024)
+# Logits that no row may exceed, either way, for exponentials below a bound: the least is e^-80, a normal number.
+_BOUND = 40.0
 
 
 def forward(problem: Problem, need_dq: bool, need_stats: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +63,11 @@ def _rows(problem: Problem, keys: KeySet, losses: Tensor, stats: Tensor | None, 
         operands = operands_of(q, keys.k, problem.temperature)
         gain, unit, factor = float(operands.gain), float(operands.unit), float(operands.k_factor)
         slope = _representable(problem.scale * keys.factor * factor)
+        if dq is not None and stats is None and keys.excluded is None and len(operands.k) >= 2 * _BLOCK[1]:
+            shift = _largest_product(operands.q, operands.k)
+            if shift * gain <= _BOUND:
+                _blocks(problem, keys, operands, shift, slope, losses, dq)
+                return
         for start, stop, z in products_of(operands.q, operands.k, keys.excluded):
             torch.ops.sdmp.info_nce_rows_cpu.default(
                 z,
@@ -71,6 +83,40 @@ def _rows(problem: Problem, keys: KeySet, losses: Tensor, stats: Tensor | None, 
             )
             if dq is not None:
                 torch.mm(z, operands.k, out=dq[start:stop])
+
+
+def _largest_product(q: Tensor, k: Tensor) -> float:
+    """What no product of a row of q and a row of k exceeds, either way; NaN where something is not finite."""
+    return float(torch.linalg.vector_norm(q, dim=1).amax()) * float(torch.linalg.vector_norm(k, dim=1).amax())
+
+
+def _blocks(
+    problem: Problem, keys: KeySet, operands: Operands, shift: float, slope: float, losses: Tensor, dq: Tensor
+) -> None:
+    """As `_rows`, block of columns by block of columns."""
+    q, k = operands.q, operands.k
+    gain, count = float(operands.gain), len(k)
+    rows, columns = min(len(q), _BLOCK[0]), _BLOCK[1]
+    buffer = q.new_empty(rows * columns)
+    for start in range(0, len(q), rows):
+        chosen = slice(start, min(start + rows, len(q)))
+        target = tuple(tensor[chosen] for tensor in (keys.first, keys.second, keys.weight))
+        queries, gradient = q[chosen], dq[chosen]
+        sums = torch.zeros(len(queries), dtype=torch.float64)
+        picked = torch.empty(len(queries), 2)
+        for begin in range(0, count, columns):
+            block = k[begin : begin + columns]
+            z = buffer[: len(queries) * len(block)].view(len(queries), len(block))
+            torch.mm(queries, block.T, out=z)
+            torch.ops.sdmp.info_nce_block_cpu.default(z, *target, begin, count, shift, gain, sums, picked)
+            if begin:
+                gradient.addmm_(z, block)
+            else:
+                torch.mm(z, block, out=gradient)
+        mixture = problem.form == "log_mixture"
+        torch.ops.sdmp.info_nce_end_cpu.default(
+            gradient, k, *target, shift, gain, mixture, sums, picked, slope, losses[chosen]
+        )
 
 
 def backward(

@@ -42,7 +42,7 @@ SAID = {
     "decode": "refused, at the latest where every file is decoded first (`--check decode`, `--bad-images skip`, `verify`), else when it "
     "is read",
     "passed": "passed over, as any folder without an image",
-    "either": "refused, or read as other pixels: no decoder can tell; `verify` finds it by its checksum",
+    "either": "refused, or read as other pixels: no decoder can tell; a second `verify` does",
 }
 
 
