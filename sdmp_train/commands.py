@@ -37,7 +37,7 @@ from .run import Run
 from .run_folder import RunFolder
 from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
-from .text import printable_lines
+from .text import printable_lines, shown_size
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -261,7 +261,8 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         f"device   {device} ({why}), {config.run.precision}",
         f"kernels  {', '.join(f'{op}: {name}' for op, name in serving.items())}",
         f"data     {index.summary()}",
-        f"model    {config.model.arch} at {config.data.image_px} px: {millions(method.backbone)} M parameters, "
+        f"model    {config.model.arch} at {shown_size(config.data.image_px)} px: "
+        f"{millions(method.backbone)} M parameters, "
         f"{millions(method.trained)} M with heads",
         f"loss     {method.describe()}",
         f"batch    global {optim.batch_size} = {world.size} x {rows} x accum 1",

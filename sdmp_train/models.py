@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sdmp_kernels.views import Size, view_size
+
 from .settings import ConfigError, ModelConfig, near, require
 from .text import brief, one_line
 
@@ -25,7 +27,7 @@ SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch
 PLAIN_VITS = ("vit_", "deit_")
 
 
-def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12) -> tuple[str, dict[str, Any]]:
+def timm_arguments(config: ModelConfig, image_px: Size, *, heads: int | None = 12) -> tuple[str, dict[str, Any]]:
     """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem).
 
     heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12); None keeps timm's.
@@ -39,7 +41,11 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12
             raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
         given = resnet_widths(given["embed_dim"], config.stem)
     by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
-    size = {"img_size": image_px} if takes(name, "img_size", image_px) else {}
+    size = (
+        {"img_size": image_px if isinstance(image_px, int) else list(image_px)}
+        if takes(name, "img_size", image_px)
+        else {}
+    )
     return name, {**size, **by_method, **given}
 
 
@@ -97,7 +103,7 @@ def create(name: str, arguments: dict[str, Any], device: str) -> nn.Module:
 
 def build_backbone(
     config: ModelConfig,
-    image_px: int,
+    image_px: Size,
     seed: int,
     *,
     drop_path: float = 0.0,
@@ -105,7 +111,7 @@ def build_backbone(
     more_px: Sequence[int] = (),
     **options: Any,
 ) -> nn.Module:
-    """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
+    """A timm model without classifier, (N, 3, H, W) of `image_px` -> (N, D), started from `seed` alone.
 
     drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
         towards the first.
@@ -150,14 +156,17 @@ def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device
     return backbone
 
 
-def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
+def check_forward(backbone: nn.Module, name: str, image_px: Size) -> None:
     """Raise `ConfigError` unless a model on the meta device makes (2, D) of two images and reads all their pixels."""
     unread: list[str] = []
 
     def look(path: str, layer: nn.Conv2d, images: Tensor, output: Tensor) -> None:
-        lost = rows_unread(layer, images.shape[-2], output.shape[-2])
-        if lost and (images.shape[1] == 3 or "patch_embed" in path):
-            unread.append(f"{lost} of {images.shape[-2]} rows (its patches are {layer.stride[0]} a side)")
+        for axis, what in ((0, "rows"), (1, "columns")):
+            lost = rows_unread(layer, images.shape[axis - 2], output.shape[axis - 2], axis)
+            if lost and (images.shape[1] == 3 or "patch_embed" in path):
+                unread.append(
+                    f"{lost} of {images.shape[axis - 2]} {what} (its patches are {layer.stride[axis]} a side)"
+                )
 
     hooks = [
         module.register_forward_hook(lambda layer, given, output, path=path: look(path, layer, given[0], output))
@@ -165,7 +174,7 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        features = backbone.train()(torch.empty(2, 3, image_px, image_px, device="meta"))
+        features = backbone.train()(torch.empty(2, 3, *view_size(image_px), device="meta"))
     except Exception as error:  # as above
         raise ConfigError(f"{name} cannot take images of {image_px} px: {one_line(error)}") from error
     finally:
@@ -173,7 +182,7 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
             hook.remove()
     if unread:
         raise ConfigError(
-            f"image_px is {image_px}, of which {name} would leave {unread[0]} and as many columns unread; "
+            f"image_px is {image_px}, of which {name} would leave {' and '.join(unread[:2])} unread; "
             "expected a multiple of patch_px, the side of a patch"
         )
     if not isinstance(features, Tensor) or features.shape != (2, feature_width(backbone)):
@@ -184,9 +193,12 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
         )
 
 
-def rows_unread(layer: nn.Conv2d, rows: int, output_rows: int) -> int:
-    """Rows at the bottom that a convolution in patches never reads; 0 for one whose windows overlap or are padded."""
-    kernel, stride = layer.kernel_size[0], layer.stride[0]
+def rows_unread(layer: nn.Conv2d, rows: int, output_rows: int, axis: int = 0) -> int:
+    """Rows at the bottom, or with axis 1 columns at the right, that a convolution in patches never reads.
+
+    0 for one whose windows overlap or are padded.
+    """
+    kernel, stride = layer.kernel_size[axis], layer.stride[axis]
     if stride < 2 or kernel > stride or layer.padding not in ((0, 0), "valid"):
         return 0
     return max(0, rows - ((output_rows - 1) * stride + kernel))

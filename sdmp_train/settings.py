@@ -49,8 +49,8 @@ class DataConfig:
     or a folder of them; CIFAR's binary archive or folder. `embedded`: the built-in shapes."""
     test_data: str | None = None
     """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
-    image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
-    """Side of the square views, in pixels."""
+    image_px: Annotated[int | tuple[int, int], arg(aliases=("--img-size",))] = 224
+    """Side of the square views, in pixels; or their height and width."""
     crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08
     """Smallest area of a random crop, as a fraction of the image (DINO has crop scales of its own)."""
     gray_prob: float = 0.2
@@ -76,7 +76,9 @@ class DataConfig:
     """Decoding threads (DALI) or processes (torchvision) per GPU; None chooses by the number of cores."""
 
     def __post_init__(self) -> None:
-        require(self.image_px >= 8, "image_px", self.image_px, "at least 8 pixels")
+        if isinstance(self.image_px, tuple) and self.image_px[0] == self.image_px[-1]:
+            object.__setattr__(self, "image_px", self.image_px[0])  # one spelling of a square
+        require(min(self.size_px) >= 8, "image_px", self.image_px, "at least 8 pixels")
         between("crop_min", self.crop_min_frac, 0, 1, above=True)
         between("gray_prob", self.gray_prob, 0, 1)
         between("max_bad_frac", self.max_bad_frac, 0, 1)
@@ -84,6 +86,11 @@ class DataConfig:
         require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "three finite numbers")
         require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "three numbers above 0")
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the views."""
+        return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from collections.abc import Sequence
 
 import torch
 
-from sdmp_kernels.views import EvalView, Interpolation, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+from sdmp_kernels.views import (
+    EvalView,
+    Interpolation,
+    Size,
+    ViewRecipe,
+    byol_views,
+    crop_flip_view,
+    dino_views,
+    eval_view,
+)
 
 from .batch import Batch, Loader
 from .choice import LOADERS, Choice, LoaderName, choose_loader, faster_loader, open_loader
@@ -127,7 +136,7 @@ def _choice_for_host(loader: LoaderName | Choice) -> Choice:
 
 def eval_loader(
     index: Source,
-    size_px: int,
+    size_px: Size,
     *,
     batch_size: int,
     device: torch.device | str,

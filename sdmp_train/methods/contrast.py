@@ -189,8 +189,7 @@ class Contrast(ABC):
         self.queries = distribute(self.student, self.world)
         distribute(self.momentum_encoder, self.world, trained=False)
         self.state = nn.ModuleDict({"student": self.student, "momentum_encoder": self.momentum_encoder})
-        size = (setup.data.image_px, setup.data.image_px)
-        self.keep = draw_plan(setup.rows, size, prob=0.0, step=0, device=self.world.device)
+        self.keep = draw_plan(setup.rows, setup.data.size_px, prob=0.0, step=0, device=self.world.device)
 
     @staticmethod
     def backbone_options(config: Any) -> dict[str, Any]:

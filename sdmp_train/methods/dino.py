@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdmp_kernels import MixPlan, distillation, draw_plan, mix
+from sdmp_kernels.views import Size, view_size
 
 from ..data import Batch, ViewRecipe, dino_views
 from ..distributed import World, distribute, mirror_images, mirror_rows, reduce_mean
@@ -263,7 +264,7 @@ class DINO:
     def __init__(self, config: DINOConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         px = setup.data.image_px
         require(
-            not config.local_crops_number or config.local_px <= px,
+            not config.local_crops_number or config.local_px <= min(setup.data.size_px),
             "local_px",
             config.local_px,
             f"at most image_px, which is {px}",
@@ -287,7 +288,7 @@ class DINO:
         distribute(self.teacher, self.world, trained=False)
         self.state = nn.ModuleDict({"student": self.student, "teacher": self.teacher, "center": self.center})
         self.keep = {
-            size: draw_plan(setup.rows, (size, size), prob=0.0, step=0, device=self.world.device)
+            size: draw_plan(setup.rows, view_size(size), prob=0.0, step=0, device=self.world.device)
             for size in {px, config.local_px}
         }
         self.clean, self.source, self.pair = (
@@ -358,7 +359,7 @@ class DINO:
             px=self._px(crop),
         )
 
-    def _px(self, crop: int) -> int:
+    def _px(self, crop: int) -> Size:
         return self.setup.data.image_px if crop < 2 else self.config.local_px
 
     def without_lost(self, plan: Plan, batch: Batch) -> Plan:
@@ -386,7 +387,7 @@ class DINO:
         data, rows = self.setup.data, self.setup.rows
         px = self._px(crops[0])
         images = torch.empty(
-            (len(views) * rows, 3, px, px),
+            (len(views) * rows, 3, *view_size(px)),
             dtype=self.setup.dtype,
             device=views[0].device,
             memory_format=torch.channels_last,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdmp_kernels import MixPlan
+from sdmp_kernels.views import Size
 
 from ..data import Batch, ViewRecipe
 from ..distributed import World
@@ -89,7 +90,7 @@ class Group(NamedTuple):
 class Pass(NamedTuple):
     """An image that goes through the backbone, for every image of a batch."""
 
-    px: int
+    px: Size
     trained: bool
     """Whether gradients go back through it."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import MixPlan, Rule, draw_plan
+from sdmp_kernels.views import Size, view_size
 
 from ..data import Batch
 from ..distributed import World, mirror_rank
@@ -67,21 +68,21 @@ def draw_batch_plan(
     prob: float = 1.0,
     shared_lam: bool = False,
     flip: Flip = "local",
-    px: int | None = None,
+    px: Size | None = None,
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
 
     Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan; a global flip
     is that of the batch over all ranks, since its keys and images are those of that batch.
 
-    `px`: side of the view, which decides how fine a box can be; default the run's `image_px`.
+    `px`: side of the view, or height and width, which decides how fine a box can be; default the run's `image_px`.
     """
-    world, px = setup.world, px or setup.data.image_px
+    world, size = setup.world, view_size(px or setup.data.image_px)
 
     def draw(rank: int, flip: Flip) -> MixPlan:
         return draw_plan(
             setup.rows,
-            (px, px),
+            size,
             rules=rules,
             alpha=alpha,
             per=per,
