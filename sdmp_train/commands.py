@@ -173,7 +173,7 @@ def resolve(config: Config, world: World) -> Config:
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
     try:
-        loader, _ = choose_loader(config.data.loader, world.device)
+        loader, _ = choose_loader(config.data.loader, world.device, config.data.channels)
     except DataError as error:
         raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
     data = replace(config.data, loader=loader)
@@ -186,7 +186,7 @@ def kept_loader(config: Config, folder: Path, world: World) -> Config | None:
         return None
     kept = with_loader(config, run_folder.stored_config(folder).data.loader)
     try:
-        choose_loader(kept.data.loader, world.device)
+        choose_loader(kept.data.loader, world.device, config.data.channels)
     except DataError:
         return None
     return kept
@@ -201,11 +201,11 @@ def loader_choice(training: Training, index: Index, asked: Config, *, measure: b
     """The loader of a run, and why; the first rank measures where that is left to it."""
     name, world = training.config.data.loader, training.world
     if asked.data.loader != "auto":
-        return choose_loader(name, world.device)
+        return choose_loader(name, world.device, index.channels)
     if not measure:
         return Choice(name, f"this run began with {name}")
     if not world.is_first:
-        return choose_loader("auto", world.device)
+        return choose_loader("auto", world.device, index.channels)
     with open_loader(training, index, "auto") as loader:
         return Choice(loader.name, loader.why)
 
@@ -315,7 +315,9 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
     prefix = f"{place}." if place else ""
     tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
+    backbone = build_backbone(
+        config.model, config.data.image_px, config.run.seed, channels=config.data.channels, **config.backbone_options
+    )
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     export_backbone(backbone, config, output, int(state["step"]))
     print(printable_lines(f"exported {path} to {output}"))

@@ -37,6 +37,7 @@ MODEL_ARGUMENTS = {
     "depth": (1, 256),
     "num_heads": (1, 256),
     "stem_width": (1, 2**12),
+    "in_chans": (1, 16),
 }
 STAGES, WIDEST = 4, 2**14
 """What `channels` of a ResNet may be: that many numbers, up to that."""
@@ -50,7 +51,9 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     Raises:
         RuntimeError: where what was written does not give the same model.
     """
-    name, arguments = timm_arguments(config.model, config.data.image_px, **config.backbone_options)
+    name, arguments = timm_arguments(
+        config.model, config.data.image_px, channels=config.data.channels, **config.backbone_options
+    )
     arguments = {**arguments, **norm_arguments(backbone, name, arguments)}
     frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
     description = {
@@ -59,7 +62,7 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "num_features": int(frozen.num_features),  # type: ignore[arg-type]
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, *config.data.size_px],
+            "input_size": [config.data.channels, *config.data.size_px],
             "mean": list(config.data.mean),
             "std": list(config.data.std),
             "num_classes": 0,
@@ -184,15 +187,17 @@ def check_description(description: dict[str, Any]) -> None:
     settings = cast(dict[str, Any], pixels)
     size = settings.get("input_size")
     low, high = MODEL_ARGUMENTS["img_size"]
-    fits = isinstance(size, list) and len(size) == 3 and size[0] == 3
-    expected = f"[3, H, W] with H and W from {low} to {high}"
+    fits = isinstance(size, list) and len(size) == 3 and size[0] == arguments.get("in_chans", 3)
+    expected = f"[C, H, W] with the C of in_chans, or 3, and H and W from {low} to {high}"
     sides = cast(list[Any], size)[1:] if fits else []
     require(fits and all(is_whole_number(side, low, high) for side in sides), "input_size", size, expected)
     for key in ("mean", "std"):
         values = settings.get(key)
-        three = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
-        require(three, key, values, "three numbers")
-    DataConfig(mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # checks their values
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        require(numbers, key, values, "a number for each channel")
+    DataConfig(
+        channels=cast(list[Any], size)[0], mean=tuple(settings["mean"]), std=tuple(settings["std"])
+    )  # checks their values
 
 
 def check_equal(ours: nn.Module, loaded: nn.Module, input_size: Sequence[int]) -> None:

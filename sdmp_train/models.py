@@ -27,7 +27,9 @@ SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch
 PLAIN_VITS = ("vit_", "deit_")
 
 
-def timm_arguments(config: ModelConfig, image_px: Size, *, heads: int | None = 12) -> tuple[str, dict[str, Any]]:
+def timm_arguments(
+    config: ModelConfig, image_px: Size, *, channels: int = 3, heads: int | None = 12
+) -> tuple[str, dict[str, Any]]:
     """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem).
 
     heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12); None keeps timm's.
@@ -46,7 +48,8 @@ def timm_arguments(config: ModelConfig, image_px: Size, *, heads: int | None = 1
         if takes(name, "img_size", image_px)
         else {}
     )
-    return name, {**size, **by_method, **given}
+    inputs = {} if channels == 3 else {"in_chans": channels}
+    return name, {**size, **by_method, **given, **inputs}
 
 
 def is_resnet(name: str) -> bool:
@@ -106,12 +109,13 @@ def build_backbone(
     image_px: Size,
     seed: int,
     *,
+    channels: int = 3,
     drop_path: float = 0.0,
     start: Callable[[VisionTransformer], None] | None = None,
     more_px: Sequence[int] = (),
     **options: Any,
 ) -> nn.Module:
-    """A timm model without classifier, (N, 3, H, W) of `image_px` -> (N, D), started from `seed` alone.
+    """A timm model without classifier, (N, channels, H, W) of `image_px` -> (N, D), started from `seed` alone.
 
     drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
         towards the first.
@@ -125,14 +129,14 @@ def build_backbone(
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    name, arguments = timm_arguments(config, image_px, **options)
+    name, arguments = timm_arguments(config, image_px, channels=channels, **options)
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
     if more_px and takes(name, "dynamic_img_size", True):
         arguments = {**arguments, "dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
         for px in (image_px, *more_px):
-            check_forward(make_model(config, name, arguments, "meta"), name, px)
+            check_forward(make_model(config, name, arguments, "meta"), name, px, channels)
         torch.manual_seed(seed)
         backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:
@@ -152,18 +156,18 @@ def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device
         if not isinstance(backbone, ResNet):
             raise ConfigError(f"stem is 'cifar'; expected a ResNet, and arch is {config.arch!r}")
         with torch.device(device):
-            use_cifar_stem(backbone)
+            use_cifar_stem(backbone, arguments.get("in_chans", 3))
     return backbone
 
 
-def check_forward(backbone: nn.Module, name: str, image_px: Size) -> None:
+def check_forward(backbone: nn.Module, name: str, image_px: Size, channels: int = 3) -> None:
     """Raise `ConfigError` unless a model on the meta device makes (2, D) of two images and reads all their pixels."""
     unread: list[str] = []
 
     def look(path: str, layer: nn.Conv2d, images: Tensor, output: Tensor) -> None:
         for axis, what in ((0, "rows"), (1, "columns")):
             lost = rows_unread(layer, images.shape[axis - 2], output.shape[axis - 2], axis)
-            if lost and (images.shape[1] == 3 or "patch_embed" in path):
+            if lost and (images.shape[1] == channels or "patch_embed" in path):
                 unread.append(
                     f"{lost} of {images.shape[axis - 2]} {what} (its patches are {layer.stride[axis]} a side)"
                 )
@@ -174,7 +178,7 @@ def check_forward(backbone: nn.Module, name: str, image_px: Size) -> None:
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        features = backbone.train()(torch.empty(2, 3, *view_size(image_px), device="meta"))
+        features = backbone.train()(torch.empty(2, channels, *view_size(image_px), device="meta"))
     except Exception as error:  # as above
         raise ConfigError(f"{name} cannot take images of {image_px} px: {one_line(error)}") from error
     finally:
@@ -209,8 +213,8 @@ def feature_width(backbone: nn.Module) -> int:
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
 
 
-def use_cifar_stem(resnet: ResNet) -> None:
+def use_cifar_stem(resnet: ResNet, channels: int = 3) -> None:
     """Replace the 7x7 stride-2 convolution and max-pool by one 3x3 stride-1 convolution (paper, section 4.2)."""
-    resnet.conv1 = nn.Conv2d(3, resnet.bn1.num_features, 3, stride=1, padding=1, bias=False)
+    resnet.conv1 = nn.Conv2d(channels, resnet.bn1.num_features, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()

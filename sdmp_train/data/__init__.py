@@ -123,7 +123,7 @@ def make_loader(
     elif loader == "auto":
         choice = faster_loader(schedule, device, workers)
     else:
-        choice = choose_loader(loader, device)
+        choice = choose_loader(loader, device, index.channels)
     return open_loader(choice, schedule, device, workers)
 
 
@@ -158,7 +158,9 @@ def eval_loader(
         loader = "torchvision"  # the same pixels, and each image is needed once
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
-    return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))
+    return open_loader(
+        choose_loader(loader, device, index.channels), schedule, device, _worker_count(workers, world_size)
+    )
 
 
 def _place(device: torch.device | str) -> torch.device:

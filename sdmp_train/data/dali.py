@@ -21,7 +21,6 @@ import nvidia.dali.types as types
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
-from PIL import Image
 from torch import Tensor
 
 from sdmp_kernels import augment
@@ -281,8 +280,8 @@ def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
         return BadFile(source.name(row), describe(error))
 
 
-def _ppm(image: Image.Image) -> bytes:
-    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+def _ppm(image: NDArray[np.uint8]) -> bytes:
+    return b"P6 %d %d 255\n" % image.shape[1::-1] + image.tobytes()
 
 
 def _black(source: Source, row: int) -> bytes:

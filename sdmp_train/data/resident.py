@@ -89,13 +89,13 @@ class Images:
     """All images of a source, decoded.
 
     Attributes:
-        pixels: (bytes,) uint8 on the device: the images one after another, each (H, W, 3).
+        pixels: (bytes,) uint8 on the device: the images one after another, each (H, W, C).
         offsets: (N + 1,) int64 on the CPU: where each begins in `pixels`, and where the last ends.
         lost: row -> the file that could not be decoded, in whose place there are pixels of no meaning.
     """
 
     def __init__(self, source: Source, device: torch.device, workers: int) -> None:
-        self._heights, self._widths = source.heights, source.widths
+        self._heights, self._widths, self._channels = source.heights, source.widths, source.channels
         self.offsets = _offsets(source)
         self.pixels = torch.empty(int(self.offsets[-1]), dtype=torch.uint8, device=device)
         firsts = range(0, len(source), _CHUNK)
@@ -105,11 +105,11 @@ class Images:
                 self.lost |= found
 
     def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor] | FlatImages:
-        """Images of rows: on a GPU (N, 3, H, W) in one batch where all of the set are of one size, else the buffer and
-        where in it they lie; on a CPU each (H, W, 3). Only the batch is a copy.
+        """Images of rows: on a GPU (N, C, H, W) in one batch where all of the set are of one size, else the buffer and
+        where in it they lie; on a CPU each (H, W, C). Only the batch is a copy.
         """
         if self.pixels.is_cuda and self._one_size:
-            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
+            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), self._channels)
             chosen = torch.from_numpy(rows.astype(np.int64)).to(self.pixels.device, non_blocking=True)
             return stacked.index_select(0, chosen).permute(0, 3, 1, 2)
         if self.pixels.is_cuda:
@@ -124,7 +124,7 @@ class Images:
             return FlatImages(self.pixels, offsets, heights, widths)
         return [
             self.pixels[self.offsets[row] : self.offsets[row + 1]].view(
-                int(self._heights[row]), int(self._widths[row]), 3
+                int(self._heights[row]), int(self._widths[row]), self._channels
             )
             for row in rows.tolist()
         ]
@@ -143,7 +143,7 @@ class Images:
         for row in range(first, end):
             part = target[self.offsets[row] - start : self.offsets[row + 1] - start]
             try:
-                part[:] = np.asarray(open_row(source, row)).reshape(-1)
+                part[:] = open_row(source, row).reshape(-1)
             except DECODE_ERRORS as error:
                 lost[row] = BadFile(source.name(row), describe(error))
         if chunk is not place:
@@ -199,7 +199,7 @@ def _left_in_container() -> int | None:
 
 
 def _offsets(source: Source) -> NDArray[np.int64]:
-    sizes = source.heights.astype(np.int64) * source.widths * 3
+    sizes = source.heights.astype(np.int64) * source.widths * source.channels
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
 
 

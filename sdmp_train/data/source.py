@@ -32,6 +32,10 @@ class Source(Protocol):
         """(N,) True where DALI's decoder is not known to agree with Pillow (`decoders.needs_pillow`)."""
 
     @property
+    def channels(self) -> int:
+        """Of every image, 1 to 16."""
+
+    @property
     def fingerprint(self) -> str:
         """Changes when the images do."""
 

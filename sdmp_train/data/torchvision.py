@@ -111,8 +111,10 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         schedule = self.schedule
         rows = schedule.rows(position)
         draws = schedule.draws(position, rows)
+        shape = len(rows), schedule.source.channels
+        shape = len(rows), schedule.source.channels
         views = [
-            torch.empty(len(rows), 3, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
+            torch.empty(*shape, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
             for r in schedule.recipes
         ]
         lost: dict[int, BadFile] = {}
@@ -137,7 +139,7 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         except DECODE_ERRORS as error:
             lost[place] = BadFile(source.name(row), describe(error))
             size = (int(source.heights[row]), int(source.widths[row])) if self.schedule.fill is not None else (0, 0)
-            return torch.zeros(*size, 3, dtype=torch.uint8)
+            return torch.zeros(*size, source.channels, dtype=torch.uint8)
 
 
 def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:

@@ -237,8 +237,14 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     whole = replace(config, epochs=epochs, batch_size=batch_size, fraction=fraction)
     data = subject.data
     changes_views = config.randaugment is not None or config.erase_prob > 0
+    require(
+        data.channels == 3 or not changes_views,
+        "channels",
+        data.channels,
+        "3 for RandAugment and random erasing; leave them out with --randaugment None --erase-prob 0",
+    )
     host = RandAugmentErase(min(data.size_px), data.mean, data.std, config.randaugment, config.erase_prob)
-    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world)
+    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world, train.channels)
     loop = Config(
         data=replace(data, loader=loader),
         optim=OptimConfig(

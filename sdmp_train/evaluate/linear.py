@@ -266,7 +266,7 @@ def linear_fitting(config: LinearConfig, subject: Subject, world: World, train: 
     recipe = RECIPES[config.recipe]
     batch_size = config.batch_size or max(2, min(recipe.batch_size, len(train)) // world.size * world.size)
     epochs = config.epochs or recipe.epochs
-    data = replace(subject.data, loader=resolved_loader(subject.data.loader, world))
+    data = replace(subject.data, loader=resolved_loader(subject.data.loader, world, train.channels))
     loop = Config(
         data=data,
         optim=OptimConfig(

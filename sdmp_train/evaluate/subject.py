@@ -177,6 +177,7 @@ def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfi
         # A split that belongs to the run's data belongs to no other.
         test_data=config.test_data or (stored.test_data if config.data is None else None),
         image_px=tuple(pixels["input_size"][1:]),
+        channels=pixels["input_size"][0],
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         workers=config.workers,

@@ -30,7 +30,7 @@ from ..optim import key_momentum
 from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import Valid, keep_lost, valid_of
+from .mixing import Valid, keep_lost, valid_of, with_colours
 from .momentum import follow
 from .start import start_vit
 
@@ -227,10 +227,7 @@ class Contrast(ABC):
     def views(self, at: At) -> list[ViewRecipe]:
         """BYOL's two recipes, again for a further pair of views."""
         data = self.setup.data
-        pair = [
-            replace(recipe, gray_prob=data.gray_prob)
-            for recipe in byol_views(data.image_px, data.crop_min_frac, data.blur)
-        ]
+        pair = [with_colours(recipe, data) for recipe in byol_views(data.image_px, data.crop_min_frac, data.blur)]
         return pair * (len(self.view_names) // 2)
 
     def chance(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ from .mixing import (
     half_unless_kept,
     keep_lost,
     valid_of,
+    with_colours,
 )
 from .momentum import follow
 from .start import start_vit
@@ -335,7 +336,7 @@ class DINO:
             config.local_crops_scale,
             data.blur,
         )
-        return [replace(recipe, gray_prob=data.gray_prob) for recipe in recipes]
+        return [with_colours(recipe, data) for recipe in recipes]
 
     def plan(self, at: At) -> Plan:
         """Decide, from (seed, step) alone, what is mixed with what."""
@@ -387,7 +388,7 @@ class DINO:
         data, rows = self.setup.data, self.setup.rows
         px = self._px(crops[0])
         images = torch.empty(
-            (len(views) * rows, 3, *view_size(px)),
+            (len(views) * rows, views[0].shape[1], *view_size(px)),
             dtype=self.setup.dtype,
             device=views[0].device,
             memory_format=torch.channels_last,

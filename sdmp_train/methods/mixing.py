@@ -13,9 +13,9 @@ from torch import Tensor
 from sdmp_kernels import MixPlan, Rule, draw_plan
 from sdmp_kernels.views import Size, view_size
 
-from ..data import Batch
+from ..data import Batch, ViewRecipe
 from ..distributed import World, mirror_rank
-from ..settings import between, near, require
+from ..settings import DataConfig, between, near, require
 from .method import At, Setup
 
 Flip = Literal["local", "global"]
@@ -102,6 +102,16 @@ def draw_batch_plan(
     # draw_plan flips all rows of the step, which would pair the first batch with the last.
     partners = draw(mirror_rank(world), "local")
     return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
+
+
+def with_colours(recipe: ViewRecipe, data: DataConfig) -> ViewRecipe:
+    """The recipe with the chance of grey that the settings ask for; what means nothing without colours is left out.
+
+    Brightness and contrast stay, for any number of channels; so do flip, blur and solarise.
+    """
+    if data.channels in (1, 3):
+        return replace(recipe, gray_prob=data.gray_prob)
+    return replace(recipe, gray_prob=0.0, jitter=(*recipe.jitter[:2], 0.0, 0.0))
 
 
 class Valid(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -25,7 +25,7 @@ from ..models import feature_width
 from ..settings import ConfigError, DataConfig, between
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules, keep_lost, valid_of
+from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules, keep_lost, valid_of, with_colours
 
 HEAD_STD = 0.01
 
@@ -116,7 +116,7 @@ class Supervised:
     def views(self, at: At) -> list[ViewRecipe]:
         """One random crop, flipped or not; grey as often as the data settings say."""
         data = self.setup.data
-        return [replace(crop_flip_view(data.image_px, data.crop_min_frac), gray_prob=data.gray_prob)]
+        return [with_colours(crop_flip_view(data.image_px, data.crop_min_frac), data)]
 
     def plan(self, at: At) -> MixPlan:
         """What is mixed with what."""

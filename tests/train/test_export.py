@@ -158,7 +158,7 @@ def test_a_description_cannot_make_timm_open_a_file(key: str, exported: Path, tm
         ({"pretrained_cfg": None}, "pretrained_cfg is None"),
         ({"pretrained_cfg": {}}, "input_size is None"),
         ({"pretrained_cfg": {**PIXELS, "input_size": [3, 32]}}, "input_size is"),
-        ({"pretrained_cfg": {**PIXELS, "input_size": [3, 32, 64]}}, "input_size is"),
+        ({"pretrained_cfg": {**PIXELS, "input_size": [4, 32, 32]}}, "input_size is"),
         ({"pretrained_cfg": {**PIXELS, "input_size": [3, 1e9, 1e9]}}, "input_size is"),
         ({"pretrained_cfg": {**PIXELS, "input_size": [3, -8, -8]}}, "input_size is"),
         ({"pretrained_cfg": {**PIXELS, "mean": [0.5, 0.5]}}, "mean is"),
