@@ -63,6 +63,8 @@ class PretrainArguments:
     """With --resume: go on although image files have come or gone."""
     overwrite: bool = False
     """Delete a former run in the output folder."""
+    certify: bool = False
+    """Measure first whether data keeps the run waiting: certify.json in the run folder, and one line."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
             previous=arguments.resume_previous,
             overwrite=arguments.overwrite,
             accept_changed_data=arguments.accept_changed_data,
+            certified=arguments.certify,
             stop=stop,
         )
 

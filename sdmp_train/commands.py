@@ -13,7 +13,7 @@ from torch import nn
 
 from sdmp_kernels import backends
 
-from . import checkpoint, run_folder
+from . import certify, checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
 from .data import (
     LOADERS,
@@ -52,6 +52,7 @@ def pretrain(
     previous: bool = False,
     overwrite: bool = False,
     accept_changed_data: bool = False,
+    certified: bool = False,
     log: Log | None = None,
     stop: StopRequest | None = None,
 ) -> int:
@@ -113,6 +114,8 @@ def pretrain(
                 with together(world):
                     run.before_training()
                     stop.check()
+            if certified:
+                write_stall(run, choice._replace(name=config.data.loader))
             outcome = train(training, loader, log, stop, run.after_step, lost_images(training, index))
             log.stop_progress()
             with together(world):  # none leaves while the first still saves
@@ -227,6 +230,25 @@ def open_loader(training: Training, index: Index, loader: Choice | LoaderName) -
         workers=config.data.workers,
         fill=colour_of(config.data.mean) if config.data.bad_images == "skip" else None,
     )
+
+
+def write_stall(run: Run, choice: Choice) -> None:
+    """Measure whether data keeps the run waiting; certify.json and a line say so. The training stays as it is."""
+    training, log = run.training, run.log
+
+    def opened(images: Index, loader: Choice | LoaderName) -> Loader:
+        return open_loader(training, images, loader)
+
+    # Ranks wait for each other within a block: one that leaves alone would leave the others waiting.
+    between = run.stop.check if training.world.size == 1 else lambda: None
+    try:
+        found = certify.certify(training, run.index, opened, choice, between=between)
+    except DataError as error:
+        log.say(f"certify  not measured: {error}")
+        return
+    log.say(certify.line_of(found))
+    if training.world.is_first and (why := certify.write_certificate(found, run.folder)):
+        log.say(why)
 
 
 def colour_of(mean: Sequence[float]) -> tuple[int, ...]:

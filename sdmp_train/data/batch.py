@@ -59,6 +59,10 @@ class Loader(ABC):
     def __len__(self) -> int:
         """Number of batches an iteration yields."""
 
+    def ready(self) -> int | None:
+        """Batches that wait to be taken; None where that is not known, or none is made ahead."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release threads, processes and buffers. May be called twice."""

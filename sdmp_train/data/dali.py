@@ -69,6 +69,9 @@ class DaliLoader(Loader):
         self._ahead = Ahead(self._make, len(self), self._device)
         return iter(self._ahead)
 
+    def ready(self) -> int | None:
+        return None if self._ahead is None else self._ahead.ready()
+
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.close()

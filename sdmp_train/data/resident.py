@@ -56,6 +56,9 @@ class ResidentLoader(Loader):
         self._ahead = Ahead(partial(self._make, self._images), len(self), self._device)
         return iter(self._ahead)
 
+    def ready(self) -> int | None:
+        return None if self._ahead is None else self._ahead.ready()
+
     def close(self) -> None:
         self._end()
         self._images = None

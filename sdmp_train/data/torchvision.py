@@ -87,6 +87,13 @@ class TorchvisionLoader(Loader):
             ) from error
         return batch
 
+    def ready(self) -> int | None:
+        queue = getattr(self._batches, "_data_queue", None)  # torch's own, of its processes
+        try:
+            return None if queue is None else int(queue.qsize())
+        except NotImplementedError:  # macOS
+            return None
+
     def close(self) -> None:
         # An iteration still under way sees the new number and ends.
         self._iteration += 1

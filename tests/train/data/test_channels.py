@@ -74,7 +74,7 @@ def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", stack(6))
     data = (tmp_path / "a.npy").read_bytes()
     for other in (data[:-1], data + b"x", data.replace(b"(20, 30, 6)", b"(99999, 9, 6)"[:11].ljust(11))):
-        with pytest.raises(ValueError, match="holds|header|parse"):
+        with pytest.raises(ValueError, match=r"holds|header"):
             decode(other, 6)
 
 
