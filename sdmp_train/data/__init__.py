@@ -35,7 +35,7 @@ from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
 from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
-from .source import Source
+from .source import Source, channels_of
 from .sources import kind_of, open_source
 
 __all__ = [
@@ -123,7 +123,7 @@ def make_loader(
     elif loader == "auto":
         choice = faster_loader(schedule, device, workers)
     else:
-        choice = choose_loader(loader, device, index.channels)
+        choice = choose_loader(loader, device, channels_of(index))
     return open_loader(choice, schedule, device, workers)
 
 
@@ -159,7 +159,7 @@ def eval_loader(
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
     return open_loader(
-        choose_loader(loader, device, index.channels), schedule, device, _worker_count(workers, world_size)
+        choose_loader(loader, device, channels_of(index)), schedule, device, _worker_count(workers, world_size)
     )
 
 

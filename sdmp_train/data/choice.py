@@ -14,6 +14,7 @@ from sdmp_kernels import backends
 from .batch import Loader
 from .images import DataError
 from .schedule import Schedule, TrainSchedule
+from .source import channels_of
 
 LoaderName = Literal["auto", "dali", "torchvision", "resident"]
 LOADERS = ("dali", "torchvision", "resident")
@@ -69,7 +70,7 @@ def faster_loader(schedule: TrainSchedule, device: torch.device, workers: int) -
 
     On a CPU both give the same bytes. On a GPU they do not, so that a run keeps the one it began with.
     """
-    unmeasured = choose_loader("auto", device, schedule.source.channels)
+    unmeasured = choose_loader("auto", device, channels_of(schedule.source))
     if unmeasured.name == "torchvision" or len(schedule) * schedule.batch_size < MEASURED_FROM_IMAGES:
         return unmeasured
     few = replace(

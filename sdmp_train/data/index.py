@@ -36,7 +36,7 @@ from .images import (
     let_pillow_open,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
-from .source import Source
+from .source import Source, channels_of
 
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
 
@@ -272,7 +272,7 @@ def open_row(source: Source, row: int) -> NDArray[np.uint8]:
         One of `DECODE_ERRORS`: it cannot be decoded, or is of another size than when the folder was indexed (a crop
         that leaves the image would be padded with black, without a word).
     """
-    image = decode(source.read(row), source.channels)
+    image = decode(source.read(row), channels_of(source))
     expected = int(source.heights[row]), int(source.widths[row])
     if image.shape[:2] != expected:
         now, then = (f"{w} x {h}" for h, w in (image.shape[:2], expected))

@@ -25,7 +25,7 @@ from .batch import Batch, Loader, made_batch, paint
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule
-from .source import Source
+from .source import Source, channels_of
 
 _CHUNK = 64
 """Images a thread decodes before it hands them on."""
@@ -98,7 +98,7 @@ class Images:
     """
 
     def __init__(self, source: Source, device: torch.device, workers: int) -> None:
-        self._heights, self._widths, self._channels = source.heights, source.widths, source.channels
+        self._heights, self._widths, self._channels = source.heights, source.widths, channels_of(source)
         self.offsets = _offsets(source)
         self.pixels = torch.empty(int(self.offsets[-1]), dtype=torch.uint8, device=device)
         firsts = range(0, len(source), _CHUNK)
@@ -202,7 +202,7 @@ def _left_in_container() -> int | None:
 
 
 def _offsets(source: Source) -> NDArray[np.int64]:
-    sizes = source.heights.astype(np.int64) * source.widths * source.channels
+    sizes = source.heights.astype(np.int64) * source.widths * channels_of(source)
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
 
 

@@ -32,10 +32,6 @@ class Source(Protocol):
         """(N,) True where DALI's decoder is not known to agree with Pillow (`decoders.needs_pillow`)."""
 
     @property
-    def channels(self) -> int:
-        """Of every image, 1 to 16."""
-
-    @property
     def fingerprint(self) -> str:
         """Changes when the images do."""
 
@@ -54,3 +50,8 @@ class Source(Protocol):
     def file(self, row: int) -> str | None:
         """The path of the file that holds what `read` gives and nothing else, for decoders that read on their own;
         None where there is none."""
+
+
+def channels_of(source: Source) -> int:
+    """Of every image, 1 to 16: what a source says by an attribute `channels`; 3 where it has none."""
+    return int(getattr(source, "channels", 3))

@@ -28,6 +28,7 @@ from .host import HostTransform, seeded
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule, TrainSchedule
+from .source import channels_of
 
 _PREFETCH_BATCHES = 2
 _DECODED_AT_ONCE = 16
@@ -118,8 +119,8 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         schedule = self.schedule
         rows = schedule.rows(position)
         draws = schedule.draws(position, rows)
-        shape = len(rows), schedule.source.channels
-        shape = len(rows), schedule.source.channels
+        shape = len(rows), channels_of(schedule.source)
+        shape = len(rows), channels_of(schedule.source)
         views = [
             torch.empty(*shape, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
             for r in schedule.recipes
@@ -146,7 +147,7 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         except DECODE_ERRORS as error:
             lost[place] = BadFile(source.name(row), describe(error))
             size = (int(source.heights[row]), int(source.widths[row])) if self.schedule.fill is not None else (0, 0)
-            return torch.zeros(*size, source.channels, dtype=torch.uint8)
+            return torch.zeros(*size, channels_of(source), dtype=torch.uint8)
 
 
 def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:
