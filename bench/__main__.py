@@ -18,6 +18,7 @@ python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, 
 python -m bench losses   info_nce, soft_cross_entropy, distillation, beside literal and best eager, torch.compile,
                          SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
 python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
+python -m bench labels   what mixing and its labels cost in timm's training loop, by timm and by us, on this CPU
 python -m bench price    what SDMP adds to a step beyond its extra forward passes, MoCo v3 and DINO, on this CPU
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
@@ -40,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     overhead = commands.add_parser("overhead", help="what a call costs on the host")
     overhead.add_argument("--seconds", type=float, default=3.0, help="timed seconds per op (default 3)")
     overhead.add_argument("--json", type=Path, help="also write the rows to this file")
+    labels = commands.add_parser("labels", help="mixing and its labels in timm's loop")
+    labels.add_argument("--arch", default="resnet10t", help="a timm model (default resnet10t)")
+    labels.add_argument("--px", type=int, default=64, help="side of the images (default 64)")
+    labels.add_argument("--classes", type=int, default=1000, help="classes (default 1000)")
+    labels.add_argument("--batch-size", type=int, default=128, help="images of a step (default 128)")
+    labels.add_argument("--blocks", type=int, default=20, help="interleaved steps of every way (default 20)")
+    labels.add_argument("--json", type=Path, help="also write the rows to this file")
     price = commands.add_parser("price", help="what SDMP adds to a step")
     price.add_argument("--blocks", type=int, default=20, help="interleaved blocks (default 20)")
     price.add_argument("--seconds", type=float, default=1.0, help="timed seconds of each arm in a block (default 1)")
@@ -119,6 +127,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import stall
 
         return stall.run(args)
+    if args.command == "labels":
+        from bench import labels
+
+        return labels.run(args)
     if args.command == "price":
         from bench import price
 

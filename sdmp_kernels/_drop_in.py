@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdmp_kernels._checks import check_integer, readable
-from sdmp_kernels.plan import Rule, TwoHot
+from sdmp_kernels.plan import Rule, Stream, TwoHot
 
 LABELS = ("dense", "two_hot")
 
@@ -48,9 +48,11 @@ class Draws:
         # The third counter word keeps clear of the streams that `draw_plan` takes from the same key.
         worker = get_worker_info()
         salt = 0 if worker is None else worker.seed % 2**64
-        key = np.array([self.seed, self.step], dtype=np.uint64)
         self.step += 1
-        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 1, salt], dtype=np.uint64)))
+        return _STREAM.at(self.seed, self.step - 1, last=salt, third=1)
+
+
+_STREAM = Stream()
 
 
 class Drawing:

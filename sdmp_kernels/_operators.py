@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("sdmp", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
@@ -37,7 +38,8 @@ class Operator:
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         self.name = name
         self.overload = getattr(torch.ops.sdmp, name).default
-        self._run = None if mutates else run
+        self._run = run
+        self._written: list[int] = []
         self._record = self._refuse
         self._watched: Callable[[tuple[Any, ...]], Sequence[Any]] = _flat
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
@@ -81,6 +83,11 @@ class Operator:
         self._record = Recorded.apply
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in _flat(args)):
+            raise NotImplementedError(
+                f"{self.overload} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), and a "
+                "zero one would be wrong; use reverse mode (backward, torch.func.grad, torch.func.vjp)"
+            )
         if torch.is_grad_enabled():
             watched = self._watched(args)
             if torch._C._any_requires_grad(*watched):
@@ -90,7 +97,8 @@ class Operator:
     def _below(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         """Run the operator below autograd: by the dispatcher, or at once where it would do nothing else."""
         with torch._C._AutoDispatchBelowAutograd():
-            if self._run is not None and (keyset & _BELOW_VERSIONS).highestPriorityTypeId() in _DEVICES:
+            if (keyset & _BELOW_VERSIONS).highestPriorityTypeId() in _DEVICES:
+                self._count_writes(args)
                 return self._run(*args)
             return self.overload.redispatch(keyset & _BELOW_AUTOGRAD, *args)
 
@@ -113,18 +121,21 @@ class Operator:
         tensors = iter(Refused.apply(*watched))
         return _like(outputs[0], tensors)
 
+    def _count_writes(self, args: tuple[Any, ...]) -> None:
+        for place in self._written:
+            if args[place] is not None and not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+
     def _places(self, names: Sequence[str]) -> list[int]:
         known = [argument.name for argument in self.overload._schema.arguments]
         return [known.index(name) for name in names]
 
     def _register_versions(self, mutates: Sequence[str]) -> None:
         """Count writes to the arguments `mutates`, so that autograd notices where it had saved one."""
-        places = self._places(mutates)
+        self._written = self._places(mutates)
 
         def counted(keyset: Any, *args: Any) -> Any:
-            for place in places:
-                if args[place] is not None:
-                    torch.autograd.graph.increment_version(args[place])
+            self._count_writes(args)
             return self.overload.redispatch(keyset & _BELOW_VERSIONS, *args)
 
         _LIBRARY.impl(self.name, counted, "ADInplaceOrView", with_keyset=True)
@@ -152,6 +163,10 @@ def _flat(values: Sequence[Any]) -> list[Any]:
         elif isinstance(value, (list, tuple)):
             found += _flat(value)
     return found
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _like(output: Any, tensors: Iterator[Tensor]) -> Any:

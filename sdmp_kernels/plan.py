@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -445,6 +446,36 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
     return called
 
 
+class Stream(threading.local):
+    """Numbers of Philox(key=(seed, step), counter=(0, 0, third, last)), by one generator of every thread.
+
+    A new one asks the system for entropy that the key then replaces: longer than the draws of a small batch take.
+    """
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.numbers = np.random.Generator(self.bits)
+
+    def at(self, seed: int, step: int, last: int = 0, third: int = 0) -> np.random.Generator:
+        """The generator at the beginning of a stream: one object, which the next call moves."""
+        self.bits.state = {
+            "bit_generator": "Philox",
+            "state": {
+                "counter": np.array([0, 0, third, last], dtype=np.uint64),
+                "key": np.array([seed, step], dtype=np.uint64),
+            },
+            "buffer": _NOTHING_DRAWN,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self.numbers
+
+
+_NOTHING_DRAWN = np.zeros(4, dtype=np.uint64)
+_STREAM = Stream()
+
+
 @_on_the_host
 def draw_plan(
     n: int,
@@ -518,8 +549,7 @@ def draw_plan(
 
     # Drawn for all ranks, then sliced. The order of these draws is pinned by tests/golden; do not reorder.
     total = n * world_size
-    key = np.array([seed, step], dtype=np.uint64)
-    rng = np.random.Generator(np.random.Philox(key=key))
+    rng = _STREAM.at(seed, step)
     picks = rng.random(1 if per == "batch" else total)
     choice = np.minimum(np.searchsorted(law.edges, picks, side="right"), len(law.values) - 1)
     rule = np.full(total, law.values[choice[0]]) if per == "batch" else law.values[choice]
@@ -531,9 +561,8 @@ def draw_plan(
     pasted = boxed(rule)
     if pasted.any():
         # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
-        counter = np.array([0, 0, 0, view + 1], dtype=np.uint64)
-        boxes_rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        boxes = draw_boxes(boxes_rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
+        rng = _STREAM.at(seed, step, view + 1)
+        boxes = draw_boxes(rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
     else:
         boxes = np.zeros((total, 4), dtype=np.int32)
     lam = count_lam(rule, drawn, boxes, height * width)
@@ -557,6 +586,27 @@ def draw_plan(
         rules=law.occurring(prob),
     )
     return plan.to(device)
+
+
+@_on_the_host
+def flipped_plan(
+    rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, size: tuple[int, int], rules: tuple[Rule, ...]
+) -> MixPlan:
+    """A plan on the CPU of rows that this package has drawn, which are not looked at again; partners by the flip.
+
+    rule: (N,) uint8. drawn: (N,) lam. boxes: (N, 4) int32, inside images of `size`. rules: those that may occur.
+    """
+    lam = count_lam(rule, drawn, boxes, size[0] * size[1])
+    return _trusted(
+        rule=torch.from_numpy(rule),
+        partner=torch.arange(len(rule) - 1, -1, -1),
+        lam=torch.from_numpy(lam),
+        partner_lam=torch.from_numpy(lam[::-1].copy()),
+        box=torch.from_numpy(boxes),
+        size=size,
+        mirrored=True,
+        rules=rules,
+    )
 
 
 @_on_the_host
@@ -634,11 +684,6 @@ def make_plan(
         rules=rules,
     )
     return plan.to(device)
-
-
-def allowing(plan: MixPlan, rules: Iterable[Rule]) -> MixPlan:
-    """`plan`, saying that `rules` may occur beside its own: the host fields of every step's plan are then the same."""
-    return _trusted(**{**vars(plan), "rules": tuple(sorted({*plan.rules, *rules}))})
 
 
 def _trusted(**fields: Any) -> MixPlan:

@@ -33,11 +33,13 @@ from .log import Log
 from .loop import Outcome, train
 from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .models import build_backbone
+from .pace import is_long, measure_pace
 from .run import Run
 from .run_folder import RunFolder
 from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
 from .text import printable_lines, shown_size
+from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
@@ -104,8 +106,12 @@ def pretrain(
             folder, run_id = (claimed.path, claimed.run_id) if claimed else (folder, "")
             if claimed:
                 begin(claimed, config, log, training, index)
+        if resume and training.step:
+            remarks = [resumed(training), *remarks]
         for line in [*describe(training, index, loader), *remarks]:
             log.say(line)
+        if is_long(config, world) and (pace := measure_pace(config, world, len(index.classes))) is not None:
+            log.say(pace.line(training.last_step - training.step))
         if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
             log.say(f"split    {describe_split(config.data, index, test_index)}")
         run = Run(training, index, test_index, folder, run_id, log, stop)
@@ -127,6 +133,15 @@ def pretrain(
             if outcome is Outcome.DONE:
                 run.after_training()
         return EXIT_CODES[outcome]
+
+
+def resumed(training: Training) -> str:
+    """From where a run goes on, or that nothing is left to do."""
+    step, last = training.step, training.last_step
+    if step < last:
+        return f"resume   after step {step} of {last}"
+    more = "; a larger --max-steps goes on" if last < training.total_steps else ""
+    return f"resume   this run is finished, all {last} steps are made{more}: backbone and kNN are made again"
 
 
 def claim(
@@ -151,6 +166,10 @@ def begin(claimed: RunFolder, config: Config, log: Log, training: Training, inde
         lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the run folder {claimed.path} cannot be written: {error}") from error
+    try:
+        log.trackers = open_trackers(config, claimed.path, claimed.run_id, training.step)
+    except Exception as error:  # a network, a password, a server: theirs to explain
+        raise ConfigError(f"cannot log to {' and '.join(asked_for(config.run))}: {error}") from error
     for line in [*lines, *([claimed.unlocked] if claimed.unlocked else [])]:
         log.say(line)
 
@@ -173,6 +192,7 @@ def resolve(config: Config, world: World) -> Config:
     """
     if config.optim.batch_size % world.size:
         raise ConfigError(f"batch_size is {config.optim.batch_size}; expected a multiple of the {world.size} processes")
+    asked_for(config.run)
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
     try:
@@ -315,6 +335,9 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
                 print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
+        pace = measure_pace(config, world, len(index.classes))
+        if pace is not None:
+            print(pace.line(training.last_step))
         print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
@@ -341,6 +364,9 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
         config.model, config.data.image_px, config.run.seed, channels=config.data.channels, **config.backbone_options
     )
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
-    export_backbone(backbone, config, output, int(state["step"]))
+    try:
+        export_backbone(backbone, config, output, int(state["step"]))
+    except OSError as error:
+        raise ConfigError(f"the export cannot be written to {output}: {error}") from error
     print(printable_lines(f"exported {path} to {output}"))
     return 0

@@ -115,7 +115,7 @@ NOT_MATHS = frozenset(
     {"data.data", "data.test_data", "data.bad_images", "data.workers"}
     | {"data.max_bad_frac", "data.check", "data.max_pixels"}
     | {"run.preset", "run.device", "run.log_every_steps", "run.save_every_epochs", "run.keep_checkpoints"}
-    | {"run.save_every_minutes"}
+    | {"run.save_every_minutes", "run.tensorboard", "run.wandb", "run.mlflow"}
     | {"run.knn_every_epochs", "run.knn_max_images", "run.max_steps", "run.max_bad_steps"}
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +20,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from .durable import write_durably
 from .reading import open_for_append, open_regular
 from .text import printable_lines
+from .trackers import Tracker, numbers_of
 
 PLAIN_SECONDS = 5.0
+STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+"""What begins a line of train.log: when it was said, by the clock of this machine."""
 
 
 class Screen:
@@ -112,6 +116,7 @@ class Log:
         self._task: TaskID | None = None
         self._printed_at = -math.inf
         self.last_loss: float | None = None
+        self.trackers: list[Tracker] = []
 
     def open(self, folder: Path, *, from_step: int = 0) -> None:
         """Write to `folder` from now on; drop the metrics of steps that a resumed run will make again.
@@ -144,12 +149,14 @@ class Log:
         self._write(line)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl; numbers that JSON lacks (NaN, infinities) become null."""
+        """Append one object to metrics.jsonl, with its `time`; numbers that JSON lacks (NaN) become null."""
         self.last_loss = values.get("loss", self.last_loss)
         if self._metrics is None:
             return
+        values = {**values, "time": values.get("time", time.time())}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._append(self._metrics, json.dumps(plain))
+        self._hand_on(lambda tracker: tracker.log(int(values.get("step", 0)), numbers_of(values)))
 
     def start_progress(self, total_steps: int, done_steps: int) -> None:
         """Show the live line, where there is a terminal."""
@@ -198,12 +205,24 @@ class Log:
     def close(self) -> None:
         """End the live line and close the files."""
         self.stop_progress()
+        self._hand_on(lambda tracker: tracker.close())
+        self.trackers.clear()
         for file in (self._text, self._metrics):
             if file is not None:
                 file.close()
         self._text = self._metrics = None
 
+    def _hand_on(self, action: Callable[[Tracker], None]) -> None:
+        """To every tracker; one that fails is heard of once and then left alone."""
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.say(f"{type(tracker).__name__} gets no more numbers: {type(error).__name__}: {error}")
+
     def _write(self, line: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}"
         if self._text is not None:
             self._append(self._text, line)
         else:

@@ -16,6 +16,7 @@ from torch import nn
 from . import checkpoint
 from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
+from .curves import Curves
 from .data import DataError, Index
 from .data.images import DECODE_ERRORS
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
@@ -51,6 +52,7 @@ class Run:
     accuracies: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.curves = Curves(self.folder, self.log)
         self.saver = Saver(self.training, self.folder / CHECKPOINTS, self.log, self.state)
 
     def before_training(self) -> None:
@@ -78,6 +80,7 @@ class Run:
         done = training.step >= training.last_step or self.stop.failure is not None
         if not training.world.is_first or done:
             return
+        self.curves.after_step()
         epoch, within = divmod(training.step, training.steps_per_epoch)
         run = training.config.run
         if (within == 0 and epoch % run.save_every_epochs == 0) or self.saver.is_due():
@@ -99,6 +102,7 @@ class Run:
         if not self.training.world.is_first:
             return
         self.saver.save(last=True)
+        self.curves.last()
         step, total = self.training.step, self.training.last_step
         if outcome is Outcome.NOT_FINITE:
             limit = self.training.config.run.max_bad_steps
@@ -135,6 +139,7 @@ class Run:
             self.say_knn("trained backbone", "knn", self.training.method.backbone)
             with contextlib.suppress(OSError):  # the card of the export stays as it was
                 write_card(self.training.config, target, self.training.step, self.numbers())
+            self.curves.last()
         for line in self.farewell():
             self.log.say(line)
 
@@ -217,11 +222,13 @@ class Run:
         embedded = self.training.config.data.data == EMBEDDED
         first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
         folder = shlex.quote(str(self.folder.absolute()))
+        written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
+        logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         return [
             f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
             *([f"kNN      {known}"] if known else []),
-            f"run      {self.folder}  (config.yaml metrics.jsonl train.log mix.png checkpoints/ exported/)",
+            f"run      {self.folder}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),
             f"measure  python -m sdmp_train eval knn --run {folder}",

@@ -38,7 +38,7 @@ EVALUATIONS, EVALUATED = "evaluations.jsonl", "evaluations"
 SAVED = r"latest|step-\d+"
 """What is in the folder of checkpoints."""
 
-FILES = (MARKER, LOCK, SETTINGS, EVALUATIONS, "metrics.jsonl", "train.log", "mix.png", "report.html")
+FILES = (MARKER, LOCK, SETTINGS, EVALUATIONS, "metrics.jsonl", "train.log", "mix.png", "curves.png", "report.html")
 """What a run, and what reports on it, write beside its folders."""
 _DRAFT = r"(\.tmp-\d+)?"
 _TOP = rf"{'|'.join(re.escape(name) for name in FILES)}|images-[0-9a-f]{{16}}\.jsonl\.gz"
@@ -48,6 +48,7 @@ OURS = {
     f"{CHECKPOINTS}/*": rf"(manifest\.json|state\.json|\w+\.safetensors){_DRAFT}",
     EXPORTED: rf"((model|classifier)\.safetensors|(config|classes)\.json|README\.md){_DRAFT}",
     "report-figures": rf"(knn|losses|method|speed|optimiser|lam)\.png{_DRAFT}",
+    "tensorboard": r"events\.out\.tfevents\..*",
     "pictures": rf"((attention|patches|neighbours|embedding)\.png|captions\.json){_DRAFT}",
 }
 """The files that a run writes, by their folder (names of checkpoints stand as *)."""

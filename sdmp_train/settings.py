@@ -45,6 +45,10 @@ def between(name: str, value: float, low: float, high: float, *, above: bool = F
     require(ok, name, value, f"a number {'above' if above else 'from'} {low:g} to {high:g}")
 
 
+MOST_WORKERS = 1024
+"""Decoding processes or threads of one process of a run: more would take minutes to start, and then not run."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read and how it is augmented."""
@@ -98,7 +102,8 @@ class DataConfig:
             require(len(given) == self.channels, name, given, f"a number for each of the {self.channels} channels")
         require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "finite numbers")
         require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "numbers above 0")
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        most = MOST_WORKERS
+        require(self.workers is None or 0 <= self.workers <= most, "workers", self.workers, f"0 to {most}")
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -217,6 +222,12 @@ class RunConfig:
     """Epochs between kNN measurements; 0 measures before and after training only."""
     knn_max_images: int = 10_000
     """Images used for kNN (four fifths bank, one fifth queries); 0 switches kNN off."""
+    tensorboard: bool = False
+    """Log to TensorBoard too, in the run folder (extra: tensorboard)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra: wandb)."""
+    mlflow: bool = False
+    """Log to MLflow too (extra: mlflow)."""
     max_steps: int | None = None
     """Stop after this step; the schedules still follow --epochs."""
     max_bad_steps: int = 20

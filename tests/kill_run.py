@@ -82,7 +82,7 @@ class Launch:
 
 def work(folder: Path, slow_seconds: float, words: Sequence[str]) -> int:
     """What torchrun starts: the program itself, on a slow disk, telling what it does in `folder/events`."""
-    from sdmp_train import __main__ as program
+    from sdmp_train import cli as program
     from sdmp_train.stop import ignore_stop_signals
 
     faulthandler.register(signal.SIGQUIT)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,9 +110,31 @@ def usage(module: str, subcommand: tuple[str, ...]) -> str:
     if key not in HELP:
         if module == "sdmp_train":
             pytest.importorskip("tyro", reason="tyro is not installed")
-        entry, printed = importlib.import_module(f"{module}.__main__"), io.StringIO()
+        entry, printed = (
+            importlib.import_module({"bench": "bench.__main__", "sdmp_train": "sdmp_train.cli"}[module]),
+            io.StringIO(),
+        )
         arguments = [*subcommand, "--help"]
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
             entry.main(arguments)
         HELP[key] = printed.getvalue()
     return HELP[key]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    """As `make docs` does, where mkdocs is installed beside the rest."""
+    pytest.importorskip(
+        "mkdocstrings", reason="mkdocstrings is not installed (make docs has it in its own environment)"
+    )
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "draw_plan" in (tmp_path / "api" / "sdmp_kernels" / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_sites_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert re.search(rf"\b{re.escape(page.relative_to(ROOT / 'docs').as_posix())}$", text, re.MULTILINE), page

@@ -133,21 +133,21 @@ def test_settings_are_read_without_what_the_command_line_alone_needs():
     """`flags.py` stands in for tyro where it is not installed."""
     for path in modules(TRAINER):
         asks = re.search(r"^\s*(import|from) tyro", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert not asks or room(path) in ("flags.py", "__main__.py"), path
+        assert not asks or room(path) in ("flags.py", "cli.py"), path
 
 
 def test_no_evaluation_imports_the_entry_point_of_pretraining():
     """Those that train run their methods by `loop.train`; the loop knows no evaluation."""
     assert [name for name in imports(TRAINER / "loop.py") if name.startswith("evaluate")] == []
     for path in modules(TRAINER / "evaluate"):
-        assert not {"commands", "run", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
+        assert not {"commands", "run", "cli", "__main__"} & {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_the_command_line_knows_no_protocols_settings():
     """They are in the protocol's own file; `eval` finds it by its name."""
     protocols = set(PROTOCOLS)
     assert protocols <= {path.stem for path in modules(TRAINER / "evaluate")}
-    for name in ("__main__.py", "commands.py"):
+    for name in ("cli.py", "commands.py"):
         known = identifiers(ast.parse((TRAINER / name).read_text(encoding="utf-8")))
         assert [n for n in known for protocol in protocols if protocol in n.lower() and n != "knn_max_images"] == []
 

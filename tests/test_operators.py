@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from ops import matrix
+from torch.autograd import forward_ad
 
+from sdmp_kernels import TwoHot, draw_plan, info_nce, mix, soft_cross_entropy
 from sdmp_kernels._operators import operator
 
 FIRST_CALL = """
@@ -105,3 +107,27 @@ def test_no_dispatch_key_but_those_we_mean(op):
     assert has(f"sdmp::{op}", "CompositeExplicitAutograd")
     assert not has(f"sdmp::{op}", "AutocastCPU")
     assert not has(f"sdmp::{op}", "AutocastCUDA")
+
+
+@pytest.mark.parametrize("op", ["info_nce", "soft_cross_entropy", "mix"])
+def test_forward_mode_is_refused_and_not_zero(op: str):
+    plan = draw_plan(6, (4, 4), seed=0, step=0)
+    calls = {
+        "info_nce": (lambda x: info_nce(x, torch.eye(6), plan.source_target(), temperature=0.2), torch.rand(6, 6)),
+        "soft_cross_entropy": (lambda x: soft_cross_entropy(x, plan.source_target()), torch.rand(6, 6)),
+        "mix": (lambda x: mix(x, plan), torch.rand(6, 3, 4, 4)),
+    }
+    call, x = calls[op]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        call(x)  # no tangent, no harm
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_targets_that_are_parameters_are_looked_at_like_any():
+    first = torch.nn.Parameter(torch.tensor([0, 99]), requires_grad=False)
+    target = TwoHot(first, torch.tensor([1, 0]), torch.nn.Buffer(torch.tensor([0.5, 0.5])))
+    with pytest.raises(ValueError, match="must hold columns in"):
+        soft_cross_entropy(torch.rand(2, 2), target)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
 from sdmp_kernels._drop_in import LABELS, Drawing, Draws, check_ignored, choose, class_numbers, dense_target, soft_rows
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, allowing, check_size, draw_boxes, make_plan
+from sdmp_kernels.plan import MixPlan, Rule, TwoHot, check_size, draw_boxes, flipped_plan
 
 _MODES = ("batch", "pair", "elem")
 _IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,8 +182,7 @@ class Mixup(Drawing):
             rule, drawn = np.full(count, int(Rule.KEEP), dtype=np.uint8), np.ones(count)
             boxes = np.zeros((count, 4), dtype=np.int32)
         rule, drawn = rule[unit], drawn[unit].astype(np.float32)
-        plan = make_plan(torch.from_numpy(rule), torch.from_numpy(drawn), size, box=torch.from_numpy(boxes[unit]))
-        plan = allowing(plan, self._rules(enabled))
+        plan = flipped_plan(rule, drawn, boxes[unit], size, self._rules(enabled))
         if self.correct_lam or self.cutmix_minmax is not None:
             return plan, None
         uncorrected = np.where(rule == Rule.CUTMIX, drawn, plan.lam.numpy())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sdmp_kernels import augment
 from sdmp_kernels.views import view_size
@@ -79,6 +79,11 @@ class TorchvisionLoader(Loader):
         try:
             batch: tuple[list[Tensor], Lost] = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
+            if "unable to allocate shared memory" in str(error):
+                raise DataError(
+                    "decoding processes hand batches on in shared memory, and /dev/shm has no room for another one; "
+                    "give fewer --workers (0 decodes in this process), or more of it (docker run --shm-size=8g)"
+                ) from error
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             if ": Caught " in said or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
                 raise  # the process lives, and hands on an error of its own
@@ -120,11 +125,7 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         rows = schedule.rows(position)
         draws = schedule.draws(position, rows)
         shape = len(rows), channels_of(schedule.source)
-        shape = len(rows), channels_of(schedule.source)
-        views = [
-            torch.empty(*shape, *view_size(r.size_px), dtype=torch.uint8, memory_format=torch.channels_last)
-            for r in schedule.recipes
-        ]
+        views = [_room_for(*shape, *view_size(recipe.size_px)) for recipe in schedule.recipes]
         lost: dict[int, BadFile] = {}
         for first in range(0, len(rows), _DECODED_AT_ONCE):
             some = slice(first, first + _DECODED_AT_ONCE)
@@ -148,6 +149,17 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
             lost[place] = BadFile(source.name(row), describe(error))
             size = (int(source.heights[row]), int(source.widths[row])) if self.schedule.fill is not None else (0, 0)
             return torch.zeros(*size, channels_of(source), dtype=torch.uint8)
+
+
+def _room_for(n: int, channels: int, height: int, width: int) -> Tensor:
+    """(n, channels, height, width) uint8, channels_last; of a decoding process in the memory that it shares.
+
+    Torch would move it there while it hands it on, in a thread whose error nobody hears: the run would wait for ever.
+    """
+    if get_worker_info() is None:
+        return torch.empty(n, channels, height, width, dtype=torch.uint8, memory_format=torch.channels_last)
+    shared = torch.UntypedStorage._new_shared(n * height * width * channels)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, drift
+from ..log import STAMP
 from ..presets import Preset, presets
 from ..reading import read_json, read_text
 from ..run_folder import is_run_folder, stored_config
@@ -119,6 +120,7 @@ def read_said(path: Path) -> dict[str, str]:
     """The last line of each kind that says what ran where."""
     said: dict[str, str] = {}
     for line in read_text(path, LOG_BYTES).splitlines() if path.exists() else ():
+        line = STAMP.sub("", line)
         word, _, rest = line.partition(" ")
         if word in SAID and rest.startswith(" " * (8 - len(word))):
             said[word] = rest.strip()

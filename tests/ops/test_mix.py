@@ -425,6 +425,12 @@ def test_out_decides_the_dtype() -> None:
     assert torch.equal(out, mix(images, plan, mean=MEAN, std=STD, dtype=torch.bfloat16))
 
 
+def test_a_std_whose_inverse_is_no_number_is_refused() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="std must be at least 1e-30"):
+        mix(images, drawn(images.shape, ["mixup"], 0), mean=MEAN, std=(0.2, 1e-50, 0.2), dtype=torch.float32)
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_mean_and_std_in_any_sequence(kind: Any) -> None:
     images, plan = pictures((2, 3, 6, 8), torch.uint8), hand(Rule.MIXUP, lam=0.5)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from sdmp_train.log import Log
+from sdmp_train.log import STAMP, Log
+
+
+def said(folder: Path) -> list[str]:
+    """The lines of train.log, each of which has its time in front."""
+    lines = (folder / "train.log").read_text().splitlines()
+    assert all(STAMP.match(line) for line in lines)
+    return [STAMP.sub("", line) for line in lines]
 
 
 def test_lines_before_the_folder_is_open_are_kept(tmp_path: Path):
@@ -20,14 +29,18 @@ def test_lines_before_the_folder_is_open_are_kept(tmp_path: Path):
         log.say("before")
         log.open(tmp_path)
         log.say("after [not markup]")
-    assert (tmp_path / "train.log").read_text() == "before\nafter [not markup]\n"
+    assert said(tmp_path) == ["before", "after [not markup]"]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path):
     with Log(console=Console(file=io.StringIO())) as log:
         log.open(tmp_path)
         log.metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        log.metrics({"step": 2, "time": 3.5})
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert abs(first.pop("time") - time.time()) < 60
+    assert second == {"step": 2, "time": 3.5}
+    assert first == {
         "step": 1,
         "loss": None,
         "grad_norm": None,
@@ -44,7 +57,7 @@ def test_every_report_is_in_the_file_but_few_on_a_plain_output(tmp_path: Path):
             log.report(f"step {step}")
             log.advance(step)
     assert screen.getvalue() == "step 0\n"
-    assert (tmp_path / "train.log").read_text() == "step 0\nstep 1\nstep 2\n"
+    assert said(tmp_path) == ["step 0", "step 1", "step 2"]
 
 
 def test_a_terminal_gets_a_live_line():
@@ -74,10 +87,10 @@ def test_a_full_disk_costs_lines_and_one_notice(tmp_path: Path):
         log.open(tmp_path)
         for word in ("one", "two"):
             log.say(word)
-            log.metrics({"step": 1})
+            log.metrics({"step": 1, "time": 2.0})
     notice = f"{tmp_path / 'train.log'} cannot be written (is the disk full?); the run goes on"
     assert screen.getvalue().splitlines() == ["one", notice, "two"]
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n' * 2
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "time": 2.0}\n' * 2
 
 
 def test_a_line_after_a_torn_one_begins_anew(tmp_path: Path):
@@ -85,7 +98,7 @@ def test_a_line_after_a_torn_one_begins_anew(tmp_path: Path):
     with Log(console=Console(file=io.StringIO())) as log:
         log.open(tmp_path)
         log.say("next")
-    assert (tmp_path / "train.log").read_text() == "whole\nto\nnext\n"
+    assert re.fullmatch(r"whole\nto\n[\d :-]{21}next\n", (tmp_path / "train.log").read_text())
 
 
 def test_metrics_that_come_again_are_dropped_and_of_step_0_all(tmp_path: Path):
@@ -139,7 +152,7 @@ def test_names_chosen_by_others_reach_terminal_and_file_as_escapes(tmp_path: Pat
         log.open(tmp_path)
         log.say("run \x1b[2J\udcff\nnext")
     assert screen.getvalue() == "run \\x1b[2J\\xff\nnext\n"
-    assert (tmp_path / "train.log").read_text() == screen.getvalue()
+    assert (tmp_path / "train.log").read_text()[21:] == screen.getvalue()
 
 
 def test_the_live_line_fits_eighty_columns(tmp_path: Path):

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 from tiny_runs import at_step, build_training, loss_of, random_views
 
-from sdmp_train.__main__ import parse_pretrain
+from sdmp_train.cli import parse_pretrain
 from sdmp_train.config import NOT_MATHS, Config, ConfigError, flatten
 from sdmp_train.models import timm_arguments
 from sdmp_train.presets import FOR_OWN_IMAGES, ROW, get_preset, origins_of, presets

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from sdmp_train import checkpoint, commands, run_folder
 from sdmp_train import run as run_module
-from sdmp_train.__main__ import main
 from sdmp_train.checkpoint import Unwritable, load_checkpoint, newest_checkpoint
+from sdmp_train.cli import main
 from sdmp_train.commands import dry_run, pretrain
 from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import Choice, DataError

@@ -17,6 +17,10 @@ from sdmp_kernels.plan import MixPlan
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+SMALLEST_STD = 1e-30
+"""Of `std`: 1 / std is then still a number, in float32."""
+
+
 def mix(
     images: Tensor,
     plan: MixPlan,
@@ -131,6 +135,8 @@ def _check_normalisation(
         if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in numbers):
             raise ValueError(f"{name} must hold finite numbers{'' if name == 'mean' else ' above 0'}, got {numbers}")
         values.append(numbers)
+    if min(values[1], default=1.0) < SMALLEST_STD:
+        raise ValueError(f"std must be at least {SMALLEST_STD:g}, below which results overflow, got {values[1]}")
     if max(values[0], default=0.0) > 1:
         raise ValueError(
             f"mean must be on the 0 to 1 scale, also for uint8 images, got {values[0]}; divide mean and std by 255"
@@ -174,12 +180,15 @@ def _check_out(
         tensor = check_tensor(name, given, dtypes=(dtype,), ndim=4, shape="(N, C, H, W)")
         if tensor.shape != images.shape:
             raise ValueError(f"{name} must have shape {tuple(images.shape)}, got {tuple(tensor.shape)}")
-        check_same_device(**{"images": images, name: tensor})
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, partners, tensor)):
+        if tensor is not images:
+            check_same_device(**{"images": images, name: tensor})
+        if torch.is_grad_enabled() and (
+            images.requires_grad or tensor.requires_grad or (partners is not None and partners.requires_grad)
+        ):
             raise ValueError(f"{name} cannot be given where gradients are wanted; leave it out, or use torch.no_grad()")
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if 0 in tensor.stride() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{name} is an expanded tensor whose elements share memory; give one of its own")
-    if _is_real(images):
+    if (mixed is not images or kept is not None) and _is_real(images):
         if op.overlaps(images, mixed) and not op.same_memory(images, mixed):
             name = "out[1]" if clean else "out"
             raise ValueError(f"{name} overlaps images without being images; give images itself or a tensor of its own")

@@ -522,6 +522,18 @@ def test_workers_do_not_collect_the_garbage_they_are_born_with(
     assert notes.read_text().split() == [str(os.getpid())]
 
 
+def test_a_batch_that_shared_memory_cannot_hold_is_an_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no endless wait for a batch that a thread of the decoding process could not hand on."""
+
+    def full(count: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(DataError, match="/dev/shm has no room"):
+        batches(index, loader="torchvision", workers=1)
+    assert len(batches(index, loader="torchvision", workers=0)) == 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_workers_ignore_signals_and_end_with_the_loader(index: Index) -> None:
     before = set(children())

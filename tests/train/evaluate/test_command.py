@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from sdmp_train.__main__ import main
+from sdmp_train.cli import main
 from sdmp_train.evaluate.command import PROTOCOLS
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdmp_train.__main__ import main
+from sdmp_train.cli import main
 from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import DataError
 from sdmp_train.evaluate import pictures

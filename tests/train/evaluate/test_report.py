@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from written_runs import small_run, write_run
 
-from sdmp_train.__main__ import main
+from sdmp_train.cli import main
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.evaluate.report import NOT_MEASURED, ReportConfig, headline, plainly, write_report
 from sdmp_train.presets import get_preset

@@ -17,7 +17,7 @@ data     36 images, 3 classes, 40 x 40 px in the median: photos/<b>bold</b>
 model    test_vit at 32 px: 0.03 M parameters, 0.05 M with heads
 step 4/8  epoch 1.0  loss 3.841  111 img/s  waiting for data 1%
 kNN       33.3% raw pixels (k = 20, 28 bank, 8 queries)
-device   CPU (1 threads; torch sees no GPU), fp32
+2026-11-27 21:44:05  device   CPU (1 threads; torch sees no GPU), fp32
 """
 ROWS = (
     {"step": 0, "knn": 0.25},

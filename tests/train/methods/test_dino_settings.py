@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import as_batch, build_training, random_views
 
-from sdmp_train.__main__ import parse_pretrain
+from sdmp_train.cli import parse_pretrain
 from sdmp_train.config import Config
 from sdmp_train.guard import StopRequest
 from sdmp_train.loop import step

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdmp_train.__main__ import main, parse_pretrain
 from sdmp_train.checkpoint import save_checkpoint
+from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
@@ -229,7 +229,11 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
     assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
     assert "already in use" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
+    assert "resume   after step 3 of 5\n" in capsys.readouterr().out
+    assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
+    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in capsys.readouterr().out
     assert main(["pretrain", "--output", "run", "--resume", "--max-steps", "6"]) == 0
     assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
     assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err
@@ -282,6 +286,57 @@ def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path
     printed = capsys.readouterr().err
     assert "a name in model_args is 'checkpoint_path'" in printed
     assert printed.count("\n") == 1
+
+
+NONSENSE = {
+    "pretrain --output": "Missing value for argument",
+    "pretrain --preset": "Missing value for argument",
+    "pretrain --workers 100000": "0 to 1024",
+    "pretrain --preset quickstart -b 8 -j 0 --data IMAGES --output /proc/none": "cannot be made",
+    "pretrain --lr nan": "lr",
+    "pretrain --batch-size 0": "batch_size",
+    "pretrain --seed -1": "seed",
+    "pretrain --rules foo": "foo",
+    "pretrain --preset nosuch": "unknown preset",
+    "pretrain --config nosuch.yaml": "cannot read the config file",
+    "pretrain --data IMAGES --device tpu": "tpu",
+    "plan --data nosuch": "there is no folder",
+    "export nosuch": "cannot read the config file",
+    "export nosuch --step x": "--step",
+    "report nosuch": "is no run folder",
+    "eval": "unknown protocol",
+    "eval nosuch": "unknown protocol",
+    "eval linear nosuch --data IMAGES": "holds no exported backbone",
+    "eval knn timm:nosuch --data IMAGES": "nosuch",
+    "verify nosuch": "there is no folder",
+    "presets nosuch": "unknown preset",
+    "nosuch": "unknown subcommand",
+}
+"""Commands that cannot be carried out, and what each says."""
+
+
+@pytest.mark.parametrize(("command", "message"), NONSENSE.items())
+def test_nonsense_exits_with_two_and_says_what_is_wrong(
+    command: str, message: str, image_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("IMAGES", str(image_folder)).split()
+    try:
+        code = main(words)
+    except SystemExit as left:  # tyro's own way out
+        code = left.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert message in " ".join((said.err + said.out).replace("\u2502", " ").split())
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
+
+
+def test_an_export_that_cannot_be_written_is_no_traceback(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", str(image_folder), *TINY, "--max-steps", "1", "--knn-max-images", "0", "--output", "run"]
+    assert main(words) == 0
+    assert main(["export", "run", "--output", "/proc/none"]) == 2
+    assert "the export cannot be written to /proc/none" in capsys.readouterr().err
 
 
 def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, capsys):

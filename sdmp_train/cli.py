@@ -1,0 +1,282 @@
+"""The command line. `python -m sdmp_train` without an argument is the quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from . import run_folder
+from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
+from .presets import get_preset, origins_of, table_of_presets
+from .stop import EndedElsewhere, Stopped, StopRequest
+from .text import printable_lines
+
+DONE, BAD_INPUT = 0, 2
+PROGRAM = "python -m sdmp_train"
+ABOUT = f"""\
+{PROGRAM}                              quickstart: MoCo v3 + SDMP on embedded images, a few minutes
+{PROGRAM} pretrain --data DIR ...      pretrain a backbone on a folder of images
+{PROGRAM} plan --data DIR ...          the same arguments, nothing run: steps, sizes, what would run where
+{PROGRAM} eval knn RUN                 nearest-neighbour accuracy of a run or an exported backbone
+{PROGRAM} eval linear RUN              accuracy of a linear classifier on its frozen features
+{PROGRAM} eval finetune RUN            accuracy once the whole network is trained on all labels, or on few
+{PROGRAM} eval robustness RUN ...      that network on ImageNet-A, -R and -C
+{PROGRAM} eval embed RUN --output DIR  features of images, as .npy or safetensors
+{PROGRAM} eval pictures RUN            attention, patch features, nearest neighbours, a map of the features
+{PROGRAM} eval --help                  all of them
+{PROGRAM} report RUN [RUN ...]         one HTML page about runs: curves, kNN, pictures, the paper's numbers
+{PROGRAM} export --run RUN             write a checkpoint's backbone as timm reads it
+{PROGRAM} presets [NAME]               recipes, with the paper's numbers; where one's settings come from
+{PROGRAM} verify DIR                   index and check a folder of images
+{PROGRAM} SUBCOMMAND --help            the flags of a subcommand
+"""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PretrainArguments:
+    """Settings of a run: preset < --config file < flags."""
+
+    config: OmitArgPrefixes[Config] = field(default_factory=Config)
+    method: MethodName = DEFAULT_METHOD
+    """Pretext task; it decides which flags there are."""
+    folder: Positional[str | None] = None
+    """The same as --data."""
+    config_file: Annotated[str | None, arg(name="config")] = None
+    """YAML with some or all settings, such as a run folder's config.yaml."""
+    output: str | None = None
+    """Run folder; default runs/<date>-<time>-<preset>."""
+    resume: str | None = None
+    """Go on with a run: its folder, or `auto` with --output: go on with what is there, or start where nothing is."""
+    resume_previous: bool = False
+    """With --resume: take the checkpoint before the newest."""
+    accept_changed_data: bool = False
+    """With --resume: go on although image files have come or gone."""
+    overwrite: bool = False
+    """Delete a former run in the output folder."""
+    certify: bool = False
+    """Measure first whether data keeps the run waiting: certify.json in the run folder, and one line."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write the backbone of a run's checkpoint as safetensors with timm's names."""
+
+    folder: Positional[str | None] = None
+    """The same as --run."""
+    run: str | None = None
+    """Run folder."""
+    step: int | None = None
+    """Step of the checkpoint; default the newest."""
+    output: str | None = None
+    """Folder to write; default <run>/exported."""
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Read and decode every image of a folder, list, archive or set of shards; compare with the last time."""
+
+    folder: Positional[str | None] = None
+    """The same as --data."""
+    data: str | None = None
+    """Folder of images."""
+    max_pixels: int | None = None
+    """Files that claim more pixels are bad (decompression bombs); None is 89,478,485, Pillow's own limit."""
+    bad_list: str | None = None
+    """A file to write, with the path and the reason of every bad file."""
+
+
+def one_of(name: str, flag: str | None, positional: str | None) -> str:
+    """What is given with `--name` or without it. Raises `ConfigError` where it is neither or two different ones."""
+    given = {value for value in (flag, positional) if value is not None}
+    if not given:
+        raise ConfigError(f"{name} is missing; give --{name} FOLDER")
+    if len(given) > 1:
+        raise ConfigError(f"--{name} names {flag}, and {positional} is given besides; give one of them")
+    return given.pop()
+
+
+def parse(kind: type[T], subcommand: str, argv: Sequence[str], default: T | None = None) -> T:
+    """Arguments by tyro: exits with code 2, naming near matches, for a flag that does not exist."""
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
+
+
+def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
+    """Preset, then config file (or the resumed run's), then flags."""
+    argv = fill_resume(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--preset", "--method", "--config", "--resume", "--output"):
+        early.add_argument(flag, nargs="?")  # without its value it is tyro that complains
+    first = early.parse_known_args(argv)[0]
+    base = get_preset(first.preset or "custom")
+    if first.config:
+        base = load_config(Path(first.config), base)
+    elif first.resume and not first.preset:
+        folder = resumed_folder(first.resume, first.output)
+        if (folder / run_folder.SETTINGS).exists():  # not so where a run was killed as it began
+            base = run_folder.stored_config(folder)
+    if first.preset:
+        base = replace(base, run=replace(base.run, preset=first.preset))
+    if first.method:
+        base = with_method(base, first.method)
+    arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
+    return take_folder(arguments)
+
+
+def fill_resume(argv: Sequence[str]) -> list[str]:
+    """`--resume` without a value becomes `--resume auto`."""
+    filled = list(argv)
+    for i, word in enumerate(argv):
+        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            filled[i] = "--resume=auto"
+    return filled
+
+
+def resumed_folder(resume: str, output: str | None) -> Path:
+    """The run folder that `--resume` means."""
+    if resume != "auto":
+        folder = Path(resume)
+        if output and Path(output) != folder:
+            raise ConfigError(f"--resume names {resume} and --output {output}; give one of them")
+    elif output:
+        folder = Path(output)
+    else:
+        raise ConfigError("--resume without a folder needs --output, the folder of the run to go on with")
+    run_folder.check_folder(folder, "auto" if resume == "auto" else "resume")
+    return folder
+
+
+def take_folder(arguments: PretrainArguments) -> PretrainArguments:
+    """Put the positional folder where --data is."""
+    if arguments.folder is None:
+        return arguments
+    data = replace(arguments.config.data, data=arguments.folder)
+    return replace(arguments, config=replace(arguments.config, data=data), folder=None)
+
+
+def run_pretrain(argv: Sequence[str]) -> int:
+    with StopRequest() as stop:  # before anything that takes its time or leaves something behind
+        from .commands import pretrain
+
+        arguments = parse_pretrain("pretrain", argv)
+        output = Path(arguments.output) if arguments.output else None
+        if arguments.resume:
+            if arguments.overwrite:
+                raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+            output = resumed_folder(arguments.resume, arguments.output)
+        elif arguments.resume_previous:
+            raise ConfigError("--resume-previous says which checkpoint --resume takes; give --resume too")
+        return pretrain(
+            arguments.config,
+            output,
+            resume=arguments.resume is not None,
+            or_start=arguments.resume == "auto",
+            previous=arguments.resume_previous,
+            overwrite=arguments.overwrite,
+            accept_changed_data=arguments.accept_changed_data,
+            certified=arguments.certify,
+            stop=stop,
+        )
+
+
+def run_plan(argv: Sequence[str]) -> int:
+    from .commands import dry_run
+
+    arguments = parse_pretrain("plan", argv)
+    return dry_run(arguments.config, Path(arguments.output) if arguments.output else None, arguments.overwrite)
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    from .evaluate.command import PROTOCOLS, describe_protocols
+
+    name, rest = (argv[0], argv[1:]) if argv else ("", argv)
+    if name in ("-h", "--help"):
+        print(describe_protocols(PROGRAM))
+        return DONE
+    if name not in PROTOCOLS:
+        raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
+    settings, evaluate = PROTOCOLS[name]
+    evaluate(parse(settings, f"eval {name}", rest))
+    return DONE
+
+
+def run_report(argv: Sequence[str]) -> int:
+    from .evaluate.report import ReportConfig, write_report
+
+    write_report(parse(ReportConfig, "report", argv))
+    return DONE
+
+
+def run_export(argv: Sequence[str]) -> int:
+    from .commands import export_checkpoint
+
+    arguments = parse(ExportArguments, "export", argv)
+    run = Path(one_of("run", arguments.run, arguments.folder))
+    return export_checkpoint(
+        run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
+    )
+
+
+def run_presets(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        raise ConfigError(f"presets takes no arguments or the name of one, got {' '.join(argv)}")
+    for line in origins_of(argv[0]) if argv else table_of_presets():
+        print(line)
+    return DONE
+
+
+def run_verify(argv: Sequence[str]) -> int:
+    from .verify import verify_data
+
+    arguments = parse(VerifyArguments, "verify", argv)
+    bad_list = None if arguments.bad_list is None else Path(arguments.bad_list)
+    return verify_data(one_of("data", arguments.data, arguments.folder), arguments.max_pixels, bad_list)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": run_pretrain,
+    "plan": run_plan,
+    "eval": run_eval,
+    "report": run_report,
+    "export": run_export,
+    "presets": run_presets,
+    "verify": run_verify,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a subcommand; returns the exit code."""
+    if not argv:
+        argv = ["pretrain", "--preset", "quickstart"]
+    name, *rest = argv
+    if name in ("-h", "--help"):
+        print(ABOUT, end="")
+        return DONE
+    if name == "--version":
+        print(f"sdmp-kernels {version('sdmp-kernels')}")
+        return DONE
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown subcommand {name!r}.{near(name, COMMANDS)} Known: {', '.join(COMMANDS)}")
+        return COMMANDS[name](rest)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except EndedElsewhere as error:
+        return error.exit_code  # the rank that knows why says so
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        return int(code)
