@@ -11,7 +11,7 @@ import timm
 import torch
 from tiny_runs import TINY
 
-from sdmp_train.__main__ import main
+from sdmp_train.cli import main
 from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError, DataConfig
 from sdmp_train.export import load_exported

@@ -285,8 +285,8 @@ def test_a_run_goes_on_without_it(
 def test_too_many_end_the_run_with_four_once_it_is_saved(
     skipping: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sdmp_train.__main__ import main
     from sdmp_train.checkpoint import newest_checkpoint
+    from sdmp_train.cli import main
     from sdmp_train.config import save_config
 
     cut_after(monkeypatch, tmp_path / "images", [f"dots/{i}.jpg" for i in range(12)])

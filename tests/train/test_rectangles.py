@@ -12,8 +12,8 @@ import torch
 from tiny_runs import TINY
 from torch import Tensor
 
-from sdmp_train.__main__ import main, parse_pretrain
 from sdmp_train.checkpoint import newest_checkpoint
+from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError, DataConfig, from_dict, to_dict
 from sdmp_train.export import load_exported

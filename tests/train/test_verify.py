@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdmp_train.__main__ import main
+from sdmp_train.cli import main
 from sdmp_train.data import open_folder
 from sdmp_train.data.index import ROTTED
 from sdmp_train.verify import verify_data
