@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/results, from the newest results of every machine.
+"""The tables of the README, docs/results and docs/gpu-run.md, from the newest results of every machine.
 
 `python -m bench table --write` puts them there: a small one for readers in a hurry, and all that was measured.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bench import goals, plots, report
+from bench import goals, plots, predict, report
 from bench.environment import ROOT
 from bench.results import FOLDER, newest
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
 FULL = ROOT / "docs" / "results" / "README.md"
+GPU_RUN = ROOT / "docs" / "gpu-run.md"
 SHOWN = ("mixup", "cutmix", "resizemix", "uint8", "soft_cross_entropy", "distillation", "info_nce")
 """Words of the settings in the small table: of each the first that was measured, most valuable first."""
 
@@ -198,10 +199,16 @@ def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
 
 
 def write_pages(documents: list[dict[str, Any]] | None = None) -> dict[str, bool]:
-    """Refresh both pages where their markers are; by page whether they were there."""
+    """Refresh the pages where their markers are; by page whether they were there."""
     documents = newest() if documents is None else documents
     found = {}
-    for page, text in ((README, small(documents)), (FULL, render(documents))):
+    gpus = [d for d in documents if d["environment"]["gpu"]]
+    pages = {
+        README: small(documents),
+        FULL: render(documents),
+        GPU_RUN: predict.table(gpus[-1] if gpus else None),
+    }
+    for page, text in pages.items():
         old = page.read_text(encoding="utf-8") if page.exists() else ""
         name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
         found[name] = {BEGIN, END} <= set(old.split("\n"))

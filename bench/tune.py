@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,23 +87,31 @@ def run(args: argparse.Namespace) -> int:
     arch = _launch.architecture(device if args.dry_run else torch.device("cuda", torch.cuda.current_device()))
     print(f"{environment.line()}; table {arch}")
     present = {**_launch.table(_launch.DEFAULT_ARCH), **_launch.table(arch)}
-    tuning = tune(present, device, args.op, dry=args.dry_run, seconds=60 * args.minutes)
+    path = args.out or (None if args.dry_run else _launch.TABLES / f"{arch}.json")
+    tuning = tune(present, device, args.op, dry=args.dry_run, seconds=60 * args.minutes, path=path)
     if not tuning.lines:
         print("no launch table was read: no op has a Triton backend that runs here")
         return 2
-    path = args.out or (None if args.dry_run else _launch.TABLES / f"{arch}.json")
     if path is not None:
-        path.write_text(json.dumps(tuning.table, indent=1, sort_keys=True) + "\n")
         print(f"wrote {len(tuning.table)} entries to {path.name}")
     return 0
 
 
 def tune(
-    present: dict[str, Constants], device: torch.device, ops: list[str] | None, *, dry: bool, seconds: float
+    present: dict[str, Constants],
+    device: torch.device,
+    ops: list[str] | None,
+    *,
+    dry: bool,
+    seconds: float,
+    path: Path | None = None,
 ) -> Tuning:
-    """Better constants for every key that the benchmarks' settings read, the present ones where none is better."""
+    """Better constants for every key that the benchmarks' settings read, the present ones where none is better.
+
+    The losses come first, which have most to gain. `path` is written after every key: a run that is cut still counts.
+    """
     tuning, ends, done = Tuning(dict(present)), time.monotonic() + seconds, set()
-    settings = (*mix.settings(device, size(dry)), *losses.settings(device, size(dry)), *elsewhere(device, dry))
+    settings = (*losses.settings(device, size(dry)), *mix.settings(device, size(dry)), *elsewhere(device, dry))
     for setting in settings:
         if tuning.lines and time.monotonic() > ends:
             break
@@ -117,7 +126,9 @@ def tune(
             done.add(key)
             tuning.table[key], line = best(workload, key, tuning.table, device, dry)
             tuning.lines.append(line)
-            print(f"  {line}")
+            print(f"  {line}", flush=True)
+            if path is not None:
+                path.write_text(json.dumps(tuning.table, indent=1, sort_keys=True) + "\n")
     return tuning
 
 

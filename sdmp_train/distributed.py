@@ -62,7 +62,12 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     try:
         with leaving_at_once():
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=STEP_MINUTES))
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=STEP_MINUTES),
+                # NCCL then knows at once which GPU is whose, and begins there, not at the first collective.
+                device_id=place if on_gpu else None,
+            )
             host = dist.new_group(backend="gloo", timeout=timedelta(minutes=HOST_MINUTES))
         yield World(place, rank, size, host if isinstance(host, dist.ProcessGroup) else None)
     finally:

@@ -93,9 +93,10 @@ def test_pages_are_written_between_their_markers_and_left_alone_without(tmp_path
     readme, full = tmp_path / "README.md", tmp_path / "full.md"
     monkeypatch.setattr(table, "README", readme)
     monkeypatch.setattr(table, "FULL", full)
+    monkeypatch.setattr(table, "GPU_RUN", tmp_path / "none.md")
     readme.write_text("# Title\n")
     full.write_text(f"above\n{table.BEGIN}\nFORMER\n{table.END}\nbelow\n")
-    assert table.write_pages([document()]) == {"README.md": False, "full.md": True}
+    assert table.write_pages([document()]) == {"README.md": False, "full.md": True, "none.md": False}
     assert readme.read_text() == "# Title\n"
     text = full.read_text()
     assert text.startswith("above\n")

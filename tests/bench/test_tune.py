@@ -55,6 +55,27 @@ def test_a_faster_entry_with_another_answer_is_not_taken(capsys):
     assert "block=128: wrong" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_leaves_what_it_found(tmp_path, monkeypatch):
+    """The losses first, and the file anew after every key."""
+    made = [Setting(op, op, {}, lambda _: {}, list, list, ("y",), torch.float32, []) for op in ("mix", "info_nce")]
+    monkeypatch.setattr(tune.mix, "settings", lambda *_: made[:1])
+    monkeypatch.setattr(tune.losses, "settings", lambda *_: made[1:])
+    monkeypatch.setattr(tune, "elsewhere", lambda *_: ())
+    monkeypatch.setattr(tune, "bind", lambda setting, *_: tune.Workload(setting, Call(list), [setting.op], []))
+
+    def best(work, key, *_):
+        if key == "mix":
+            raise KeyboardInterrupt
+        return {"block": 128}, key
+
+    monkeypatch.setattr(tune, "best", best)
+    present = {"mix": {"block": 1}, "info_nce": {"block": 1}}
+    path = tmp_path / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(present, torch.device("cpu"), None, dry=True, seconds=60, path=path)
+    assert json.loads(path.read_text()) == {"mix": {"block": 1}, "info_nce": {"block": 128}}
+
+
 def test_the_librarys_own_table_is_in_force_again_afterwards():
     """Also after an error, and one table within another; the backward pass's own thread sees it too."""
     own = dict(_launch.table("sm_80"))

@@ -1,0 +1,150 @@
+"""What a goal should come out at on a GPU that nobody has tried yet: by bytes, instructions and launches.
+
+A first run confirms or refutes these numbers instead of starting from nothing: `python -m bench table --write` puts
+them, each with its formula, beside what was measured, in docs/gpu-run.md. What is off by more than `APART` wants a
+reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import distillation, info_nce, soft_cross_entropy
+from bench.goals import CLAIMS, Outcome, outcomes
+
+APART = 0.15
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of a GPU."""
+
+    name: str = "H100 SXM"
+    copy_bytes_per_s: float = 2.9e12
+    """Read and written together by `copy_`: 87 % of 3.35 TB/s."""
+    tensor_flops: float = 660e12
+    """Of bf16 products on tensor cores, sustained: two thirds of the dense peak of 989."""
+    exps_per_s: float = 132 * 16 * 1.755e9
+    """Exponentials: 16 a clock of each of 132 processors."""
+    lanes_per_s: float = 132 * 128 * 1.755e9
+    """Other float32 instructions of one lane."""
+    launch_s: float = 2.2e-6
+    """A kernel of a CUDA graph, from the end of the one before to its own first instruction."""
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{self.name}: copies at {self.copy_bytes_per_s / 1e12:.1f} TB/s, tensor cores at "
+            f"{self.tensor_flops / 1e12:.0f} TFLOP/s sustained, {self.exps_per_s / 1e12:.1f}e12 exponentials and "
+            f"{self.lanes_per_s / 1e12:.0f}e12 other instructions a second, {self.launch_s * 1e6:.1f} us a launch"
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A number in the unit of its claim, and how it comes about."""
+
+    value: float
+    formula: str
+
+
+LANES = 6
+"""Instructions of a lane for every logit beside its exponential: scale, subtract, compare, add, convert."""
+
+
+def predictions(machine: Machine | None = None) -> dict[tuple[str, str], Prediction]:
+    """By (goal, words) of a claim. Ratios to other people's code are not predicted."""
+    gpu = machine or Machine()
+    found: dict[tuple[str, str], Prediction] = {}
+    for rule in ("mixup", "cutmix"):
+        found["G1", f"{rule} bf16, n = 1024: time over a copy's"] = Prediction(
+            1.0, "each byte read and written once, one launch: a copy's time"
+        )
+    found["G1", "resizemix bf16, n = 1024: time over a copy's"] = Prediction(
+        1.6, "its loop has 160 instructions a tile and two barriers a plane, four taps in flight: 1.6 to 2.3 copies"
+    )
+    found["G1", "mixup: launches"] = Prediction(1, "counted in the code")
+    found["G1", "mixup: host syncs"] = Prediction(0, "counted in the code")
+    found["G2", "uint8 to bf16, clean and mixed, n = 1024: time over a copy's"] = Prediction(
+        1.0, "one byte read and four written a value, each once"
+    )
+    big = info_nce.model(n=32768, width=256, dtype=torch.bfloat16)
+    found["G3", "info_nce bf16, n = m = 32768, d = 256: Triton"] = Prediction(
+        big.flops / attention_seconds(gpu, 32768, 32768, big.flops) / 1e12,
+        "operations / (products + exponentials + other instructions): a program's softmax and its products take turns",
+    )
+    found["G3", "the same: over one flash attention"] = Prediction(1.0, "the same products and exponentials")
+    both = info_nce.model(n=32768, width=256, dtype=torch.bfloat16, key_grad=True)
+    again = attention_seconds(gpu, 32768, 32768, big.flops) + attention_seconds(
+        gpu, 32768, 32768, both.flops - big.flops
+    )
+    found["G4", "info_nce with key gradients, 32768: Triton"] = Prediction(
+        both.flops / again / 1e12, "the same, and once more for the gradient of the keys, which makes the products anew"
+    )
+    for n in (1024, 4096):
+        small = info_nce.model(n=n, width=256, dtype=torch.bfloat16, terms=2)
+        words = f"info_nce both terms, n = {n}, CUDA graph"
+        seconds = 3 * gpu.launch_s + attention_seconds(gpu, n, 2 * n, small.flops)
+        found["G5", words] = Prediction(
+            seconds * 1e6, "3 launches (attend, merge, scale) + products, exponentials and other instructions"
+        )
+        found["G5", f"{words}: launches"] = Prediction(
+            3, "attend and merge for both terms, and the scale of the backward"
+        )
+    given = soft_cross_entropy.model(n=8192, columns=65536, dtype=torch.bfloat16)
+    crops = distillation.model(distillation.Crops(v=10, t=2, n=64, k=65536), torch.bfloat16)
+    for claim in CLAIMS:
+        if claim.goal == "G6" and claim.reach is not None:
+            found["G6", claim.words] = Prediction(
+                given.floor_bytes / given.kernel_bytes, "bytes that must move / bytes that the kernels move"
+            )
+        if claim.goal == "G7" and claim.reach is not None:
+            found["G7", claim.words] = Prediction(
+                crops.kernel_bytes / crops.floor_bytes, "bytes that the kernels move / bytes that must move"
+            )
+    found["G10", "ViT-S/16 step, batch 512: images per second"] = Prediction(
+        1650.0,
+        "eager: 1,500 to 1,800 by counting launches and bytes of its layers; 82.8 GFLOP an image alone allow 7,970",
+    )
+    return found
+
+
+def attention_seconds(gpu: Machine, n: int, m: int, flops: int) -> float:
+    """Products, then exponentials, then other instructions of n x m logits, one after the other."""
+    logits = n * m
+    return flops / gpu.tensor_flops + logits / gpu.exps_per_s + LANES * logits / gpu.lanes_per_s
+
+
+def table(document: dict[str, Any] | None) -> str:
+    """Every goal on a GPU: asked, predicted by which formula, measured; what is far apart is marked."""
+    known = predictions()
+    lines = [
+        f"Assumed of the machine: {Machine().line()}.",
+        "",
+        "| goal | | asked | predicted | because | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for outcome in outcomes(document, "cuda"):
+        claim = outcome.claim
+        asked = f"{'<=' if claim.at_most else '>='} {claim.bound:g}{claim.unit}"
+        guess = known.get((claim.goal, claim.words))
+        predicted, why = ("", "") if guess is None else (f"{guess.value:.3g}{claim.unit}", guess.formula)
+        lines.append(f"| {claim.goal} | {claim.words} | {asked} | {predicted} | {why} | {measured(outcome, guess)} |")
+    return "\n".join(lines)
+
+
+def measured(outcome: Outcome, guess: Prediction | None) -> str:
+    """What came out, beside its prediction."""
+    if outcome.value is None:
+        return f"no: {outcome.why}"
+    said = f"{outcome.value:.3g}{outcome.claim.unit}" + ("" if outcome.held else ", **missed**")
+    if guess is None or abs(outcome.value - guess.value) <= APART * max(abs(guess.value), 1e-9):
+        return said
+    return (
+        f"{said}, **{outcome.value / guess.value:.2f} of the prediction**"
+        if guess.value
+        else f"{said}, **not as predicted**"
+    )
