@@ -11,6 +11,7 @@ from pathlib import Path
 QUESTIONS = ("views", "mix", "losses", "step")
 OVERVIEW = """\
 python -m bench views    crop, resize, flip, colours, blur in one op, beside torchvision, kornia, albumentations
+python -m bench stall    whether data keeps a step waiting, beside the same step from resident data
 python -m bench loader   images/s of the loaders from files, beside torchvision's own and DALI's decoder alone
 python -m bench mix      per-sample Mixup, CutMix and ResizeMix, beside a copy, eager PyTorch, torch.compile, timm,
                          torchvision, kornia
@@ -59,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     loader.add_argument("--workers", type=int, default=2, help="decoding threads or processes (default 2)")
     loader.add_argument("--batch-size", type=int, default=64, help="images per batch (default 64)")
     loader.add_argument("--json", type=Path, help="also write the rows to this file")
+    stall = commands.add_parser("stall", help="whether data keeps a step waiting")
+    stall.add_argument("--preset", default="quickstart", help="whose step is measured (default quickstart)")
+    stall.add_argument("--data", help="images (default: the preset's own)")
+    stall.add_argument("--loader", default="auto", help="auto, dali, torchvision or resident (default auto)")
+    stall.add_argument("--workers", type=int, help="decoding threads or processes (default: the cores)")
+    stall.add_argument("--batch-size", type=int, help="images of a step (default: the preset's)")
+    stall.add_argument("--blocks", type=int, default=10, help="interleaved blocks (default 10)")
+    stall.add_argument("--steps", type=int, default=50, help="steps of a block (default 50)")
+    stall.add_argument("--json", type=Path, help="also write the numbers to this file")
     gpu = commands.add_parser("gpu", help="the whole proof on a GPU")
     gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
@@ -114,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import loader
 
         return loader.run(args)
+    if args.command == "stall":
+        from bench import stall
+
+        return stall.run(args)
     if args.command == "labels":
         from bench import labels
 

@@ -250,6 +250,45 @@ class MixPlan:
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
         return self
 
+    def keeping(self, rows: Tensor, partner_rows: Tensor | None = None) -> MixPlan:
+        """The same plan, but that some rows, and those that have one of them as partner, are kept as they are (KEEP).
+
+        For rows that hold no image: nothing of them comes into another row.
+
+        Args:
+            rows: (N,) bool on the device of the plan, True for the rows to keep.
+            partner_rows: the same for the rows that `partner` indexes, where these live on another rank, whose partners
+                are this plan's rows in turn; default `rows`.
+
+        Returns:
+            A plan of the same rows and partners.
+
+        Raises:
+            TypeError, ValueError: if an argument is no (N,) bool; or `partner_rows` is given and the partners are not
+                the flip.
+        """
+        for name, given in (("rows", rows), ("partner_rows", partner_rows)):
+            if given is not None:
+                check_tensor(name, given, dtypes=(torch.bool,), ndim=1, shape="(N,)")
+                if len(given) != len(self):
+                    raise ValueError(f"{name} has {len(given)} rows but the plan has {len(self)}")
+        if partner_rows is None:
+            self._check_partner_below(len(self), "this plan")
+        elif not self.mirrored:
+            raise ValueError("partner_rows are for partners by the flip, of which it is known whose partners they are")
+        kept = rows | (rows if partner_rows is None else partner_rows)[self.partner]
+        lam = torch.where(kept, 1.0, self.lam)
+        return MixPlan(
+            rule=torch.where(kept, _KEEP, self.rule).to(torch.uint8),
+            partner=self.partner,
+            lam=lam,
+            partner_lam=torch.where(kept, 1.0, self.partner_lam) if self.mirrored else lam[self.partner],
+            box=torch.where(kept[:, None], 0, self.box).to(torch.int32),
+            size=self.size,
+            mirrored=self.mirrored,
+            rules=tuple(sorted({Rule.KEEP, *self.rules})),
+        )
+
     def overlap(self, other: MixPlan | None = None) -> Tensor:
         """c: how much query row i, mixed by this plan, shares with key row partner[i], mixed by `other`.
 

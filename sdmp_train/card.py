@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import Config
 from .durable import write_durably
-from .text import printable
+from .text import printable, shown_size
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written with the export; an edited card without this line is kept. -->"
@@ -39,7 +39,7 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         "batch": str(optim.batch_size),
         "epochs": str(optim.epochs),
         "learning rate": f"{optim.lr:.3g}, {optim.opt}",
-        "image side": f"{data.image_px} px",
+        "image side": f"{shown_size(data.image_px)} px",
         "mean, std": f"{list(data.mean)}, {list(data.std)}",
         **numbers,
     }

@@ -63,6 +63,8 @@ class PretrainArguments:
     """With --resume: go on although image files have come or gone."""
     overwrite: bool = False
     """Delete a former run in the output folder."""
+    certify: bool = False
+    """Measure first whether data keeps the run waiting: certify.json in the run folder, and one line."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ExportArguments:
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Index a folder of images, decode every one, and report."""
+    """Read and decode every image of a folder, list, archive or set of shards; compare with the last time."""
 
     folder: Positional[str | None] = None
     """The same as --data."""
@@ -89,6 +91,8 @@ class VerifyArguments:
     """Folder of images."""
     max_pixels: int | None = None
     """Files that claim more pixels are bad (decompression bombs); None is 89,478,485, Pillow's own limit."""
+    bad_list: str | None = None
+    """A file to write, with the path and the reason of every bad file."""
 
 
 def one_of(name: str, flag: str | None, positional: str | None) -> str:
@@ -180,6 +184,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
             previous=arguments.resume_previous,
             overwrite=arguments.overwrite,
             accept_changed_data=arguments.accept_changed_data,
+            certified=arguments.certify,
             stop=stop,
         )
 
@@ -231,10 +236,11 @@ def run_presets(argv: Sequence[str]) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    from .commands import verify_folder
+    from .verify import verify_data
 
     arguments = parse(VerifyArguments, "verify", argv)
-    return verify_folder(one_of("data", arguments.data, arguments.folder), arguments.max_pixels)
+    bad_list = None if arguments.bad_list is None else Path(arguments.bad_list)
+    return verify_data(one_of("data", arguments.data, arguments.folder), arguments.max_pixels, bad_list)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +13,32 @@ from torch import nn
 
 from sdmp_kernels import backends
 
-from . import checkpoint, run_folder
+from . import certify, checkpoint, run_folder
 from .config import Config, ConfigError, save_config, to_dict
-from .data import LOADERS, Choice, DataError, Index, Loader, LoaderName, choose_loader, make_loader, open_source
+from .data import (
+    LOADERS,
+    Choice,
+    DataError,
+    Index,
+    Loader,
+    LoaderName,
+    TooManyBadFiles,
+    choose_loader,
+    make_loader,
+)
 from .distributed import World, join_world, said_by_first, same_on_all, together
 from .export import export_backbone
 from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
+from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .models import build_backbone
 from .pace import is_long, measure_pace
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images, reporting
+from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
-from .text import printable, printable_lines
+from .text import printable_lines, shown_size
 from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
 
@@ -43,6 +54,7 @@ def pretrain(
     previous: bool = False,
     overwrite: bool = False,
     accept_changed_data: bool = False,
+    certified: bool = False,
     log: Log | None = None,
     stop: StopRequest | None = None,
 ) -> int:
@@ -108,12 +120,16 @@ def pretrain(
                 with together(world):
                     run.before_training()
                     stop.check()
-            outcome = train(training, loader, log, stop, run.after_step)
+            if certified:
+                write_stall(run, choice._replace(name=config.data.loader))
+            outcome = train(training, loader, log, stop, run.after_step, lost_images(training, index))
             log.stop_progress()
             with together(world):  # none leaves while the first still saves
                 run.save_last(outcome)
                 if stop.failure is not None:
                     raise stop.failure
+                if outcome is Outcome.LOST_IMAGES:
+                    raise TooManyBadFiles(too_many_lost(len(index)))
             if outcome is Outcome.DONE:
                 run.after_training()
         return EXIT_CODES[outcome]
@@ -180,7 +196,7 @@ def resolve(config: Config, world: World) -> Config:
     on_gpu = world.device.type == "cuda"
     precision = ("bf16" if on_gpu else "fp32") if config.run.precision == "auto" else config.run.precision
     try:
-        loader, _ = choose_loader(config.data.loader, world.device)
+        loader, _ = choose_loader(config.data.loader, world.device, config.data.channels)
     except DataError as error:
         raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
     data = replace(config.data, loader=loader)
@@ -193,7 +209,7 @@ def kept_loader(config: Config, folder: Path, world: World) -> Config | None:
         return None
     kept = with_loader(config, run_folder.stored_config(folder).data.loader)
     try:
-        choose_loader(kept.data.loader, world.device)
+        choose_loader(kept.data.loader, world.device, config.data.channels)
     except DataError:
         return None
     return kept
@@ -208,11 +224,11 @@ def loader_choice(training: Training, index: Index, asked: Config, *, measure: b
     """The loader of a run, and why; the first rank measures where that is left to it."""
     name, world = training.config.data.loader, training.world
     if asked.data.loader != "auto":
-        return choose_loader(name, world.device)
+        return choose_loader(name, world.device, index.channels)
     if not measure:
         return Choice(name, f"this run began with {name}")
     if not world.is_first:
-        return choose_loader("auto", world.device)
+        return choose_loader("auto", world.device, index.channels)
     with open_loader(training, index, "auto") as loader:
         return Choice(loader.name, loader.why)
 
@@ -232,7 +248,41 @@ def open_loader(training: Training, index: Index, loader: Choice | LoaderName) -
         device=world.device,
         loader=loader,
         workers=config.data.workers,
+        fill=colour_of(config.data.mean) if config.data.bad_images == "skip" else None,
     )
+
+
+def write_stall(run: Run, choice: Choice) -> None:
+    """Measure whether data keeps the run waiting; certify.json and a line say so. The training stays as it is."""
+    training, log = run.training, run.log
+
+    def opened(images: Index, loader: Choice | LoaderName) -> Loader:
+        return open_loader(training, images, loader)
+
+    # Ranks wait for each other within a block: one that leaves alone would leave the others waiting.
+    between = run.stop.check if training.world.size == 1 else lambda: None
+    try:
+        found = certify.certify(training, run.index, opened, choice, between=between)
+    except DataError as error:
+        log.say(f"certify  not measured: {error}")
+        return
+    log.say(certify.line_of(found))
+    if training.world.is_first and (why := certify.write_certificate(found, run.folder)):
+        log.say(why)
+
+
+def colour_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """The 8-bit colour next to means on the 0 to 1 scale."""
+    return tuple(min(255, max(0, round(255 * value))) for value in mean)
+
+
+def lost_images(training: Training, index: Index) -> Lost:
+    """The count of files that cannot be decoded, where they may be left out; those before the start count too."""
+    config = training.config.data
+    if config.bad_images != "skip":
+        return NONE_LOST
+    limit = config.max_bad_frac * (len(index) + len(index.bad)) - len(index.bad)
+    return LostImages(training.world, training.steps_per_epoch, max(0, limit))
 
 
 def describe(training: Training, index: Index, loader: Loader | None) -> list[str]:
@@ -253,7 +303,8 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         f"device   {device} ({why}), {config.run.precision}",
         f"kernels  {', '.join(f'{op}: {name}' for op, name in serving.items())}",
         f"data     {index.summary()}",
-        f"model    {config.model.arch} at {config.data.image_px} px: {millions(method.backbone)} M parameters, "
+        f"model    {config.model.arch} at {shown_size(config.data.image_px)} px: "
+        f"{millions(method.backbone)} M parameters, "
         f"{millions(method.trained)} M with heads",
         f"loss     {method.describe()}",
         f"batch    global {optim.batch_size} = {world.size} x {rows} x accum 1",
@@ -309,37 +360,13 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
         raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
     prefix = f"{place}." if place else ""
     tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
-    backbone = build_backbone(config.model, config.data.image_px, config.run.seed, **config.backbone_options)
+    backbone = build_backbone(
+        config.model, config.data.image_px, config.run.seed, channels=config.data.channels, **config.backbone_options
+    )
     checkpoint.load_module(backbone, tensors, f"{path}/{part}")
     try:
         export_backbone(backbone, config, output, int(state["step"]))
     except OSError as error:
         raise ConfigError(f"the export cannot be written to {output}: {error}") from error
     print(printable_lines(f"exported {path} to {output}"))
-    return 0
-
-
-VERIFIED_CLASSES = 20
-"""Classes that `verify` prints one by one: its report fits on a screen."""
-
-
-def verify_folder(folder: str, max_pixels: int | None = None) -> int:
-    """Decode every image once and print what is there, and what of it no run would use.
-
-    Raises:
-        DataError: some files are no readable images, or a class folder has none; it names them.
-    """
-    index = open_source(
-        folder, split=None, on_bad="list", check="decode", max_pixels=max_pixels, progress=reporting(print, None)
-    )
-    print(index.summary())
-    counts = [int((index.labels == number).sum()) for number in range(len(index.classes))]
-    for name, count in zip(index.classes[:VERIFIED_CLASSES], counts, strict=False):
-        print(f"  {count:8}  {printable(name)}")
-    if len(counts) > VERIFIED_CLASSES:
-        rest = counts[VERIFIED_CLASSES:]
-        print(f"  and {len(rest)} more classes of {min(rest)} to {max(rest)} images")
-    if index.faults:
-        raise DataError(index.faults)
-    print("every image decodes")
     return 0

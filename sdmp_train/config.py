@@ -198,7 +198,11 @@ def coerce(value: Any, wanted: Any, name: str) -> Any:
     if origin is Literal and value in inner:
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else coerce(value, next(t for t in inner if t is not type(None)), name)
+        if value is None and type(None) in inner:
+            return None
+        kinds = [kind for kind in inner if kind is not type(None)]
+        listed = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
+        return coerce(value, (listed or kinds)[0], name)
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [inner[0]] * len(value) if Ellipsis in inner else list(inner)
         if len(kinds) == len(value):

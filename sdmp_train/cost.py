@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from sdmp_kernels.views import Size, view_size
+
 from .config import Config
 from .models import make_model, timm_arguments
 from .settings import ModelConfig
@@ -39,7 +41,7 @@ FORWARD_GFLOP = {
 
 
 @cache
-def count_gflop(model: ModelConfig, image_px: int) -> float:
+def count_gflop(model: ModelConfig, image_px: Size) -> float:
     """Operations of one forward pass of one image, a multiply and an add as two, by torch's own counter.
 
     Raises:
@@ -50,14 +52,20 @@ def count_gflop(model: ModelConfig, image_px: int) -> float:
     name, arguments = timm_arguments(model, image_px)
     backbone = make_model(model, name, arguments, "meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone(torch.empty(1, 3, image_px, image_px, device="meta"))
+        backbone(torch.empty(1, 3, *view_size(image_px), device="meta"))
     return float(counter.get_total_flops()) / 1e9
 
 
-def forward_gflop(model: ModelConfig, image_px: int) -> float:
+def forward_gflop(model: ModelConfig, image_px: Size) -> float:
     """The same, from the table where it is there."""
     resized = model != ModelConfig(arch=model.arch, stem=model.stem)
-    known = None if resized else FORWARD_GFLOP.get((model.arch, model.stem, image_px))
+    known = (
+        None
+        if resized
+        else FORWARD_GFLOP.get((model.arch, model.stem, image_px))
+        if isinstance(image_px, int)
+        else None
+    )
     return count_gflop(model, image_px) if known is None else known
 
 

@@ -106,6 +106,28 @@ def mirror_rows(rows: Tensor, world: World) -> Tensor:
     return received
 
 
+def gather_on_hosts(numbers: Tensor, world: World) -> Tensor:
+    """(N,) of every rank, on the CPU, as (W * N,), in rank order. Hosts wait for each other, devices do not."""
+    if world.size == 1:
+        return numbers
+    gathered = [torch.empty_like(numbers) for _ in range(world.size)]
+    dist.all_gather(gathered, numbers, group=world.host)
+    return torch.cat(gathered)
+
+
+def gather_text(text: str, world: World) -> list[str]:
+    """A text of every rank, in rank order; bytes that are no text survive."""
+    data = torch.frombuffer(bytearray(text.encode("utf-8", "surrogateescape") + b"\0"), dtype=torch.uint8)
+    lengths = gather_on_hosts(torch.tensor([len(data)]), world).tolist()
+    longest = max(lengths)
+    padded = torch.cat([data, data.new_zeros(longest - len(data))])
+    rows = gather_on_hosts(padded, world).view(world.size, longest)
+    return [
+        row[: length - 1].numpy().tobytes().decode("utf-8", "surrogateescape")
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
 def reduce_max(flags: Tensor, world: World) -> Tensor:
     """The largest value over the ranks, in place."""
     if world.size > 1:

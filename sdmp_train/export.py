@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,6 +37,7 @@ MODEL_ARGUMENTS = {
     "depth": (1, 256),
     "num_heads": (1, 256),
     "stem_width": (1, 2**12),
+    "in_chans": (1, 16),
 }
 STAGES, WIDEST = 4, 2**14
 """What `channels` of a ResNet may be: that many numbers, up to that."""
@@ -48,7 +51,9 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     Raises:
         RuntimeError: where what was written does not give the same model.
     """
-    name, arguments = timm_arguments(config.model, config.data.image_px, **config.backbone_options)
+    name, arguments = timm_arguments(
+        config.model, config.data.image_px, channels=config.data.channels, **config.backbone_options
+    )
     arguments = {**arguments, **norm_arguments(backbone, name, arguments)}
     frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
     description = {
@@ -57,7 +62,7 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "num_features": int(frozen.num_features),  # type: ignore[arg-type]
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, config.data.image_px, config.data.image_px],
+            "input_size": [config.data.channels, *config.data.size_px],
             "mean": list(config.data.mean),
             "std": list(config.data.std),
             "num_classes": 0,
@@ -79,7 +84,7 @@ def write_export(frozen: nn.Module, description: dict[str, Any], folder: Path, *
     if card is not None:
         (draft / CARD).write_text(card, encoding="utf-8")
     (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)  # safetensors writes for the owner alone
-    check_equal(frozen, load_exported(draft)[0], description["pretrained_cfg"]["input_size"][1])
+    check_equal(frozen, load_exported(draft)[0], description["pretrained_cfg"]["input_size"])
     put_in_place(draft, folder)
 
 
@@ -172,27 +177,34 @@ def check_description(description: dict[str, Any]) -> None:
             continue
         require(key in MODEL_ARGUMENTS, "a name in model_args", key, f"one of {known}: others could open files")
         low, high = MODEL_ARGUMENTS[key]
+        if key == "img_size" and isinstance(value, list):
+            pair = len(value) == 2 and all(is_whole_number(v, low, high) for v in value)
+            require(pair, "model_args: img_size", value, f"one or two whole numbers from {low} to {high}")
+            continue
         require(is_whole_number(value, low, high), f"model_args: {key}", value, f"a whole number from {low} to {high}")
     pixels = description.get("pretrained_cfg")
     require(isinstance(pixels, dict), "pretrained_cfg", pixels, "an object with input_size, mean and std")
     settings = cast(dict[str, Any], pixels)
     size = settings.get("input_size")
     low, high = MODEL_ARGUMENTS["img_size"]
-    fits = isinstance(size, list) and len(size) == 3 and size[0] == 3 and size[1] == size[2]
-    expected = f"[3, S, S] with S from {low} to {high}"
-    require(fits and is_whole_number(cast(list[Any], size)[1], low, high), "input_size", size, expected)
+    fits = isinstance(size, list) and len(size) == 3 and size[0] == arguments.get("in_chans", 3)
+    expected = f"[C, H, W] with the C of in_chans, or 3, and H and W from {low} to {high}"
+    sides = cast(list[Any], size)[1:] if fits else []
+    require(fits and all(is_whole_number(side, low, high) for side in sides), "input_size", size, expected)
     for key in ("mean", "std"):
         values = settings.get(key)
-        three = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
-        require(three, key, values, "three numbers")
-    DataConfig(mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # checks their values
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        require(numbers, key, values, "a number for each channel")
+    DataConfig(
+        channels=cast(list[Any], size)[0], mean=tuple(settings["mean"]), std=tuple(settings["std"])
+    )  # checks their values
 
 
-def check_equal(ours: nn.Module, loaded: nn.Module, image_px: int) -> None:
+def check_equal(ours: nn.Module, loaded: nn.Module, input_size: Sequence[int]) -> None:
     """Raise `RuntimeError` unless both models hold equal tensors and give equal features."""
     other = loaded.state_dict()
     wrong = [name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, other[name])]
-    images = torch.linspace(-2, 2, 2 * 3 * image_px * image_px).view(2, 3, image_px, image_px).sin()
+    images = torch.linspace(-2, 2, 2 * math.prod(input_size)).view(2, *input_size).sin()
     with torch.inference_mode():
         equal = torch.equal(ours(images), loaded(images))
     if wrong or not equal:

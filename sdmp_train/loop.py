@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 from .data import Batch, Loader
 from .distributed import reduce_max
 from .guard import FAILED, LateFlags, StopRequest, stop_flag
 from .log import Log
+from .lost import NONE_LOST, Lost
 from .meter import Meter, line_of
-from .methods.method import Loss, Step
+from .methods.method import Loss, Step, mean_of
 from .optim import clip_gradients, drop_frozen_gradients, set_schedules
 from .text import duration
 from .training import Training
@@ -26,10 +26,14 @@ class Outcome(Enum):
     STOPPED = "stopped on request"
     NOT_FINITE = "not finite"
     FAILED = "a rank had no batch"
+    LOST_IMAGES = "too many images could not be decoded"
+
+
+AfterStep = Callable[[Training], None]
 
 
 def train(
-    training: Training, loader: Loader, log: Log, stop: StopRequest, after_step: Callable[[Training], None]
+    training: Training, loader: Loader, log: Log, stop: StopRequest, after_step: AfterStep, lost: Lost = NONE_LOST
 ) -> Outcome:
     """Train from `training.step` to its last step; `after_step` (checkpoints, kNN) runs between steps.
 
@@ -44,13 +48,14 @@ def train(
     while training.step < training.last_step:
         with meter.waiting():
             batch = next_batch(batches, batch, stop)  # decode, augment
+            batch = lost.agree(batch, training.step, log)
         made = step(training, [batch], stop)
 
         flags.push(training.step - 1, batch.ids, made.flags)
-        last = training.step == training.last_step
+        last = lost.too_many or training.step == training.last_step
         meter.add(made)
         if training.writes_line(training.step):
-            write_line(training, meter, log)
+            write_line(training, meter, log, lost.facts)
         with meter.paused():
             after_step(training)
         while (report := flags.pop(keep=0 if last else 1)) is not None:
@@ -64,6 +69,8 @@ def train(
                 return Outcome.NOT_FINITE
             if report.stop and not last:
                 return Outcome.STOPPED
+        if lost.too_many:
+            return Outcome.LOST_IMAGES
         log.advance(training.step)
     return Outcome.DONE
 
@@ -90,6 +97,8 @@ def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Ste
         for part, batch in enumerate(batches):
             at = training.at._replace(part=part, parts=len(batches))
             plan = method.plan(at)
+            if batch.all_valid is not None:
+                plan = method.without_lost(plan, batch)
             images = method.mix(batch, plan)
             features = method.encode(images)
             loss = method.loss(features, plan, batch, at)
@@ -103,18 +112,6 @@ def step(training: Training, batches: Sequence[Batch], stop: StopRequest) -> Ste
 def backward(loss: Loss, parts: int) -> None:
     """Add the gradient of this batch's share of the step's loss, which is the mean over its batches."""
     (loss.total if parts == 1 else loss.total / parts).backward()
-
-
-def mean_of(losses: Sequence[Loss]) -> Loss:
-    """The mean of every number over the batches of a step."""
-    if len(losses) == 1:
-        return losses[0]
-
-    def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-    total = torch.stack([loss.total for loss in losses]).mean()
-    return Loss(total, mean([loss.terms for loss in losses]), mean([loss.facts for loss in losses]))
 
 
 def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
@@ -135,10 +132,10 @@ def update(training: Training, loss: Loss, stop: StopRequest) -> Step:
     return Step(loss, grad_norm, flags)
 
 
-def write_line(training: Training, meter: Meter, log: Log) -> None:
+def write_line(training: Training, meter: Meter, log: Log, facts: Mapping[str, float]) -> None:
     """One object for metrics.jsonl and one line for people; once, a warning where features have likely collapsed."""
     values, at, lr = meter.read(), training.at, training.optimizer.param_groups[0]["lr"]
-    log.metrics({"step": at.step, "epoch": at.epoch, "lr": lr, **values})
+    log.metrics({"step": at.step, "epoch": at.epoch, "lr": lr, **values, **facts})
     head = f"step {at.step}/{training.last_step}"
     left = duration((training.last_step - at.step) * values["step_seconds"])
     line = f"{head}  epoch {at.epoch:.1f}  {line_of(values)}  lr {lr:.2e}  "

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sdmp_kernels.views import Size, view_size
+
 from .settings import ConfigError, ModelConfig, near, require
 from .text import brief, one_line
 
@@ -25,7 +27,9 @@ SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch
 PLAIN_VITS = ("vit_", "deit_")
 
 
-def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12) -> tuple[str, dict[str, Any]]:
+def timm_arguments(
+    config: ModelConfig, image_px: Size, *, channels: int = 3, heads: int | None = 12
+) -> tuple[str, dict[str, Any]]:
     """The name and keyword arguments that make `timm.create_model` build this backbone (but for a CIFAR stem).
 
     heads: of the ViTs that have a short name, unless `config` says otherwise (the SDMP paper: 12); None keeps timm's.
@@ -39,8 +43,13 @@ def timm_arguments(config: ModelConfig, image_px: int, *, heads: int | None = 12
             raise ConfigError(f"{', '.join(given)} can be set for a ViT only, and arch is {config.arch!r}")
         given = resnet_widths(given["embed_dim"], config.stem)
     by_method = {"num_heads": heads} if config.arch in SHORT_NAMES and heads is not None else {}
-    size = {"img_size": image_px} if takes(name, "img_size", image_px) else {}
-    return name, {**size, **by_method, **given}
+    size = (
+        {"img_size": image_px if isinstance(image_px, int) else list(image_px)}
+        if takes(name, "img_size", image_px)
+        else {}
+    )
+    inputs = {} if channels == 3 else {"in_chans": channels}
+    return name, {**size, **by_method, **given, **inputs}
 
 
 def is_resnet(name: str) -> bool:
@@ -97,15 +106,16 @@ def create(name: str, arguments: dict[str, Any], device: str) -> nn.Module:
 
 def build_backbone(
     config: ModelConfig,
-    image_px: int,
+    image_px: Size,
     seed: int,
     *,
+    channels: int = 3,
     drop_path: float = 0.0,
     start: Callable[[VisionTransformer], None] | None = None,
     more_px: Sequence[int] = (),
     **options: Any,
 ) -> nn.Module:
-    """A timm model without classifier, (N, 3, image_px, image_px) -> (N, D), started from `seed` alone.
+    """A timm model without classifier, (N, channels, H, W) of `image_px` -> (N, D), started from `seed` alone.
 
     drop_path: chance in [0, 1) that the last residual branch is left out for a sample while training, falling to 0
         towards the first.
@@ -119,14 +129,14 @@ def build_backbone(
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    name, arguments = timm_arguments(config, image_px, **options)
+    name, arguments = timm_arguments(config, image_px, channels=channels, **options)
     if drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
     if more_px and takes(name, "dynamic_img_size", True):
         arguments = {**arguments, "dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
         for px in (image_px, *more_px):
-            check_forward(make_model(config, name, arguments, "meta"), name, px)
+            check_forward(make_model(config, name, arguments, "meta"), name, px, channels)
         torch.manual_seed(seed)
         backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:
@@ -146,18 +156,21 @@ def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device
         if not isinstance(backbone, ResNet):
             raise ConfigError(f"stem is 'cifar'; expected a ResNet, and arch is {config.arch!r}")
         with torch.device(device):
-            use_cifar_stem(backbone)
+            use_cifar_stem(backbone, arguments.get("in_chans", 3))
     return backbone
 
 
-def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
+def check_forward(backbone: nn.Module, name: str, image_px: Size, channels: int = 3) -> None:
     """Raise `ConfigError` unless a model on the meta device makes (2, D) of two images and reads all their pixels."""
     unread: list[str] = []
 
     def look(path: str, layer: nn.Conv2d, images: Tensor, output: Tensor) -> None:
-        lost = rows_unread(layer, images.shape[-2], output.shape[-2])
-        if lost and (images.shape[1] == 3 or "patch_embed" in path):
-            unread.append(f"{lost} of {images.shape[-2]} rows (its patches are {layer.stride[0]} a side)")
+        for axis, what in ((0, "rows"), (1, "columns")):
+            lost = rows_unread(layer, images.shape[axis - 2], output.shape[axis - 2], axis)
+            if lost and (images.shape[1] == channels or "patch_embed" in path):
+                unread.append(
+                    f"{lost} of {images.shape[axis - 2]} {what} (its patches are {layer.stride[axis]} a side)"
+                )
 
     hooks = [
         module.register_forward_hook(lambda layer, given, output, path=path: look(path, layer, given[0], output))
@@ -165,7 +178,7 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
         if isinstance(module, nn.Conv2d)
     ]
     try:
-        features = backbone.train()(torch.empty(2, 3, image_px, image_px, device="meta"))
+        features = backbone.train()(torch.empty(2, channels, *view_size(image_px), device="meta"))
     except Exception as error:  # as above
         raise ConfigError(f"{name} cannot take images of {image_px} px: {one_line(error)}") from error
     finally:
@@ -173,7 +186,7 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
             hook.remove()
     if unread:
         raise ConfigError(
-            f"image_px is {image_px}, of which {name} would leave {unread[0]} and as many columns unread; "
+            f"image_px is {image_px}, of which {name} would leave {' and '.join(unread[:2])} unread; "
             "expected a multiple of patch_px, the side of a patch"
         )
     if not isinstance(features, Tensor) or features.shape != (2, feature_width(backbone)):
@@ -184,9 +197,12 @@ def check_forward(backbone: nn.Module, name: str, image_px: int) -> None:
         )
 
 
-def rows_unread(layer: nn.Conv2d, rows: int, output_rows: int) -> int:
-    """Rows at the bottom that a convolution in patches never reads; 0 for one whose windows overlap or are padded."""
-    kernel, stride = layer.kernel_size[0], layer.stride[0]
+def rows_unread(layer: nn.Conv2d, rows: int, output_rows: int, axis: int = 0) -> int:
+    """Rows at the bottom, or with axis 1 columns at the right, that a convolution in patches never reads.
+
+    0 for one whose windows overlap or are padded.
+    """
+    kernel, stride = layer.kernel_size[axis], layer.stride[axis]
     if stride < 2 or kernel > stride or layer.padding not in ((0, 0), "valid"):
         return 0
     return max(0, rows - ((output_rows - 1) * stride + kernel))
@@ -197,8 +213,8 @@ def feature_width(backbone: nn.Module) -> int:
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
 
 
-def use_cifar_stem(resnet: ResNet) -> None:
+def use_cifar_stem(resnet: ResNet, channels: int = 3) -> None:
     """Replace the 7x7 stride-2 convolution and max-pool by one 3x3 stride-1 convolution (paper, section 4.2)."""
-    resnet.conv1 = nn.Conv2d(3, resnet.bn1.num_features, 3, stride=1, padding=1, bias=False)
+    resnet.conv1 = nn.Conv2d(channels, resnet.bn1.num_features, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()

@@ -86,7 +86,7 @@ def noise(training: Training, rows: int, classes: int) -> Batch:
     generator, device = torch.Generator().manual_seed(0), training.world.device
     views = []
     for recipe in training.method.views(training.at):
-        shape = (rows, *view_size(recipe.size_px), 3)
+        shape = (rows, *view_size(recipe.size_px), training.config.data.channels)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         views.append(pixels.permute(0, 3, 1, 2).to(device))
     ids = torch.arange(rows)

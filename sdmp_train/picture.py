@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -31,7 +30,7 @@ def views_of(source: Source, recipes: Sequence[ViewRecipe], seed: int) -> Batch:
     Raises:
         One of `DECODE_ERRORS`: an image cannot be decoded.
     """
-    images = [torch.from_numpy(np.array(open_row(source, row))) for row in range(len(source))]
+    images = [torch.from_numpy(open_row(source, row).copy()) for row in range(len(source))]
     views = tuple(
         augment(
             images,
@@ -95,6 +94,7 @@ def chosen_rows(plan: MixPlan, count: int) -> list[int]:
 
 def to_cell(image: Tensor) -> Image.Image:
     """A (3, S, S) uint8 image, scaled to a cell: blocky where it is enlarged."""
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)  # what of other channels can be shown
     pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().to(torch.uint8).numpy())
     method = Image.Resampling.NEAREST if pixels.width < CELL_PX else Image.Resampling.LANCZOS
     return pixels.resize((CELL_PX, CELL_PX), method)

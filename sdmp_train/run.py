@@ -111,7 +111,9 @@ class Run:
             self.log.say(f"stopped on request after step {step} of {total}")
         if outcome is Outcome.FAILED:
             self.log.say(f"the images of step {step + 1} of {total} cannot be had; what was trained is saved")
-        if outcome in (Outcome.STOPPED, Outcome.FAILED):
+        if outcome is Outcome.LOST_IMAGES:
+            self.log.say(f"too many images cannot be decoded: stopped after step {step} of {total}")
+        if outcome in (Outcome.STOPPED, Outcome.FAILED, Outcome.LOST_IMAGES):
             self.say_how_to_go_on()
 
     def say_how_to_go_on(self) -> None:

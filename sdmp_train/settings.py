@@ -15,6 +15,11 @@ from typing import Annotated, Literal
 from .flags import arg
 from .text import brief
 
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's."""
+GREY_MEAN, GREY_STD = 0.449, 0.226
+"""Their means."""
+
 
 class ConfigError(ValueError):
     """A setting, a preset, a folder or a file that the user gave cannot be used. Exit code 2."""
@@ -53,18 +58,20 @@ class DataConfig:
     or a folder of them; CIFAR's binary archive or folder. `embedded`: the built-in shapes."""
     test_data: str | None = None
     """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
-    image_px: Annotated[int, arg(aliases=("--img-size",))] = 224
-    """Side of the square views, in pixels."""
+    image_px: Annotated[int | tuple[int, int], arg(aliases=("--img-size",))] = 224
+    """Side of the square views, in pixels; or their height and width."""
     crop_min_frac: Annotated[float, arg(name="crop-min")] = 0.08
     """Smallest area of a random crop, as a fraction of the image (DINO has crop scales of its own)."""
     gray_prob: float = 0.2
     """Chance that a view loses its colours (BYOL: 0.2); raise it where colour says nothing about what is shown."""
     blur: bool = True
     """Gaussian blur in the views (the BYOL recipe); usual for photographs, off for 32 px images."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue on the 0 to 1 scale."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue on the 0 to 1 scale."""
+    channels: int = 3
+    """Of the images, 1 to 16: 1 is grey, 3 RGB; others are .npy (H, W, C) or TIFFs of as many grey frames."""
+    mean: tuple[float, ...] = RGB_MEAN
+    """Mean of each channel on the 0 to 1 scale; by default ImageNet's, for other than 3 channels that of its grey."""
+    std: tuple[float, ...] = RGB_STD
+    """Standard deviation of each channel on the 0 to 1 scale; likewise."""
     loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
     """Who decodes. `auto` measures dali and torchvision for a second where a run is long enough, and keeps the faster;
     `resident` decodes every image once and keeps all on the device, where they fit."""
@@ -80,15 +87,28 @@ class DataConfig:
     """Decoding threads (DALI) or processes (torchvision) per GPU; None chooses by the number of cores."""
 
     def __post_init__(self) -> None:
-        require(self.image_px >= 8, "image_px", self.image_px, "at least 8 pixels")
+        if isinstance(self.image_px, tuple) and self.image_px[0] == self.image_px[-1]:
+            object.__setattr__(self, "image_px", self.image_px[0])  # one spelling of a square
+        require(min(self.size_px) >= 8, "image_px", self.image_px, "at least 8 pixels")
         between("crop_min", self.crop_min_frac, 0, 1, above=True)
         between("gray_prob", self.gray_prob, 0, 1)
         between("max_bad_frac", self.max_bad_frac, 0, 1)
         require(self.max_pixels is None or self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
-        require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "three finite numbers")
-        require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "three numbers above 0")
+        require(1 <= self.channels <= 16, "channels", self.channels, "1 to 16")
+        for name, rgb, grey in (("mean", RGB_MEAN, GREY_MEAN), ("std", RGB_STD, GREY_STD)):
+            if self.channels != 3 and getattr(self, name) == rgb:
+                object.__setattr__(self, name, (grey,) * self.channels)
+            given = getattr(self, name)
+            require(len(given) == self.channels, name, given, f"a number for each of the {self.channels} channels")
+        require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "finite numbers")
+        require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "numbers above 0")
         most = MOST_WORKERS
         require(self.workers is None or 0 <= self.workers <= most, "workers", self.workers, f"0 to {most}")
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the views."""
+        return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def open_images_in(
         check="decode" if data.bad_images == "skip" else data.check,
         max_bad_frac=data.max_bad_frac,
         max_pixels=data.max_pixels,
+        channels=data.channels,
         progress=reporting(say, progress),
     )
 

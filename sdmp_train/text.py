@@ -6,6 +6,11 @@ import os
 import reprlib
 
 
+def shown_size(image_px: int | tuple[int, int]) -> str:
+    """224, or 224 x 448: height and width."""
+    return str(image_px) if isinstance(image_px, int) else f"{image_px[0]} x {image_px[1]}"
+
+
 def printable(text: object) -> str:
     """`str(text)` with every character that is not printable as an escape: control and format characters, line breaks,
     and bytes of a file name that are no text (`\\xff`).

@@ -118,7 +118,9 @@ def assemble(
         data=config.data,
         classes=classes,
     )
-    backbone = partial(build_backbone, config.model, config.data.image_px, config.run.seed)
+    backbone = partial(
+        build_backbone, config.model, config.data.image_px, config.run.seed, channels=config.data.channels
+    )
     method = (method_class or config.method_class)(config.method, backbone, setup)
     optimizer = make_optimizer(config.optim, method.groups())
     return Training(config, world, method, optimizer, BufferGuard(method.state), steps_per_epoch)

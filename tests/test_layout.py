@@ -40,8 +40,11 @@ SUITES = {
     "train/test_convergence.py": "curves of whole trainings",
     "train/test_kill_run.py": "whole runs, killed: kill_run.py",
     "train/test_pretrain.py": "whole runs: commands.py, run.py, run_folder.py, training.py",
+    "train/test_channels_in_runs.py": "images of 1 and of 12 channels, in whole runs",
+    "train/test_rectangles.py": "views that are no squares, in whole runs",
     "train/methods/test_dino_on_photographs.py": "dino.py trained on photographs",
     "train/methods/test_dino_settings.py": "every setting and flag of dino.py",
+    "train/data/test_fault_corpus.py": "fault_corpus.py, in every loader",
     "train/data/test_loaders.py": "dali.py and torchvision.py side by side",
 }
 

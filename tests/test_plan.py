@@ -1027,3 +1027,34 @@ def test_draws_are_pinned() -> None:
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_keeping_rows_keeps_those_that_they_would_come_into():
+    plan = draw_plan(6, (8, 8), rules=("cutmix",), per="sample", partner=torch.tensor([1, 2, 3, 4, 5, 0]), step=0)
+    lost = torch.tensor([False, False, True, False, False, False])
+    kept = plan.keeping(lost)
+    assert kept.rule.tolist() == [2, 0, 0, 2, 2, 2] and Rule.KEEP in kept.rules
+    assert kept.lam[[1, 2]].tolist() == [1, 1] and kept.box[[1, 2]].abs().sum() == 0
+    assert torch.equal(kept.lam[[0, 3, 4, 5]], plan.lam[[0, 3, 4, 5]])
+    assert torch.equal(kept.partner_lam, kept.lam[kept.partner])
+    assert kept.source_target().dense(6)[1].tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_keeping_rows_whose_partners_are_on_another_rank():
+    here, there = (draw_plan(3, (8, 8), flip="global", step=4, rank=rank, world_size=2) for rank in (0, 1))
+    lost_here, lost_there = torch.tensor([True, False, False]), torch.tensor([True, False, False])
+    one, other = here.keeping(lost_here, lost_there), there.keeping(lost_there, lost_here)
+    assert [(p.rule == 0).tolist() for p in (one, other)] == [[True, False, True]] * 2
+    assert torch.equal(one.partner_lam, other.lam.flip(0)) and torch.equal(other.partner_lam, one.lam.flip(0))
+    assert torch.equal(one.pair_target().weight[[0, 2]], torch.ones(2))
+
+
+def test_keeping_refuses_what_it_cannot_know():
+    plan = draw_plan(4, (8, 8), partner=torch.tensor([1, 0, 3, 2]), step=0)
+    rows = torch.zeros(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="partner_rows are for partners by the flip"):
+        plan.keeping(rows, rows)
+    with pytest.raises(ValueError, match="rows has 3 rows but the plan has 4"):
+        plan.keeping(rows[:3])
+    with pytest.raises(TypeError, match="rows"):
+        plan.keeping(rows.float())

@@ -16,7 +16,16 @@ from collections.abc import Sequence
 
 import torch
 
-from sdmp_kernels.views import EvalView, Interpolation, ViewRecipe, byol_views, crop_flip_view, dino_views, eval_view
+from sdmp_kernels.views import (
+    EvalView,
+    Interpolation,
+    Size,
+    ViewRecipe,
+    byol_views,
+    crop_flip_view,
+    dino_views,
+    eval_view,
+)
 
 from .batch import Batch, Loader
 from .choice import LOADERS, Choice, LoaderName, choose_loader, faster_loader, open_loader
@@ -24,9 +33,9 @@ from .folders import find_splits, holds_images
 from .host import HostTransform, RandAugmentErase
 from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
-from .schedule import EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
+from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
-from .source import Source
+from .source import Source, channels_of
 from .sources import kind_of, open_source
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "BadFile",
     "Batch",
     "Choice",
+    "Colour",
     "DataError",
     "EvalView",
     "HostTransform",
@@ -76,6 +86,7 @@ def make_loader(
     workers: int | None = None,
     repeats: int = 1,
     host: HostTransform | None = None,
+    fill: Colour | None = None,
 ) -> Loader:
     """Batches of augmented views for the steps `start_step` to `steps - 1`.
 
@@ -88,6 +99,8 @@ def make_loader(
     process may use, divided by the ranks that share the machine.
     `repeats`: how often an image comes in a row, in views of its own (repeated augmentation).
     `host`: what is done to each image's first view on the host; the torchvision loader alone does that.
+    `fill`: the colour of rows whose file cannot be decoded: `Batch.valid` is False for them and `Batch.bad` names them.
+    Without it such a file is an error.
     """
     schedule = TrainSchedule(
         index,
@@ -100,6 +113,7 @@ def make_loader(
         world_size=world_size,
         repeats=repeats,
         host=host,
+        fill=fill,
     )
     device, workers = _place(device), _worker_count(workers, world_size)
     if host is not None:
@@ -109,7 +123,7 @@ def make_loader(
     elif loader == "auto":
         choice = faster_loader(schedule, device, workers)
     else:
-        choice = choose_loader(loader, device)
+        choice = choose_loader(loader, device, channels_of(index))
     return open_loader(choice, schedule, device, workers)
 
 
@@ -122,7 +136,7 @@ def _choice_for_host(loader: LoaderName | Choice) -> Choice:
 
 def eval_loader(
     index: Source,
-    size_px: int,
+    size_px: Size,
     *,
     batch_size: int,
     device: torch.device | str,
@@ -144,7 +158,9 @@ def eval_loader(
         loader = "torchvision"  # the same pixels, and each image is needed once
     schedule = EvalSchedule(index, recipes, batch_size, rank=rank, world_size=world_size)
     device = _place(device)
-    return open_loader(choose_loader(loader, device), schedule, device, _worker_count(workers, world_size))
+    return open_loader(
+        choose_loader(loader, device, channels_of(index)), schedule, device, _worker_count(workers, world_size)
+    )
 
 
 def _place(device: torch.device | str) -> torch.device:

@@ -48,6 +48,10 @@ class Ahead:
                     view.record_stream(stream)
             yield batch
 
+    def ready(self) -> int:
+        """Batches that wait to be taken."""
+        return self._ready.qsize()
+
     def close(self) -> None:
         """End the thread; what it has made and nobody took is dropped. May be called twice."""
         self._ended.set()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from .images import BadFile
+
+Lost = Mapping[int, BadFile]
+"""Place in a batch -> the file that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,12 @@ class Batch:
     labels: Tensor
     """(N,) int64 on the CPU: class number, -1 where the folder has no classes."""
     valid: Tensor = None  # type: ignore[assignment]  # filled in at once
-    """(N,) bool on the CPU: whether the row is an image of the source; all of them today."""
+    """(N,) bool on the CPU: False where a file could not be decoded and its row is one colour in every view."""
+    bad: tuple[BadFile, ...] = ()
+    """Those files, in the order of their rows."""
+    all_valid: Tensor | None = None
+    """(N * ranks,) bool on the CPU: `valid` of all ranks in rank order; None where all of it is True, and until the
+    loop has asked the others."""
 
     def __post_init__(self) -> None:
         if self.valid is None:
@@ -47,6 +59,10 @@ class Loader(ABC):
     def __len__(self) -> int:
         """Number of batches an iteration yields."""
 
+    def ready(self) -> int | None:
+        """Batches that wait to be taken; None where that is not known, or none is made ahead."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release threads, processes and buffers. May be called twice."""
@@ -58,3 +74,24 @@ class Loader(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def made_batch(views: Sequence[Tensor], rows: NDArray[np.int64], labels: NDArray[np.int64], lost: Lost) -> Batch:
+    """A batch of these views; `labels` are those of the whole source."""
+    valid = torch.ones(len(rows), dtype=torch.bool)
+    valid[list(lost)] = False
+    return Batch(
+        views=tuple(views),
+        ids=torch.from_numpy(rows.astype(np.int64)),
+        labels=torch.from_numpy(labels[rows]),
+        valid=valid,
+        bad=tuple(lost[place] for place in sorted(lost)),
+    )
+
+
+def paint(views: Sequence[Tensor], places: Iterable[int], colour: Sequence[int]) -> None:
+    """Give rows of (N, 3, H, W) uint8 views one colour, in place."""
+    for place in places:
+        for view in views:
+            for channel, value in enumerate(colour):
+                view[place, channel] = value

@@ -29,7 +29,7 @@ except ImportError:  # not on Windows
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _COLUMNS = {
     "bytes": np.int64,
     "mtimes": np.int64,
@@ -37,6 +37,7 @@ _COLUMNS = {
     "widths": np.int32,
     "decoded": np.uint8,
     "pillow": np.uint8,
+    "digests": np.uint64,
 }
 
 
@@ -50,13 +51,21 @@ class Checked:
     """The whole file was decoded without an error, not only its header read."""
     pillow: bool
     """DALI's decoder is not known to agree with Pillow on this kind of file."""
+    digest: int = 0
+    """Of all its bytes (`digest_of`), where `verify` has read them; else 0."""
+
+
+def digest_of(data: bytes) -> int:
+    """64 bits that change when a bit of a file does; never 0."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 class Cache:
     """What is known of the files of one folder, in one file named after the folder's path."""
 
-    def __init__(self, root: Path, cache_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(self, root: Path, cache_dir: str | os.PathLike[str] | None, channels: int = 3) -> None:
         name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
+        name += "" if channels == 3 else f"-{channels}"  # what is damaged as one kind may not be as another
         try:
             self._file: Path | None = cache_folder(cache_dir) / "index" / f"v{_VERSION}-{name}.npz"
         except DataError as error:
@@ -78,8 +87,8 @@ class Cache:
             return {}
         rows = zip(names, *(column.tolist() for column in columns.values()), strict=True)
         return {
-            File(name, size, mtime): Checked(height, width, bool(decoded), bool(pillow))
-            for name, size, mtime, height, width, decoded, pillow in rows
+            File(name, size, mtime): Checked(height, width, bool(decoded), bool(pillow), digest)
+            for name, size, mtime, height, width, decoded, pillow, digest in rows
         }
 
     def store(self, files: list[File], checked: dict[str, Checked]) -> None:
@@ -94,6 +103,7 @@ class Cache:
             "widths": [entry.width for entry in entries],
             "decoded": [entry.decoded for entry in entries],
             "pillow": [entry.pillow for entry in entries],
+            "digests": [entry.digest for entry in entries],
         }
         columns: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in _COLUMNS.items()}
         # A path holds no zero byte, so it can separate them.

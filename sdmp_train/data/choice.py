@@ -14,6 +14,7 @@ from sdmp_kernels import backends
 from .batch import Loader
 from .images import DataError
 from .schedule import Schedule, TrainSchedule
+from .source import channels_of
 
 LoaderName = Literal["auto", "dali", "torchvision", "resident"]
 LOADERS = ("dali", "torchvision", "resident")
@@ -34,7 +35,7 @@ class Choice(NamedTuple):
     """As a sentence to print."""
 
 
-def choose_loader(loader: LoaderName, device: torch.device) -> Choice:
+def choose_loader(loader: LoaderName, device: torch.device, channels: int = 3) -> Choice:
     """The loader of this name; for "auto", unmeasured, DALI where it is. `DataError` where the one asked for is not."""
     if loader not in ("auto", *LOADERS):
         raise ValueError(f"loader must be 'auto', 'dali', 'torchvision' or 'resident', but is {loader!r}")
@@ -42,7 +43,7 @@ def choose_loader(loader: LoaderName, device: torch.device) -> Choice:
         return Choice("resident", f"resident was asked for; Pillow decodes once, and the images stay on {device}")
     if loader == "torchvision":
         return Choice("torchvision", "torchvision was asked for; Pillow decodes on the CPU")
-    missing = dali_missing(device)
+    missing = dali_missing(device, channels)
     if missing and loader == "dali":
         raise DataError(f"loader='dali' cannot be used: {missing}; use loader='torchvision'")
     if missing:
@@ -53,8 +54,10 @@ def choose_loader(loader: LoaderName, device: torch.device) -> Choice:
     return Choice("dali", f"DALI {asked}; it {where}, and {views}")
 
 
-def dali_missing(device: torch.device) -> str:
+def dali_missing(device: torch.device, channels: int = 3) -> str:
     """Why DALI cannot serve this device, or an empty text. Looks for it without importing it."""
+    if channels != 3:
+        return f"DALI reads images of 3 channels here, and these have {channels}"
     if device.type not in ("cpu", "cuda"):
         return f"DALI does not serve {device.type} devices"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -67,7 +70,7 @@ def faster_loader(schedule: TrainSchedule, device: torch.device, workers: int) -
 
     On a CPU both give the same bytes. On a GPU they do not, so that a run keeps the one it began with.
     """
-    unmeasured = choose_loader("auto", device)
+    unmeasured = choose_loader("auto", device, channels_of(schedule.source))
     if unmeasured.name == "torchvision" or len(schedule) * schedule.batch_size < MEASURED_FROM_IMAGES:
         return unmeasured
     few = replace(

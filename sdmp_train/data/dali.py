@@ -8,11 +8,11 @@ files in memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ from sdmp_kernels import augment
 from sdmp_kernels.views import EvalView, ViewRecipe, eval_geometry, view_size
 
 from .ahead import Ahead
-from .batch import Batch, Loader
-from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .batch import Batch, Loader, Lost, made_batch, paint
+from .decoders import looks_whole, needs_pillow
+from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, describe, read_size
 from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
 from .source import Source
+from .torchvision import PillowBatches
 
 _PREFETCH_BATCHES = 2
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -53,6 +55,8 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
         self._ahead: Ahead | None = None
         self._hold = _Hold()
+        self._known: dict[int, BadFile] = {}
+        """Rows whose file could not be decoded, which are not tried again."""
 
     def __len__(self) -> int:
         return len(self._schedule)
@@ -61,9 +65,12 @@ class DaliLoader(Loader):
         self.close()
         if len(self) == 0:
             return iter(())
-        self._pipeline = self._build()
+        self._pipeline = self._build(0)
         self._ahead = Ahead(self._make, len(self), self._device)
         return iter(self._ahead)
+
+    def ready(self) -> int | None:
+        return None if self._ahead is None else self._ahead.ready()
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -71,13 +78,30 @@ class DaliLoader(Loader):
         self._ahead = self._pipeline = None
 
     def _make(self, position: int) -> Batch:
-        rows = self._schedule.rows(position)
+        schedule = self._schedule
+        rows = schedule.rows(position)
         make = self._cut_by_dali if self._device.type == "cuda" else self._cut_by_augment
-        return Batch(
-            views=tuple(make(position, rows)),
-            ids=torch.from_numpy(rows.astype(np.int64)),
-            labels=torch.from_numpy(self._schedule.source.labels[rows]),
-        )
+        if self._pipeline is None:
+            self._pipeline = self._build(position)
+        try:
+            views = make(position, rows)
+            lost = {place: self._known[row] for place, row in enumerate(rows.tolist()) if row in self._known}
+        except DataError:
+            if schedule.fill is None:
+                raise
+            views, found = self._by_pillow(position, rows)
+            lost = dict(found)
+        if schedule.fill is not None:
+            paint(views, lost, schedule.fill)
+        return made_batch(views, rows, schedule.source.labels, lost)
+
+    def _by_pillow(self, position: int, rows: NDArray[np.int64]) -> tuple[list[Tensor], Lost]:
+        """A batch that DALI could not decode. It has lost the whole batch and those it was working on: it begins anew
+        behind it, and never sees the files again that Pillow finds damaged."""
+        views, lost = PillowBatches(self._schedule)[position]
+        self._known.update({int(rows[place]): file for place, file in lost.items()})
+        self._pipeline = None
+        return [view.to(self._device, non_blocking=True) for view in views], lost
 
     def _cut_by_augment(self, position: int, rows: NDArray[np.int64]) -> list[Tensor]:
         schedule = self._schedule
@@ -102,9 +126,9 @@ class DaliLoader(Loader):
         self._hold.until_now(crops)
         return views
 
-    def _build(self) -> Any:
+    def _build(self, first: int) -> Any:
         gpu = self._device.type == "cuda"
-        feed = _Feed(self._schedule, self._workers, boxes=gpu)
+        feed = _Feed(self._schedule, self._workers, boxes=gpu, first=first, known=self._known)
         return _pipeline(
             feed=feed,
             some_in_memory=feed.some_in_memory,
@@ -124,6 +148,8 @@ class DaliLoader(Loader):
         except DataError:
             raise
         except RuntimeError as error:
+            if self._schedule.fill is not None:
+                raise DataError("DALI could not decode this batch") from error
             raise self._explain(error, position) from error
 
     def _explain(self, error: RuntimeError, position: int) -> Exception:
@@ -167,22 +193,32 @@ class _Feed:
     Files that DALI cannot read on its own, or that Pillow decodes, are fetched by threads as far ahead as DALI decodes.
     """
 
-    def __init__(self, schedule: Schedule, workers: int, boxes: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, workers: int, boxes: bool, first: int = 0, known: dict[int, BadFile] | None = None
+    ) -> None:
+        """`first`: the position of iteration 0. `known`: rows whose file cannot be decoded, black pictures from then
+        on; those that Pillow finds damaged are added where the schedule has a colour for them."""
         self._schedule = schedule
+        self._first = first
+        self._known = {} if known is None else known
         self._boxes = boxes
         self._pool = ThreadPoolExecutor(workers)
         self._ahead: dict[int, list[Future[bytes | BadFile]]] = {}
         source = schedule.source
-        self.some_in_memory = bool(source.pillow.any()) or (len(source) > 0 and source.file(0) is None)
+        self.some_in_memory = (
+            schedule.fill is not None or bool(source.pillow.any()) or (len(source) > 0 and source.file(0) is None)
+        )
 
-    def __call__(self, position: int) -> list[Any]:
-        schedule = self._schedule
+    def __call__(self, iteration: int) -> list[Any]:
+        schedule, position = self._schedule, self._first + iteration
         if position >= len(schedule):
             raise StopIteration
         rows = schedule.rows(position)
         if self.some_in_memory:
-            in_memory = np.array([_in_memory(schedule.source, int(row)) for row in rows])
-            arrays: list[Any] = [self._fetched(position), in_memory]
+            fetched = self._fetched(position)
+            screened = schedule.fill is not None
+            in_memory = np.array([screened or _in_memory(schedule.source, row) for row in rows.tolist()])
+            arrays: list[Any] = [fetched, in_memory]
         else:
             arrays = [[_as_array(_path(schedule.source, int(row))) for row in rows]]
         if self._boxes:
@@ -198,16 +234,23 @@ class _Feed:
 
     def _fetched(self, position: int) -> list[NDArray[np.uint8]]:
         """Per row its path, or its file's bytes, or where Pillow decodes it those of a PPM file."""
+        source = self._schedule.source
         for later in range(position, min(position + 1 + _PREFETCH_BATCHES, len(self._schedule))):
             if later not in self._ahead:
                 rows = self._schedule.rows(later).tolist()
-                fetch = partial(_fetch, self._schedule.source)
-                self._ahead[later] = [self._pool.submit(fetch, row) for row in rows]
+                fetch = _fetch if self._schedule.fill is None else _fetch_screened
+                self._ahead[later] = [self._pool.submit(fetch, source, row) for row in rows]
         files = [future.result() for future in self._ahead.pop(position)]
         bad = [file for file in files if isinstance(file, BadFile)]
-        if bad:
+        if bad and self._schedule.fill is None:
             raise bad_files_error(bad)
-        return [_as_array(file) for file in files if isinstance(file, bytes)]
+        arrays = []
+        for row, file in zip(self._schedule.rows(position).tolist(), files, strict=True):
+            if isinstance(file, BadFile):
+                self._known.setdefault(row, file)
+                file = b""
+            arrays.append(_as_array(_black(source, row) if row in self._known else file))
+        return arrays
 
 
 def _in_memory(source: Source, row: int) -> bool:
@@ -218,12 +261,35 @@ def _fetch(source: Source, row: int) -> bytes | BadFile:
     if not _in_memory(source, row):
         return _path(source, row)
     try:
-        if not source.pillow[row]:
-            return source.read(row)
-        image = open_row(source, row)
+        return _ppm(open_row(source, row)) if source.pillow[row] else source.read(row)
     except DECODE_ERRORS as error:
         return BadFile(source.name(row), describe(error))
-    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
+    """The file's bytes where it looks whole and has the size that is expected; else Pillow decodes it, or says why.
+
+    DALI 2.4 ends the process where it cannot make out one file of a batch while its threads decode others: none of that
+    kind reaches it. What is damaged within the pixels does, and costs it the batch alone.
+    """
+    try:
+        data = source.read(row)
+        expected = int(source.heights[row]), int(source.widths[row])
+        plain = not source.pillow[row] and looks_whole(data) and not needs_pillow(data)
+        if plain and read_size(data, max(MAX_PIXELS, math.prod(expected))) == expected:
+            return data
+        return _ppm(open_row(source, row))
+    except DECODE_ERRORS as error:
+        return BadFile(source.name(row), describe(error))
+
+
+def _ppm(image: NDArray[np.uint8]) -> bytes:
+    return b"P6 %d %d 255\n" % image.shape[1::-1] + image.tobytes()
+
+
+def _black(source: Source, row: int) -> bytes:
+    height, width = int(source.heights[row]), int(source.widths[row])
+    return b"P6 %d %d 255\n" % (width, height) + bytes(3 * height * width)
 
 
 def _path(source: Source, row: int) -> bytes:

@@ -8,6 +8,7 @@ Pillow reads everything else inside the DALI loader (docs/data.md holds the tabl
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -118,6 +119,55 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], bool]], ...] =
     (lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"), _plain_png),
     (lambda start: start.startswith(b"RIFF") and start[8:12] == b"WEBP", _plain_webp),
 )
+
+
+def looks_whole(data: bytes) -> bool:
+    """Whether a JPEG, PNG or WebP has all its parts, each as long as it says, up to its end. False for all else.
+
+    Bytes within a part may still be damaged.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return _whole_jpeg(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _whole_png(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def _whole_jpeg(data: bytes) -> bool:
+    """Segments up to the first scan, and behind it the end of the image."""
+    file = io.BytesIO(data)
+    file.seek(2)
+    frames = 0
+    for _ in range(_MOST_SEGMENTS):
+        marker = _next_marker(file)
+        if marker in _BARE:
+            continue
+        length = int.from_bytes(file.read(2), "big")
+        if marker is None or length < 2 or marker == 0xD9:
+            return False
+        frames += marker in _FRAMES
+        file.seek(length - 2, 1)
+        if marker == 0xDA:
+            return frames == 1 and data.find(b"\xff\xd9", file.tell()) >= 0
+    return False
+
+
+def _whole_png(data: bytes) -> bool:
+    """Chunks up to the last, IEND; the check sums of all but the pixels (which have another) are right."""
+    at = 8
+    while len(data) - at >= 12:
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data):
+            return False
+        if kind != b"IDAT" and zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        if kind == b"IEND":
+            return True
+        at = end
+    return False
 
 
 def looks_like_image(path: str) -> bool:

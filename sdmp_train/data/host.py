@@ -67,8 +67,8 @@ class RandAugmentErase:
     """
 
     size_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     randaugment: str | None = "rand-m9-mstd0.5-inc1"
     """As timm spells it; None leaves it out."""
     erase_prob: float = 0.25

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, features
 
 from ..reading import open_regular
@@ -89,7 +90,7 @@ def let_pillow_open(max_pixels: int) -> None:
 
 def read_size(file: str | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) as stored, from the header alone, of a path or a file's bytes; raises one of `DECODE_ERRORS`."""
-    with _open_image(file) as image:
+    with open_image(file) as image:
         width, height = stored_size(image)
         if image.mode not in _MODES and not (image.mode == "I" and image.format in _DEEP_GREY):
             raise ValueError(f"has pixels of type {image.mode}, which has no agreed meaning as RGB")
@@ -102,14 +103,26 @@ def read_size(file: str | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
 def decode_rgb(file: str | bytes) -> Image.Image:
     """A whole file, by its path or its bytes, as an RGB image as stored; raises one of `DECODE_ERRORS` if damaged."""
-    with _open_image(file) as image:
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY)
+    with open_image(file) as image:
+        if is_deep(image):
+            return Image.fromarray(to_grey(image)).convert("RGB")
         pixels = _unturned(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else image
-        if deep:
-            # Pillow's own conversion clips at 255, which turns most 16-bit pictures white.
-            scaled = np.rint(np.asarray(pixels, dtype=np.float32) * np.float32(255 / 65535)).astype(np.uint8)
-            return Image.fromarray(scaled).convert("RGB")
         return pixels.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an opened file is 16-bit grey."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY)
+
+
+def to_grey(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W) of an opened file, or of its present frame, that is 8-bit or 16-bit grey."""
+    deep = is_deep(image)
+    pixels = _unturned(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else image
+    if not deep:
+        return np.asarray(pixels.convert("L"))
+    # Pillow's own conversion clips at 255, which turns most 16-bit pictures white.
+    return np.rint(np.asarray(pixels, dtype=np.float32) * np.float32(255 / 65535)).astype(np.uint8)
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
@@ -132,7 +145,8 @@ def _unturned(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
 
 
 @contextmanager
-def _open_image(file: str | bytes) -> Iterator[Image.Image]:
+def open_image(file: str | bytes) -> Iterator[Image.Image]:
+    """A file of a known format, by its path or bytes, of which the header has been read."""
     opened = io.BytesIO(file) if isinstance(file, bytes) else open_regular(file)
     with opened, Image.open(opened, formats=_FORMATS) as image:
         if min(image.size) < 1:

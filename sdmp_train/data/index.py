@@ -21,7 +21,8 @@ from PIL import Image
 
 from ..reading import open_regular
 from ..text import printable
-from .cache import Cache, Checked, cache_folder
+from .cache import Cache, Checked, cache_folder, digest_of
+from .channels import decode, size_of, suffixes_of
 from .decoders import looks_like_image, needs_pillow
 from .folders import SPELLINGS, find_splits
 from .images import (
@@ -31,17 +32,19 @@ from .images import (
     BadFile,
     DataError,
     TooManyBadFiles,
-    decode_rgb,
     describe,
     let_pillow_open,
-    read_size,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
-from .source import Source
+from .source import Source, channels_of
 
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
 
 _log = logging.getLogger(__name__)
+
+Check = Literal["header", "decode", "digest"]
+"""How much of a file is looked at."""
+ROTTED = "has other bytes than when it was last verified, though neither its size nor its time has changed"
 
 _CHUNK = 64
 """Files per task of the thread pool: enough to hide the pool's own cost."""
@@ -89,6 +92,8 @@ class Index:
     """Files, and folders that may not be read, left out with `on_bad="skip"`."""
     faults: str = ""
     """What `on_bad="stop"` raises on, as a text."""
+    channels: int = 3
+    """Of every image; see `channels.py`."""
     notes: tuple[str, ...] = field(default=())
     """What was passed over, one phrase each: other kinds of files, folders without an image."""
 
@@ -144,9 +149,10 @@ def open_folder(
     *,
     split: Literal["train", "val"] | None = "train",
     on_bad: Literal["stop", "skip", "list"] = "stop",
-    check: Literal["header", "decode"] = "header",
+    check: Check = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int | None = None,
+    channels: int = 3,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -164,10 +170,13 @@ def open_folder(
         on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
             "skip" leaves such files out of the index and lists them in `Index.bad`;
             "list" leaves out any number of them without a word, for callers that tell of `Index.faults`.
-        check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones.
+        check: "header" reads sizes only; "decode" also decodes each file once, which finds truncated and damaged ones;
+            "digest" does so again for every file, whatever is remembered, and compares its bytes with those that it had
+            the last time.
         max_bad_frac: with "skip", the share of bad files above which the folder is refused after all.
         max_pixels: files whose header claims more pixels are bad (decompression bombs are never decoded); default
             `MAX_PIXELS`. More than twice that raises Pillow's own limit for the whole process.
+        channels: of the images, 1 to 16; see `channels.py`.
         cache_dir: where results are remembered; default `$XDG_CACHE_HOME/sdmp` or `~/.cache/sdmp`. A file is read again
             when its size or time changes. A cache that cannot be written costs a notice, nothing else.
         workers: threads; default four per core, at most 32.
@@ -179,8 +188,8 @@ def open_folder(
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     root = _resolve(Path(path), split)
-    how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress)
-    return index_listing(root, list_files(root), how)
+    how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress, channels)
+    return index_listing(root, list_files(root, suffixes_of(channels)), how)
 
 
 @dataclass(frozen=True)
@@ -188,12 +197,13 @@ class Checks:
     """How files are looked at, and what becomes of bad ones: the arguments of `open_folder`."""
 
     on_bad: Literal["stop", "skip", "list"] = "stop"
-    check: Literal["header", "decode"] = "header"
+    check: Check = "header"
     max_bad_frac: float = 0.01
     max_pixels: int = MAX_PIXELS
     cache_dir: str | os.PathLike[str] | None = None
     workers: int | None = None
     progress: Callable[[int, int], None] | None = None
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("stop", "skip", "list"):
@@ -222,12 +232,13 @@ def index_listing(
     """
     let_pillow_open(how.max_pixels)
     contents = contents or partial(os.path.join, root)
-    cache, decode = Cache(cached_as or root, how.cache_dir), how.check == "decode"
+    cache, decode = Cache(cached_as or root, how.cache_dir, how.channels), how.check != "header"
     with cache.alone() if decode else nullcontext():
         known = cache.load()
         checked, bad = _check_files(root, listing, known, decode, how, contents)
         files = [file for file in listing.files if file.name in checked]
-        if {file: checked[file.name] for file in files} != known:
+        rotted = any(file.reason == ROTTED for file in bad)  # to be found again the next time
+        if not rotted and {file: checked[file.name] for file in files} != known:
             cache.store(files, checked)
     bad += listing.problems
     if not files and not bad and not listing.closed:
@@ -250,20 +261,21 @@ def index_listing(
         bad=tuple(sorted(bad + listing.closed, key=lambda file: file.path)),
         faults=faults,
         notes=_notes(listing, missing + harmless),
+        channels=how.channels,
     )
 
 
-def open_row(source: Source, row: int) -> Image.Image:
-    """A row's image as RGB, by Pillow.
+def open_row(source: Source, row: int) -> NDArray[np.uint8]:
+    """A row's image, (H, W, C), by Pillow.
 
     Raises:
         One of `DECODE_ERRORS`: it cannot be decoded, or is of another size than when the folder was indexed (a crop
         that leaves the image would be padded with black, without a word).
     """
-    image = decode_rgb(source.read(row))
-    expected = int(source.widths[row]), int(source.heights[row])
-    if image.size != expected:
-        now, then = (f"{w} x {h}" for w, h in (image.size, expected))
+    image = decode(source.read(row), channels_of(source))
+    expected = int(source.heights[row]), int(source.widths[row])
+    if image.shape[:2] != expected:
+        now, then = (f"{w} x {h}" for h, w in (image.shape[:2], expected))
         raise ValueError(f"is {now} pixels now, but was {then} when the folder was indexed")
     return image
 
@@ -325,7 +337,12 @@ def _check_files(
     todo: list[File] = []
     for file in listing.files:
         old = known.get(file)
-        if old is None or (decode and not old.decoded) or old.height * old.width > how.max_pixels:
+        if (
+            how.check == "digest"
+            or old is None
+            or (decode and not old.decoded)
+            or old.height * old.width > how.max_pixels
+        ):
             todo.append(file)
         else:
             checked[file.name] = old
@@ -336,13 +353,15 @@ def _check_files(
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # Our own limit is at or below the one Pillow warns at, and is reported by file.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        work = partial(_check_chunk, root, contents, decode=decode, max_pixels=how.max_pixels)
+        work = partial(_check_chunk, root, contents, how)
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             for file, result in zip(chunk, results, strict=True):
                 if result is None:
                     listing.pass_over(file.name, NO_SUFFIX)
                 elif isinstance(result, BadFile):
                     bad.append(result)
+                elif file in known and 0 != known[file].digest != result.digest != 0:
+                    bad.append(BadFile(os.path.join(root, file.name), ROTTED))
                 else:
                     checked[file.name] = result
             done += len(chunk)
@@ -352,25 +371,28 @@ def _check_files(
 
 
 def _check_chunk(
-    root: Path, contents: Callable[[str], str | bytes], files: list[File], *, decode: bool, max_pixels: int
+    root: Path, contents: Callable[[str], str | bytes], how: Checks, files: list[File]
 ) -> list[Checked | BadFile | None]:
-    return [_check_file(os.path.join(root, file.name), file, contents, decode, max_pixels) for file in files]
+    return [_check_file(os.path.join(root, file.name), file, contents, how) for file in files]
 
 
-def _check_file(
-    path: str, file: File, contents: Callable[[str], str | bytes], decode: bool, max_pixels: int
-) -> Checked | BadFile | None:
+def _check_file(path: str, file: File, contents: Callable[[str], str | bytes], how: Checks) -> Checked | BadFile | None:
     try:
         if not file.has_suffix and not looks_like_image(path):
             return None
-        held = contents(file.name)
-        height, width = read_size(held, max_pixels)
+        held, digest = contents(file.name), 0
+        if how.check == "digest":
+            if isinstance(held, str):
+                with open_regular(held) as opened:
+                    held = opened.read()
+            digest = digest_of(held)
+        height, width = size_of(held, how.channels, how.max_pixels)
         pillow = needs_pillow(held)
-        if decode:
-            decode_rgb(held)
+        if how.check != "header":
+            decode(held, how.channels)
     except DECODE_ERRORS as error:
         return BadFile(path, describe(error))
-    return Checked(height, width, decode, pillow)
+    return Checked(height, width, how.check != "header", pillow, digest)
 
 
 def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path) -> str:

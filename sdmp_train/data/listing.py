@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,17 +97,17 @@ def first_level(name: str) -> str:
     return name.split("/", 1)[0] if "/" in name else ""
 
 
-def list_files(root: Path) -> Listing:
+def list_files(root: Path, suffixes: Collection[str] = SUFFIXES) -> Listing:
     """Look through `root`. Raises `DataError` where `root` itself may not be read."""
     listing = Listing()
     for entry, name in _walk(root, "", (), listing):
-        _sort_in(entry, name, root, listing)
+        _sort_in(entry, name, root, listing, suffixes)
     return listing
 
 
-def _sort_in(entry: os.DirEntry[str], name: str, root: Path, listing: Listing) -> None:
+def _sort_in(entry: os.DirEntry[str], name: str, root: Path, listing: Listing, suffixes: Collection[str]) -> None:
     suffix = os.path.splitext(name)[1].lower()
-    is_image = suffix in SUFFIXES
+    is_image = suffix in suffixes
     if suffix and not is_image:
         listing.pass_over(name, suffix)
         return

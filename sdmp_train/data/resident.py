@@ -21,11 +21,11 @@ from torch import Tensor
 from sdmp_kernels import FlatImages, augment
 
 from .ahead import Ahead
-from .batch import Batch, Loader
+from .batch import Batch, Loader, made_batch, paint
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule
-from .source import Source
+from .source import Source, channels_of
 
 _CHUNK = 64
 """Images a thread decodes before it hands them on."""
@@ -56,6 +56,9 @@ class ResidentLoader(Loader):
         self._ahead = Ahead(partial(self._make, self._images), len(self), self._device)
         return iter(self._ahead)
 
+    def ready(self) -> int | None:
+        return None if self._ahead is None else self._ahead.ready()
+
     def close(self) -> None:
         self._end()
         self._images = None
@@ -67,7 +70,10 @@ class ResidentLoader(Loader):
 
     def _hold(self) -> Images:
         check_memory(self._schedule.source, self._device)
-        return Images(self._schedule.source, self._device, self._workers)
+        images = Images(self._schedule.source, self._device, self._workers)
+        if images.lost and self._schedule.fill is None:
+            raise bad_files_error([images.lost[row] for row in sorted(images.lost)])
+        return images
 
     def _make(self, images: Images, position: int) -> Batch:
         rows = self._schedule.rows(position)
@@ -76,42 +82,37 @@ class ResidentLoader(Loader):
             augment(chosen, drawn.to(self._device), recipe.size_px, interpolation=recipe.interpolation)
             for recipe, drawn in zip(self._schedule.recipes, self._schedule.draws(position, rows), strict=True)
         ]
-        return Batch(
-            views=tuple(views),
-            ids=torch.from_numpy(rows.astype(np.int64)),
-            labels=torch.from_numpy(self._schedule.source.labels[rows]),
-        )
+        lost = {place: images.lost[row] for place, row in enumerate(rows.tolist()) if row in images.lost}
+        if self._schedule.fill is not None:
+            paint(views, lost, self._schedule.fill)
+        return made_batch(views, rows, self._schedule.source.labels, lost)
 
 
 class Images:
     """All images of a source, decoded.
 
     Attributes:
-        pixels: (bytes,) uint8 on the device: the images one after another, each (H, W, 3).
+        pixels: (bytes,) uint8 on the device: the images one after another, each (H, W, C).
         offsets: (N + 1,) int64 on the CPU: where each begins in `pixels`, and where the last ends.
-
-    Raises:
-        DataError: some files cannot be decoded; it names them.
+        lost: row -> the file that could not be decoded, in whose place there are pixels of no meaning.
     """
 
     def __init__(self, source: Source, device: torch.device, workers: int) -> None:
-        self._heights, self._widths = source.heights, source.widths
+        self._heights, self._widths, self._channels = source.heights, source.widths, channels_of(source)
         self.offsets = _offsets(source)
         self.pixels = torch.empty(int(self.offsets[-1]), dtype=torch.uint8, device=device)
         firsts = range(0, len(source), _CHUNK)
-        bad: list[BadFile] = []
+        self.lost: dict[int, BadFile] = {}
         with ThreadPoolExecutor(workers) as pool:
             for found in pool.map(partial(self._decode, source), firsts):
-                bad += found
-        if bad:
-            raise bad_files_error(bad)
+                self.lost |= found
 
     def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor] | FlatImages:
-        """Images of rows: on a GPU (N, 3, H, W) in one batch where all of the set are of one size, else the buffer and
-        where in it they lie; on a CPU each (H, W, 3). Only the batch is a copy.
+        """Images of rows: on a GPU (N, C, H, W) in one batch where all of the set are of one size, else the buffer and
+        where in it they lie; on a CPU each (H, W, C). Only the batch is a copy.
         """
         if self.pixels.is_cuda and self._one_size:
-            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
+            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), self._channels)
             chosen = torch.from_numpy(rows.astype(np.int64)).to(self.pixels.device, non_blocking=True)
             return stacked.index_select(0, chosen).permute(0, 3, 1, 2)
         if self.pixels.is_cuda:
@@ -126,7 +127,7 @@ class Images:
             return FlatImages(self.pixels, offsets, heights, widths)
         return [
             self.pixels[self.offsets[row] : self.offsets[row + 1]].view(
-                int(self._heights[row]), int(self._widths[row]), 3
+                int(self._heights[row]), int(self._widths[row]), self._channels
             )
             for row in rows.tolist()
         ]
@@ -135,22 +136,22 @@ class Images:
     def _one_size(self) -> bool:
         return bool((self._heights == self._heights[0]).all() and (self._widths == self._widths[0]).all())
 
-    def _decode(self, source: Source, first: int) -> list[BadFile]:
+    def _decode(self, source: Source, first: int) -> dict[int, BadFile]:
         """Decode the chunk that begins with row `first` into its place; returns the damaged files."""
         end = min(first + _CHUNK, len(source))
         start = int(self.offsets[first])
         place = self.pixels[start : int(self.offsets[end])]
         chunk = torch.empty(place.shape, dtype=torch.uint8) if place.is_cuda else place
-        target, bad = chunk.numpy(), []
+        target, lost = chunk.numpy(), dict[int, BadFile]()
         for row in range(first, end):
             part = target[self.offsets[row] - start : self.offsets[row + 1] - start]
             try:
-                part[:] = np.asarray(open_row(source, row)).reshape(-1)
+                part[:] = open_row(source, row).reshape(-1)
             except DECODE_ERRORS as error:
-                bad.append(BadFile(source.name(row), describe(error)))
+                lost[row] = BadFile(source.name(row), describe(error))
         if chunk is not place:
             place.copy_(chunk)
-        return bad
+        return lost
 
 
 def check_memory(source: Source, device: torch.device) -> None:
@@ -201,7 +202,7 @@ def _left_in_container() -> int | None:
 
 
 def _offsets(source: Source) -> NDArray[np.int64]:
-    sizes = source.heights.astype(np.int64) * source.widths * 3
+    sizes = source.heights.astype(np.int64) * source.widths * channels_of(source)
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
 
 

@@ -19,12 +19,18 @@ _STREAM = 0x4F524452
 """Highest counter word of the epoch permutations: another stream than those of the views and the mixing plans."""
 
 
+Colour = tuple[int, ...]
+"""A number for each channel, 0 to 255."""
+
+
 class Schedule(Protocol):
     """What a loader needs to know. `position` counts from 0 to `len(schedule) - 1`."""
 
     source: Source
     recipes: tuple[ViewRecipe | EvalView, ...]
     batch_size: int
+    fill: Colour | None
+    """What stands in every view for a file that cannot be decoded; None: such a file is an error."""
 
     def __len__(self) -> int: ...
 
@@ -72,6 +78,8 @@ class TrainSchedule:
     """How often an image comes in a row, each time in another view; an epoch has as many steps, and fewer images."""
     host: HostTransform | None = None
     """What is done to the first view on the host."""
+    fill: Colour | None = None
+    """What stands for a file that cannot be decoded."""
     _order: tuple[int, NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,6 +128,7 @@ class EvalSchedule:
     batch_size: int
     rank: int
     world_size: int
+    fill: Colour | None = None
 
     def __post_init__(self) -> None:
         _check_batch(self.batch_size, self.rank, self.world_size)

@@ -50,3 +50,8 @@ class Source(Protocol):
     def file(self, row: int) -> str | None:
         """The path of the file that holds what `read` gives and nothing else, for decoders that read on their own;
         None where there is none."""
+
+
+def channels_of(source: Source) -> int:
+    """Of every image, 1 to 16: what a source says by an attribute `channels`; 3 where it has none."""
+    return int(getattr(source, "channels", 3))

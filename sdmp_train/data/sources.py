@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from .cifar import cifar_files, open_cifar
 from .file_lists import SUFFIXES_OF_LISTS, open_list
 from .images import MAX_PIXELS, SUFFIXES, DataError
-from .index import Checks, Index, open_folder
+from .index import Check, Checks, Index, open_folder
 from .listing import is_folder, scan
 from .shards import is_shard, open_shards
 
@@ -41,9 +42,10 @@ def open_source(
     *,
     split: Literal["train", "val"] | None = "train",
     on_bad: Literal["stop", "skip", "list"] = "stop",
-    check: Literal["header", "decode"] = "header",
+    check: Check = "header",
     max_bad_frac: float = 0.01,
     max_pixels: int | None = None,
+    channels: int = 3,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -65,13 +67,14 @@ def open_source(
             check=check,
             max_bad_frac=max_bad_frac,
             max_pixels=max_pixels,
+            channels=channels,
             cache_dir=cache_dir,
             workers=workers,
             progress=progress,
         )
     if kind == "cifar":
-        return open_cifar(place, split)
+        return replace(open_cifar(place, split), channels=channels)
     if split == "val":
         raise DataError(f"{kind} name no test split; give one with --test-data")
-    how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress)
+    how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress, channels)
     return open_list(place, how) if kind == "lists" else open_shards(place, how)

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from sdmp_kernels import augment
 from sdmp_kernels.views import view_size
 
-from .batch import Batch, Loader
+from .batch import Batch, Loader, Lost, made_batch, paint
 from .host import HostTransform, seeded
 from .images import DECODE_ERRORS, BadFile, DataError, describe
 from .index import bad_files_error, open_row
 from .schedule import Schedule, TrainSchedule
+from .source import channels_of
 
 _PREFETCH_BATCHES = 2
 _DECODED_AT_ONCE = 16
@@ -53,7 +54,7 @@ class TorchvisionLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         loader = DataLoader(
-            _Batches(self._schedule),
+            PillowBatches(self._schedule),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=_PREFETCH_BATCHES if self._workers else None,
@@ -68,19 +69,15 @@ class TorchvisionLoader(Loader):
         for position in range(len(self)):
             if self._iteration != mine:
                 return
-            views, bad = self._next()
-            if bad:
-                raise bad_files_error(bad)
-            rows = self._schedule.rows(position)
-            yield Batch(
-                views=tuple(view.to(self._device, non_blocking=True) for view in views),
-                ids=torch.from_numpy(rows.astype(np.int64)),
-                labels=torch.from_numpy(self._schedule.source.labels[rows]),
-            )
+            views, lost = self._next()
+            if lost and self._schedule.fill is None:
+                raise bad_files_error(list(lost.values()))
+            moved = [view.to(self._device, non_blocking=True) for view in views]
+            yield made_batch(moved, self._schedule.rows(position), self._schedule.source.labels, lost)
 
-    def _next(self) -> tuple[list[Tensor], list[BadFile]]:
+    def _next(self) -> tuple[list[Tensor], Lost]:
         try:
-            batch: tuple[list[Tensor], list[BadFile]] = next(self._batches)
+            batch: tuple[list[Tensor], Lost] = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
             if "unable to allocate shared memory" in str(error):
                 raise DataError(
@@ -96,6 +93,13 @@ class TorchvisionLoader(Loader):
             ) from error
         return batch
 
+    def ready(self) -> int | None:
+        queue = getattr(self._batches, "_data_queue", None)  # torch's own, of its processes
+        try:
+            return None if queue is None else int(queue.qsize())
+        except NotImplementedError:  # macOS
+            return None
+
     def close(self) -> None:
         # An iteration still under way sees the new number and ends.
         self._iteration += 1
@@ -108,50 +112,54 @@ class TorchvisionLoader(Loader):
 
 
 @dataclass
-class _Batches(Dataset[tuple[list[Tensor], list[BadFile]]]):
-    """Item `position` is the whole batch; damaged files come back as values, not as tracebacks."""
+class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
+    """Item `position` is the whole batch, decoded by Pillow; damaged files come back as values, not as tracebacks."""
 
     schedule: Schedule
 
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def __getitem__(self, position: int) -> tuple[list[Tensor], list[BadFile]]:
+    def __getitem__(self, position: int) -> tuple[list[Tensor], Lost]:
         schedule = self.schedule
         rows = schedule.rows(position)
         draws = schedule.draws(position, rows)
-        views = [_room_for(len(rows), *view_size(recipe.size_px)) for recipe in schedule.recipes]
-        bad: list[BadFile] = []
+        shape = len(rows), channels_of(schedule.source)
+        views = [_room_for(*shape, *view_size(recipe.size_px)) for recipe in schedule.recipes]
+        lost: dict[int, BadFile] = {}
         for first in range(0, len(rows), _DECODED_AT_ONCE):
             some = slice(first, first + _DECODED_AT_ONCE)
-            images = [self._decode(int(row), bad) for row in rows[some]]
-            if bad:
+            images = [self._decode(first + i, int(row), lost) for i, row in enumerate(rows[some])]
+            if lost and schedule.fill is None:
                 continue  # the batch is lost, but the other damaged files of it are named too
             for view, recipe, drawn in zip(views, schedule.recipes, draws, strict=True):
                 augment(images, drawn[some], recipe.size_px, interpolation=recipe.interpolation, out=view[some])
-        if isinstance(schedule, TrainSchedule) and schedule.host is not None and not bad:
+        if isinstance(schedule, TrainSchedule) and schedule.host is not None and not (lost and schedule.fill is None):
             transform(views[0], schedule.host, schedule.host_seeds(position, len(rows)))
-        return views, bad
+        if schedule.fill is not None:
+            paint(views, lost, schedule.fill)
+        return views, lost
 
-    def _decode(self, row: int, bad: list[BadFile]) -> Tensor:
-        """(H, W, 3) uint8; nothing where the file is damaged, which is noted in `bad`."""
+    def _decode(self, place: int, row: int, lost: dict[int, BadFile]) -> Tensor:
+        """(H, W, 3) uint8; black where the file is damaged, which is noted in `lost`."""
         source = self.schedule.source
         try:
             return torch.from_numpy(np.array(open_row(source, row)))
         except DECODE_ERRORS as error:
-            bad.append(BadFile(source.name(row), describe(error)))
-            return torch.empty(0, 0, 3, dtype=torch.uint8)
+            lost[place] = BadFile(source.name(row), describe(error))
+            size = (int(source.heights[row]), int(source.widths[row])) if self.schedule.fill is not None else (0, 0)
+            return torch.zeros(*size, channels_of(source), dtype=torch.uint8)
 
 
-def _room_for(n: int, height: int, width: int) -> Tensor:
-    """(n, 3, height, width) uint8, channels_last; of a decoding process in the memory that it shares.
+def _room_for(n: int, channels: int, height: int, width: int) -> Tensor:
+    """(n, channels, height, width) uint8, channels_last; of a decoding process in the memory that it shares.
 
     Torch would move it there while it hands it on, in a thread whose error nobody hears: the run would wait for ever.
     """
     if get_worker_info() is None:
-        return torch.empty(n, 3, height, width, dtype=torch.uint8, memory_format=torch.channels_last)
-    shared = torch.UntypedStorage._new_shared(n * height * width * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(n, height, width, 3).permute(0, 3, 1, 2)
+        return torch.empty(n, channels, height, width, dtype=torch.uint8, memory_format=torch.channels_last)
+    shared = torch.UntypedStorage._new_shared(n * height * width * channels)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def transform(view: Tensor, host: HostTransform, seeds: NDArray[np.uint32]) -> None:

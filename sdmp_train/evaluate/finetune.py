@@ -155,10 +155,10 @@ class FineTuning(Supervised):
 
     def plan(self, at: At) -> MixPlan:
         """timm's laws: one rule and one lam for the batch, the partner by the flip, boxes clipped at the edges."""
-        setup, px, rules = self.setup, self.setup.data.image_px, self.asked.rules
+        setup, rules = self.setup, self.asked.rules
         return draw_plan(
             setup.rows,
-            (px, px),
+            setup.data.size_px,
             rules={rule: 1 / len(rules) for rule in rules} or ("keep",),
             alpha=rules or 1.0,
             per=self.asked.mix_per,
@@ -237,8 +237,14 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     whole = replace(config, epochs=epochs, batch_size=batch_size, fraction=fraction)
     data = subject.data
     changes_views = config.randaugment is not None or config.erase_prob > 0
-    host = RandAugmentErase(data.image_px, data.mean, data.std, config.randaugment, config.erase_prob)
-    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world)
+    require(
+        data.channels == 3 or not changes_views,
+        "channels",
+        data.channels,
+        "3 for RandAugment and random erasing; leave them out with --randaugment None --erase-prob 0",
+    )
+    host = RandAugmentErase(min(data.size_px), data.mean, data.std, config.randaugment, config.erase_prob)
+    loader: LoaderName = "torchvision" if changes_views else resolved_loader(data.loader, world, train.channels)
     loop = Config(
         data=replace(data, loader=loader),
         optim=OptimConfig(

@@ -120,10 +120,10 @@ class Fitting:
         }
 
 
-def resolved_loader(loader: LoaderName, world: World) -> LoaderName:
+def resolved_loader(loader: LoaderName, world: World, channels: int = 3) -> LoaderName:
     """What `auto` means here: on a GPU the loaders' pixels differ, so that a training keeps its own."""
     try:
-        return choose_loader(loader, world.device).name
+        return choose_loader(loader, world.device, channels).name
     except DataError as error:
         raise ConfigError(f"--loader {loader}: {error}") from error
 

@@ -167,6 +167,9 @@ class LinearProbe:
     def plan(self, at: At) -> None:
         """Nothing is mixed."""
 
+    def without_lost(self, plan: None, batch: Batch) -> None:
+        """Never asked for: a damaged file ends this training."""
+
     def mix(self, batch: Batch, plan: None) -> Tensor:
         """The normalised view."""
         return standardise(batch.views[0], self.setup.data.mean, self.setup.data.std)
@@ -263,7 +266,7 @@ def linear_fitting(config: LinearConfig, subject: Subject, world: World, train: 
     recipe = RECIPES[config.recipe]
     batch_size = config.batch_size or max(2, min(recipe.batch_size, len(train)) // world.size * world.size)
     epochs = config.epochs or recipe.epochs
-    data = replace(subject.data, loader=resolved_loader(subject.data.loader, world))
+    data = replace(subject.data, loader=resolved_loader(subject.data.loader, world, train.channels))
     loop = Config(
         data=data,
         optim=OptimConfig(

@@ -223,7 +223,7 @@ def measure_corruptions(measuring: Measuring, folders: Mapping[tuple[str, int], 
     found: dict[str, list[float]] = {}
     for (name, severity), folder in folders.items():
         index = measuring.open(folder)
-        top1 = measuring.top1(index, f"{name} {severity}", resize_px=measuring.data.image_px)
+        top1 = measuring.top1(index, f"{name} {severity}", resize_px=min(measuring.data.size_px))
         found.setdefault(name, []).append(top1)
         if severity == SEVERITIES[-1]:
             measuring.log.say(f"{name:18} " + " ".join(f"{share:7.2%}" for share in found[name]))
@@ -258,7 +258,7 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
         folder = next((path for path in places(given) if (path / HEAD).exists()), Path(given))
         model, pixels, classes = load_classifier(folder)
         description, place = {}, str(folder)
-    data = replace(data, image_px=pixels["input_size"][1], mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
+    data = replace(data, image_px=tuple(pixels["input_size"][1:]), mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
     return Subject(model, place, Path(run) if run is not None else None, data, description), classes
 
 

@@ -176,7 +176,8 @@ def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfi
         data=config.data or stored.data,
         # A split that belongs to the run's data belongs to no other.
         test_data=config.test_data or (stored.test_data if config.data is None else None),
-        image_px=pixels["input_size"][1],
+        image_px=tuple(pixels["input_size"][1:]),
+        channels=pixels["input_size"][0],
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         workers=config.workers,

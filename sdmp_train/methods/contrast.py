@@ -30,6 +30,7 @@ from ..optim import key_momentum
 from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
+from .mixing import Valid, keep_lost, valid_of, with_colours
 from .momentum import follow
 from .start import start_vit
 
@@ -188,8 +189,7 @@ class Contrast(ABC):
         self.queries = distribute(self.student, self.world)
         distribute(self.momentum_encoder, self.world, trained=False)
         self.state = nn.ModuleDict({"student": self.student, "momentum_encoder": self.momentum_encoder})
-        size = (setup.data.image_px, setup.data.image_px)
-        self.keep = draw_plan(setup.rows, size, prob=0.0, step=0, device=self.world.device)
+        self.keep = draw_plan(setup.rows, setup.data.size_px, prob=0.0, step=0, device=self.world.device)
 
     @staticmethod
     def backbone_options(config: Any) -> dict[str, Any]:
@@ -227,10 +227,7 @@ class Contrast(ABC):
     def views(self, at: At) -> list[ViewRecipe]:
         """BYOL's two recipes, again for a further pair of views."""
         data = self.setup.data
-        pair = [
-            replace(recipe, gray_prob=data.gray_prob)
-            for recipe in byol_views(data.image_px, data.crop_min_frac, data.blur)
-        ]
+        pair = [with_colours(recipe, data) for recipe in byol_views(data.image_px, data.crop_min_frac, data.blur)]
         return pair * (len(self.view_names) // 2)
 
     def chance(self) -> dict[str, float]:
@@ -242,6 +239,14 @@ class Contrast(ABC):
         """The terms with their weights, query and key views, and the chance level of the whole loss."""
         terms = " + ".join(f"{term.weight:g} {term.name}({term.query} -> {term.key})" for term in self.terms)
         return f"{terms}; chance level {self.chance()['loss']:.3f}"
+
+    def without_lost(self, plan: Plan, batch: Batch) -> Plan:
+        """Every mix without them."""
+        kept = {
+            view: keep_lost(mixed, batch, self.world, global_flip=self.global_flip)
+            for view, mixed in plan.mixes.items()
+        }
+        return replace(plan, mixes=kept)
 
     def mix(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
         """(N, 3, H, W) uint8 views -> the normalised images that an encoder sees, by name; a~ and a from one read."""
@@ -286,26 +291,44 @@ class Contrast(ABC):
         temperature = self.temperature
         total = torch.zeros((), device=self.world.device)
         kinds: dict[str, list[Tensor]] = {}
+        valid = valid_of(batch, self.world)
         for name, query in features.queries.items():
             terms = [term for term in self.terms if term.query == name]
             keys, targets = [features.keys[term.key] for term in terms], [self.target(term, plan) for term in terms]
-            loss, values = self.compare(query, keys, targets, [2 * temperature * term.weight for term in terms], at)
+            weights = [2 * temperature * term.weight for term in terms]
+            loss, values = self.compare(query, keys, targets, weights, at, valid)
             total = total + loss
             for term, value in zip(terms, values, strict=True):
                 kinds.setdefault(term.name, []).append(2 * temperature * value)
         return Loss(total, {name: torch.stack(values).mean() for name, values in kinds.items()})
 
     def compare(
-        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+        self,
+        query: Tensor,
+        keys: list[Tensor],
+        targets: list[TwoHot],
+        weights: list[float],
+        at: At,
+        valid: Valid | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries (N, D) against sets of keys (M, D): the weighted sum of their mean cross-entropies, and each of them.
 
-        The sum carries the gradient; the others are detached. 0-dim tensors all.
+        The sum carries the gradient; the others are detached. 0-dim tensors all. With `valid`, keys that are no images
+        are nobody's, and means are over the valid rows of all ranks.
         """
         # The weights are in the gradient by then: the upstream factor is 1.
-        options = {"temperature": self.temperature, "form": self.form, "term_weight": weights, "with_terms": True}
-        loss, values = info_nce(query, keys, targets, **options)  # type: ignore[arg-type]
-        return loss, list(values)
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "form": self.form,
+            "term_weight": weights,
+            "with_terms": True,
+        }
+        if valid is None:
+            loss, values = info_nce(query, keys, targets, **options)
+            return loss, list(values)
+        options |= {"exclude": [~valid.all_rows] * len(keys), "reduction": "none"}
+        loss, values = info_nce(query, keys, targets, **options)
+        return valid.mean(loss), list(valid.mean(values))
 
     def groups(self) -> list[Group]:
         """All of the student alike: MoCo v3 decays norms and biases too."""

@@ -83,7 +83,7 @@ def draw_noise(config: DACLConfig, setup: Setup, at: At, view: int) -> MixPlan:
     return make_plan(
         "mixup",
         torch.from_numpy(lam.astype(np.float32)),
-        (setup.data.image_px, setup.data.image_px),
+        setup.data.size_px,
         partner=draw_partners(setup, at, PARTNER_STREAM + view),
         device=setup.world.device,
     )

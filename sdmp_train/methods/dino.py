@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdmp_kernels import MixPlan, distillation, draw_plan, mix
+from sdmp_kernels.views import Size, view_size
 
 from ..data import Batch, ViewRecipe, dino_views
 from ..distributed import World, distribute, mirror_images, mirror_rows, reduce_mean
@@ -29,7 +30,18 @@ from ..optim import key_momentum
 from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules
+from .mixing import (
+    RULES,
+    Flip,
+    Valid,
+    check_rules,
+    draw_batch_plan,
+    examples_of_rules,
+    half_unless_kept,
+    keep_lost,
+    valid_of,
+    with_colours,
+)
 from .momentum import follow
 from .start import start_vit
 
@@ -253,7 +265,7 @@ class DINO:
     def __init__(self, config: DINOConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         px = setup.data.image_px
         require(
-            not config.local_crops_number or config.local_px <= px,
+            not config.local_crops_number or config.local_px <= min(setup.data.size_px),
             "local_px",
             config.local_px,
             f"at most image_px, which is {px}",
@@ -277,14 +289,14 @@ class DINO:
         distribute(self.teacher, self.world, trained=False)
         self.state = nn.ModuleDict({"student": self.student, "teacher": self.teacher, "center": self.center})
         self.keep = {
-            size: draw_plan(setup.rows, (size, size), prob=0.0, step=0, device=self.world.device)
+            size: draw_plan(setup.rows, view_size(size), prob=0.0, step=0, device=self.world.device)
             for size in {px, config.local_px}
         }
         self.clean, self.source, self.pair = (
             weights.to(self.world.device) for weights in pair_weights(self.crops, config.mix_weight)
         )
         self.means: list[Tensor] = []
-        self.last: tuple[Plan, At] | None = None
+        self.last: tuple[Plan, At, Valid | None] | None = None
 
     @staticmethod
     def backbone_options(config: DINOConfig) -> dict[str, Any]:
@@ -324,7 +336,7 @@ class DINO:
             config.local_crops_scale,
             data.blur,
         )
-        return [replace(recipe, gray_prob=data.gray_prob) for recipe in recipes]
+        return [with_colours(recipe, data) for recipe in recipes]
 
     def plan(self, at: At) -> Plan:
         """Decide, from (seed, step) alone, what is mixed with what."""
@@ -348,8 +360,14 @@ class DINO:
             px=self._px(crop),
         )
 
-    def _px(self, crop: int) -> int:
+    def _px(self, crop: int) -> Size:
         return self.setup.data.image_px if crop < 2 else self.config.local_px
+
+    def without_lost(self, plan: Plan, batch: Batch) -> Plan:
+        """Every mix without them."""
+        flip = self.config.flip == "global"
+        student = {crop: keep_lost(p, batch, self.world, global_flip=flip) for crop, p in plan.student.items()}
+        return Plan(student, tuple(keep_lost(p, batch, self.world, global_flip=flip) for p in plan.teacher))
 
     def mix(self, batch: Batch, plan: Plan) -> Images:
         """(N, 3, H, W) uint8 views -> what student and teacher see; a global view and its mixed twin from one read."""
@@ -370,7 +388,7 @@ class DINO:
         data, rows = self.setup.data, self.setup.rows
         px = self._px(crops[0])
         images = torch.empty(
-            (len(views) * rows, 3, px, px),
+            (len(views) * rows, views[0].shape[1], *view_size(px)),
             dtype=self.setup.dtype,
             device=views[0].device,
             memory_format=torch.channels_last,
@@ -400,16 +418,29 @@ class DINO:
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:
         """DINO's loss on the clean crops, and Eq. 7 and 8 on the mixed ones, as one pass over the logits."""
-        total, mean = self.compare(features, plan, at, *self.weights(plan))
+        valid = valid_of(batch, self.world)
+        total, mean = self.compare(features, plan, at, *self.weights(plan), valid)
         self.means = [*(self.means if at.part else []), mean]
-        self.last = plan, at
+        self.last = plan, at, valid
         return Loss(total, {})
 
     def compare(
-        self, features: Features, plan: Plan, at: At, own: Tensor, other: Tensor | None
+        self,
+        features: Features,
+        plan: Plan,
+        at: At,
+        own: Tensor,
+        other: Tensor | None,
+        valid: Valid | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The cross-entropies with these weights, summed; and the (K,) mean of the teacher's logits of clean views."""
+        """The cross-entropies with these weights, summed; and the (K,) mean of the teacher's logits of clean views.
+
+        With `valid`, both are this rank's share of means over the valid rows of all ranks.
+        """
         teacher = features.teacher
+        if valid is not None:
+            counts = valid.rows * (valid.share * len(valid.rows))
+            own, other = own * counts, None if other is None else other * counts
         mixed = next(iter(plan.student.values()), None) if other is not None else None
         if other is not None and self.config.flip == "global":
             # What the partner's teacher says is on the rank at the other end, in reversed order.
@@ -427,6 +458,8 @@ class DINO:
             teacher_temperature=teacher_temperature(at, self.config),
             teacher_mean=[0, 1],
         )
+        if valid is not None:
+            mean = valid.mean(features.teacher[:2].to(mean.dtype).mean(dim=0).T)
         return total, mean
 
     def weights(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -442,9 +475,9 @@ class DINO:
         first = plan.student[self.crops.mixed[0]]  # all crops of a size have the same lam, their boxes are as large
         source, pair = first.source_target().weight, first.pair_target(other=plan.teacher[0]).weight
         if self.config.source_weight == "static":
-            source = torch.full_like(source, 0.5)
+            source = half_unless_kept(source, first)
         if self.config.pair_weight == "static":
-            pair = torch.full_like(pair, 0.5)
+            pair = half_unless_kept(pair, first)
         from_source, from_pair = self.source[..., None], self.pair[..., None]
         return (from_source * source, from_source * (1 - source)), (from_pair * pair, from_pair * (1 - pair))
 
@@ -481,13 +514,13 @@ class DINO:
         """
         if self.last is None or self.teacher.seen is None:
             return {}
-        plan, at = self.last
+        plan, at, valid = self.last
         terms = {}
         if plan.student:
             sources, pairs = self.mixed_weights(plan)
             clean = self.clean[..., None].expand(-1, -1, self.setup.rows)
             parts = {"loss_clean": (clean, None), "loss_source": sources, "loss_mixed": pairs}
-            terms = {name: self.compare(features, plan, at, *weights)[0] for name, weights in parts.items()}
+            terms = {name: self.compare(features, plan, at, *weights, valid)[0] for name, weights in parts.items()}
         logits = (features.teacher[:2].float() - self.center.value) / teacher_temperature(at, self.config)
         entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
         return {**terms, "teacher_entropy": entropy, **spread_of(self.teacher.seen)}

@@ -86,20 +86,20 @@ class IMix(Contrast):
 
 def draw_mix(config: IMixConfig, setup: Setup, at: At, view: int) -> MixPlan:
     """The plan of a view's mixing; views share partners and lam."""
-    px, one_lam = setup.data.image_px, config.rule == "cutmix"
+    size, one_lam = setup.data.size_px, config.rule == "cutmix"
     lam = draw_rows(setup, at, LAM_STREAM, lambda numbers, rows: folded_beta(numbers, config.alpha, rows, one_lam))
     box = None
     if config.rule == "cutmix":
 
         def draw(numbers: np.random.Generator, rows: int) -> np.ndarray:
             everywhere = np.full(rows, int(Rule.CUTMIX), np.uint8)
-            return draw_boxes(numbers, everywhere, np.full(rows, lam[0]), (0.0, 1.0), (px, px), clip=False)
+            return draw_boxes(numbers, everywhere, np.full(rows, lam[0]), (0.0, 1.0), size, clip=False)
 
         box = torch.from_numpy(draw_rows(setup, at, BOX_STREAM + view, draw).copy())
     return make_plan(
         config.rule,
         torch.from_numpy(lam.astype(np.float32)),
-        (px, px),
+        size,
         box=box,
         partner=draw_partners(setup, at, PARTNER_STREAM),
         device=setup.world.device,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdmp_kernels import MixPlan
+from sdmp_kernels.views import Size
 
 from ..data import Batch, ViewRecipe
 from ..distributed import World
@@ -64,6 +65,18 @@ class Loss(NamedTuple):
     """Other numbers worth logging, detached, under their own names."""
 
 
+def mean_of(losses: Sequence[Loss]) -> Loss:
+    """The mean of every number over the batches of a step."""
+    if len(losses) == 1:
+        return losses[0]
+
+    def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+    total = torch.stack([loss.total for loss in losses]).mean()
+    return Loss(total, mean([loss.terms for loss in losses]), mean([loss.facts for loss in losses]))
+
+
 class Group(NamedTuple):
     """Parameters that the optimiser treats alike; those that need no gradient are left out."""
 
@@ -77,7 +90,7 @@ class Group(NamedTuple):
 class Pass(NamedTuple):
     """An image that goes through the backbone, for every image of a batch."""
 
-    px: int
+    px: Size
     trained: bool
     """Whether gradients go back through it."""
 
@@ -134,6 +147,10 @@ class Method(Protocol):
 
     def plan(self, at: At) -> Any:
         """What is mixed with what, from the seed and `at` alone."""
+
+    def without_lost(self, plan: Any, batch: Batch) -> Any:
+        """The plan for a batch of which some rows, by `batch.all_valid`, are no images: nothing of them comes into
+        another row. Their own rows then have no part in the loss."""
 
     def mix(self, batch: Batch, plan: Any) -> Any:
         """(N, 3, H, W) uint8 views -> the images that the encoders see."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdmp_kernels import MixPlan, draw_plan
+from sdmp_kernels import MixPlan, Rule, draw_plan
+from sdmp_kernels.views import Size, view_size
 
-from ..distributed import mirror_rank
-from ..settings import between, near, require
+from ..data import Batch, ViewRecipe
+from ..distributed import World, mirror_rank
+from ..settings import DataConfig, between, near, require
 from .method import At, Setup
 
 Flip = Literal["local", "global"]
@@ -66,21 +68,21 @@ def draw_batch_plan(
     prob: float = 1.0,
     shared_lam: bool = False,
     flip: Flip = "local",
-    px: int | None = None,
+    px: Size | None = None,
 ) -> MixPlan:
     """This rank's rows of the plan that (seed, step) fixes for the whole step; `view` moves the boxes alone.
 
     Where gradients accumulate, the batches of a step share its rule and have their own rows of its plan; a global flip
     is that of the batch over all ranks, since its keys and images are those of that batch.
 
-    `px`: side of the view, which decides how fine a box can be; default the run's `image_px`.
+    `px`: side of the view, or height and width, which decides how fine a box can be; default the run's `image_px`.
     """
-    world, px = setup.world, px or setup.data.image_px
+    world, size = setup.world, view_size(px or setup.data.image_px)
 
     def draw(rank: int, flip: Flip) -> MixPlan:
         return draw_plan(
             setup.rows,
-            (px, px),
+            size,
             rules=rules,
             alpha=alpha,
             per=per,
@@ -100,6 +102,55 @@ def draw_batch_plan(
     # draw_plan flips all rows of the step, which would pair the first batch with the last.
     partners = draw(mirror_rank(world), "local")
     return replace(draw(world.rank, "local"), partner_lam=partners.lam.flip(0))
+
+
+def with_colours(recipe: ViewRecipe, data: DataConfig) -> ViewRecipe:
+    """The recipe with the chance of grey that the settings ask for; what means nothing without colours is left out.
+
+    Brightness and contrast stay, for any number of channels; so do flip, blur and solarise.
+    """
+    if data.channels in (1, 3):
+        return replace(recipe, gray_prob=data.gray_prob)
+    return replace(recipe, gray_prob=0.0, jitter=(*recipe.jitter[:2], 0.0, 0.0))
+
+
+class Valid(NamedTuple):
+    """Which rows are images, and what one of them counts in a mean over those of all ranks."""
+
+    rows: Tensor
+    """(N,) bool on the device: this rank's."""
+    all_rows: Tensor
+    """(M,) bool on the device: those of all ranks, in rank order."""
+    share: float
+    """Ranks / valid rows of all ranks, since the ranks' gradients are averaged; NaN, a step that changes nothing, where
+    no row is valid."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(..., N) -> (...): this rank's share of the mean over the valid rows of all ranks."""
+        return torch.where(self.rows, values, 0.0).sum(dim=-1) * self.share
+
+
+def valid_of(batch: Batch, world: World) -> Valid | None:
+    """None where all rows are images."""
+    if batch.all_valid is None:
+        return None
+    count = int(batch.all_valid.sum())
+    share = world.size / count if count else float("nan")
+    rows, all_rows = (flags.to(world.device, non_blocking=True) for flags in (batch.valid, batch.all_valid))
+    return Valid(rows, all_rows, share)
+
+
+def keep_lost(plan: MixPlan, batch: Batch, world: World, *, global_flip: bool = False) -> MixPlan:
+    """The plan with the rows that are no images, and those that have one of them as partner, kept as they are."""
+    if batch.all_valid is None:
+        return plan
+    lost = (~batch.all_valid).to(plan.device, non_blocking=True).view(world.size, -1)
+    return plan.keeping(lost[world.rank], lost[mirror_rank(world)] if global_flip else None)
+
+
+def half_unless_kept(weight: Tensor, plan: MixPlan) -> Tensor:
+    """The static weight of Table 6, 1/2, but all of it for a row that is not mixed."""
+    return torch.where(plan.rule == int(Rule.KEEP), 1.0, torch.full_like(weight, 0.5))
 
 
 def examples_of_rules(

@@ -39,7 +39,7 @@ from ..flags import arg
 from ..settings import DataConfig, between, require
 from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
 from .method import At, Pass, Setup
-from .mixing import generator, place_of
+from .mixing import Valid, generator, place_of
 
 PAIR_STREAM = 2**59
 TERMS = (Term("hard", "a", "b", 1.0), Term("hard", "b", "a", 1.0))
@@ -66,6 +66,10 @@ class MoCHiConfig(ContrastConfig):
         require(self.mixed >= 0, "mochi_mixed", self.mixed, "0 or more")
         require(self.query_mixed >= 0, "mochi_query_mixed", self.query_mixed, "0 or more")
         between("mochi_warmup_epochs", self.warmup, 0, 1e9)
+
+
+NOWHERE = -1e6
+"""A similarity that counts for nothing at any temperature: exp of it is 0."""
 
 
 class Draws(NamedTuple):
@@ -111,25 +115,47 @@ class MoCHi(Contrast):
         return self.keep.source_target(self.offset)
 
     def compare(
-        self, query: Tensor, keys: list[Tensor], targets: list[TwoHot], weights: list[float], at: At
+        self,
+        query: Tensor,
+        keys: list[Tensor],
+        targets: list[TwoHot],
+        weights: list[float],
+        at: At,
+        valid: Valid | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """MoCo v3's during the first epochs; then with synthetic negatives behind the keys, in float32 at least."""
         if at.epoch < self.config.warmup:
-            return super().compare(query, keys, targets, weights, at)
+            return super().compare(query, keys, targets, weights, at, valid)
         wide = torch.promote_types(query.dtype, torch.float32)
         losses = []
         for key, target in zip(keys, targets, strict=True):
-            similarities = torch.cat(self.similarities(query.to(wide), key.to(wide), target.first, at), dim=1)
-            losses.append(soft_cross_entropy(similarities / self.temperature, target))
+            found = self.similarities(query.to(wide), key.to(wide), target.first, at, valid)
+            logits = torch.cat(found, dim=1) / self.temperature
+            if valid is None:
+                losses.append(soft_cross_entropy(logits, target))
+            else:
+                losses.append(valid.mean(soft_cross_entropy(logits, target, reduction="none")))
         return weighted_sum(losses, weights)
 
-    def similarities(self, query: Tensor, key: Tensor, own: Tensor, at: At) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, M) of queries and keys; (N, S) and (N, S') of queries and their synthetic negatives."""
+    def similarities(
+        self, query: Tensor, key: Tensor, own: Tensor, at: At, valid: Valid | None = None
+    ) -> tuple[Tensor, ...]:
+        """(N, M) of queries and keys; (N, S) and (N, S') of queries and their synthetic negatives.
+
+        Keys that are no images are nobody's: as similar as nothing is, and never hard.
+        """
         known = query @ key.T
-        count = min(self.config.hard, len(key) - 1)
         others = known.detach().scatter(1, own[:, None], -torch.inf)
+        keys, near = len(key), known
+        if valid is not None:
+            keys = round(self.world.size / valid.share) if valid.share == valid.share else 0
+            others = others.masked_fill(~valid.all_rows, -torch.inf)
+            near = known.masked_fill(~valid.all_rows, NOWHERE)
+        count = min(self.config.hard, keys - 1)
+        if count < 1:
+            return (near,)  # no other image, so no negative
         hard = others.topk(count, dim=1).indices
-        return known, *synthetic(query, known, key, hard, self.draws(at, count))
+        return near, *synthetic(query, known, key, hard, self.draws(at, count))
 
     def draws(self, at: At, count: int) -> Draws:
         """Out of `count` hard negatives each, from (seed, step, rank) alone, on the device."""

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from sdmp_kernels import MixPlan, TwoHot
@@ -23,7 +22,7 @@ from ..flags import arg
 from ..settings import DataConfig, between
 from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
 from .method import At, Pass, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules, generator
+from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules, generator, half_unless_kept
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
 SWAP_STREAM = 2**62
@@ -127,7 +126,7 @@ class MoCoV3(Contrast):
         else:
             target = mixed.pair_target(offset, partner_offset, other=plan.mixes[term.key[0]])
             static = self.config.pair_weight == "static"
-        return target._replace(weight=torch.full_like(target.weight, 0.5)) if static else target
+        return target._replace(weight=half_unless_kept(target.weight, mixed)) if static else target
 
     def example(self, batch: Batch) -> list[tuple[str, Tensor, MixPlan]]:
         """The first view, mixed by each rule in turn."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -25,7 +25,7 @@ from ..models import feature_width
 from ..settings import ConfigError, DataConfig, between
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules
+from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules, keep_lost, valid_of, with_colours
 
 HEAD_STD = 0.01
 
@@ -116,7 +116,7 @@ class Supervised:
     def views(self, at: At) -> list[ViewRecipe]:
         """One random crop, flipped or not; grey as often as the data settings say."""
         data = self.setup.data
-        return [replace(crop_flip_view(data.image_px, data.crop_min_frac), gray_prob=data.gray_prob)]
+        return [with_colours(crop_flip_view(data.image_px, data.crop_min_frac), data)]
 
     def plan(self, at: At) -> MixPlan:
         """What is mixed with what."""
@@ -124,6 +124,10 @@ class Supervised:
         return draw_batch_plan(
             self.setup, at, 0, rules=config.rules, alpha=config.alpha, per=config.per, prob=config.prob
         )
+
+    def without_lost(self, plan: MixPlan, batch: Batch) -> MixPlan:
+        """The same without them."""
+        return keep_lost(plan, batch, self.setup.world)
 
     def mix(self, batch: Batch, plan: MixPlan) -> Tensor:
         """(N, 3, H, W) uint8 view -> the mixed, normalised images."""
@@ -139,10 +143,14 @@ class Supervised:
     def loss(self, features: Tensor, plan: MixPlan, batch: Batch, at: At) -> Loss:
         """Soft cross-entropy on the labels mixed as the pixels were; `top1`: the weight of the label guessed."""
         target = plan.label_target(batch.labels.to(features.device, non_blocking=True))
-        loss = soft_cross_entropy(features.float(), target, label_smoothing=self.config.label_smoothing)
+        smoothing, valid = self.config.label_smoothing, valid_of(batch, self.setup.world)
         guess = features.detach().argmax(dim=1)
         right = target.weight * (guess == target.first) + (1 - target.weight) * (guess == target.second)
-        return Loss(loss, {}, {"top1": right.mean()})
+        if valid is None:
+            loss = soft_cross_entropy(features.float(), target, label_smoothing=smoothing)
+            return Loss(loss, {}, {"top1": right.mean()})
+        losses = soft_cross_entropy(features.float(), target, label_smoothing=smoothing, reduction="none")
+        return Loss(valid.mean(losses), {}, {"top1": valid.mean(right)})
 
     def groups(self) -> list[Group]:
         """Norms and biases do not decay (DeiT)."""

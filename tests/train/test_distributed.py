@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny_runs import as_batch, build_training, random_views, with_mixing
+from tiny_runs import Spy, as_batch, build_training, random_views, with_mixing
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import MixPlan, make_plan
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
-from sdmp_train.data import Batch
+from sdmp_train.data import BadFile, Batch
 from sdmp_train.distributed import (
     SyncBatchNorm,
     World,
@@ -33,6 +33,7 @@ from sdmp_train.distributed import (
 )
 from sdmp_train.guard import FAILED, StopRequest
 from sdmp_train.loop import step
+from sdmp_train.lost import LostImages
 from sdmp_train.methods import dino
 from sdmp_train.methods.contrast import Features, Plan
 from sdmp_train.methods.dacl import DACLConfig
@@ -90,8 +91,26 @@ def as_two_ranks(method: Any) -> None:
         method.draws = lambda at, count: Draws(*map(torch.cat, zip(*in_turn(lambda: draws(at, count)), strict=True)))
 
 
+def told(views: tuple[torch.Tensor, ...], world: World, lost: Sequence[int]) -> Batch:
+    """This rank's batch, of which some rows of the global batch are no images, and every rank knows."""
+    batch, first = as_batch(views), world.rank * len(views[0])
+    here = [row - first for row in lost if 0 <= row - first < len(views[0])]
+    valid = batch.valid.index_fill(0, torch.tensor(here, dtype=torch.int64), False)
+    files = tuple(BadFile(f"{row + first}.jpg", "is cut") for row in here)
+    log = Spy()
+    told = LostImages(world, 4, limit=1.0).agree(replace(batch, valid=valid, bad=files), 2, log)
+    named = [line.rpartition(": ")[2] for line in log.lines]
+    assert named == [f"'{row}.jpg' is cut" for row in lost], named
+    return told
+
+
 def one_step(
-    config: Config, world: World, poisoned: bool = False, failing: bool = False, like_two: bool = False
+    config: Config,
+    world: World,
+    poisoned: bool = False,
+    failing: bool = False,
+    like_two: bool = False,
+    lost: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """A step on this rank's rows of the same noise; weights, statistics and the loss averaged over ranks."""
     torch.set_default_dtype(torch.float64)
@@ -108,7 +127,7 @@ def one_step(
     stop = StopRequest()
     if failing and world.rank == 1:
         stop.failure = OSError("no batch")
-    made = step(training, [as_batch(views)], stop)
+    made = step(training, [told(views, world, lost)], stop)
     state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, state[k]) for k, v in before.items()))
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
@@ -137,7 +156,7 @@ def dino_config(config: Config, flip: str) -> Config:
 
 
 def dino_step(
-    config: Config, flip: str, world: World, poisoned: bool = False, like_two: bool = False
+    config: Config, flip: str, world: World, poisoned: bool = False, like_two: bool = False, lost: Sequence[int] = ()
 ) -> dict[str, torch.Tensor]:
     """A step of DINO on this rank's rows of the same noise, as `one_step`."""
     config = dino_config(config, flip)
@@ -162,7 +181,7 @@ def dino_step(
     rows = method.setup.rows
     views = tuple(v[world.rank * rows : (world.rank + 1) * rows] for v in random_views(config))
     before = {k: v.clone() for k, v in method.state.state_dict().items()}
-    made = step(training, [as_batch(views)], StopRequest())
+    made = step(training, [told(views, world, lost)], StopRequest())
     state = {k: v.clone() for k, v in method.state.state_dict().items()}
     state["unchanged"] = torch.tensor(all(torch.equal(v, state[k]) for k, v in before.items()))
     return {**state, "flags": made.flags, "loss": reduce_mean(made.loss.total.clone(), world)}
@@ -180,6 +199,10 @@ LOCAL: dict[str, Any] = {
     "mochi": MoCHiConfig(**HEADS, hard=4, mixed=6, query_mixed=3, warmup=0),
 }
 """Methods whose partners are those of a rank: variants of MoCo v3 + SDMP, and other settings."""
+
+
+LOST = (6,)
+"""The row of the global batch that is no image, on rank 1."""
 
 
 def of_kind(config: Config, kind: str) -> Config:
@@ -212,6 +235,12 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "mirrored": {variant: one_step(flipped(config, variant), world) for variant in VARIANTS},
             "local": {kind: one_step(of_kind(config, kind), world) for kind in LOCAL},
             "dino": {flip: dino_step(config, flip, world) for flip in ("local", "global")},
+            "lost": {
+                "plain": one_step(config, world, lost=LOST),
+                "mirrored": one_step(flipped(config, "replace"), world, lost=LOST),
+                **{kind: one_step(of_kind(config, kind), world, lost=LOST) for kind in LOCAL},
+                **{f"dino {flip}": dino_step(config, flip, world, lost=LOST) for flip in ("local", "global")},
+            },
             "exchanged": mirror_images(torch.full((2, 3, 4, 4), rank, dtype=torch.uint8), world),
             "gathered": gather_rows(torch.full((2, 3), float(rank)), world),
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
@@ -327,6 +356,23 @@ def test_two_ranks_make_the_step_of_one(two_ranks):
         assert not rank["honest"]["unchanged"]
         for name, expected in alone.items():
             torch.testing.assert_close(rank["honest"][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mirrored", "dino local", "dino global", *LOCAL])
+def test_a_row_lost_on_one_rank_is_lost_on_all(two_ranks, kind: str):
+    """The step of two ranks, of which one has lost a row, is that of one process that has lost it."""
+    config, ranks = two_ranks
+    alone, name = World(torch.device("cpu")), kind.split()[-1]
+    if kind.startswith("dino"):
+        expected = dino_step(config, name, alone, like_two=name == "local", lost=LOST)
+    elif kind in LOCAL:
+        expected = one_step(of_kind(config, kind), alone, like_two=True, lost=LOST)
+    else:
+        expected = one_step(config if kind == "plain" else flipped(config, "replace"), alone, lost=LOST)
+    for rank in ranks:
+        assert not rank["lost"][kind]["unchanged"]
+        for part, value in expected.items():
+            torch.testing.assert_close(rank["lost"][kind][part], value, rtol=1e-4, atol=1e-7, msg=part)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -70,7 +70,7 @@ def test_every_setting_that_matters_says_where_it_comes_from(name: str):
     settings = dict(flatten(preset.config))
     assert set(preset.origins) <= set(settings), "a source is given for a setting that does not exist"
     matter = {key for key, value in settings.items() if not unused(key, value, preset.config)}
-    assert matter - set(preset.origins) <= {"method.name", "data.loader", "optim.clip_mode"}
+    assert matter - set(preset.origins) <= {"method.name", "data.channels", "data.loader", "optim.clip_mode"}
 
 
 def test_what_a_row_changes_is_said_to_be_the_rows():

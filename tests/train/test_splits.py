@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdmp_train.commands import verify_folder
 from sdmp_train.config import Config, ConfigError, DataConfig, OptimConfig
 from sdmp_train.data import DataError
 from sdmp_train.evaluate.command import labelled_images
 from sdmp_train.splits import describe_split, measured_images, open_images, reporting
+from sdmp_train.verify import verify_data
 
 CLASSES = ("bébé", "cat", "dog")
 COUNT = 5
@@ -257,7 +257,7 @@ def test_verify_refuses_where_nothing_is_an_image(root: Path) -> None:
     for path in (root / "train").rglob("*.png"):
         path.write_text("x")
     with pytest.raises(DataError, match=r"15 of 15 files .*") as caught:
-        verify_folder(str(root / "train"))
+        verify_data(str(root / "train"))
     assert caught.value.exit_code == 2
 
 
@@ -265,5 +265,5 @@ def test_verify_names_a_class_that_would_vanish(root: Path, capsys: pytest.Captu
     (root / "train" / "fig").mkdir()
     (root / "train" / "fig" / "1.heic").write_bytes(b"x")
     with pytest.raises(DataError, match=r"'fig' holds no usable image, only 1 \.heic"):
-        verify_folder(str(root / "train"))
+        verify_data(str(root / "train"))
     assert "1 files passed over: 1 .heic (in fig)" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_few_images_are_not_worth_a_measurement(index: Index, monkeypatch) -> No
 
 def test_without_dali_there_is_nothing_to_measure(index: Index, monkeypatch) -> None:
     monkeypatch.setattr(choice, "images_per_second", None)
-    monkeypatch.setattr(choice, "dali_missing", lambda device: "no DALI here")
+    monkeypatch.setattr(choice, "dali_missing", lambda device, channels: "no DALI here")
     with opened(index, steps=10**6) as loader:
         assert (loader.name, loader.why) == ("torchvision", "no DALI here; Pillow decodes on the CPU")
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 import sdmp_train.data.index as index_module
 from sdmp_train.data import DataError, Index, TooManyBadFiles, open_folder
-from sdmp_train.data.images import MAX_PIXELS, decode_rgb, read_size
+from sdmp_train.data.channels import decode, size_of
+from sdmp_train.data.images import MAX_PIXELS, decode_rgb
 from sdmp_train.data.index import find_bad
 from sdmp_train.text import printable
 
@@ -329,11 +330,11 @@ def test_pixel_limit(own: Path, cache: Path) -> None:
 def test_second_opening_reads_only_what_changed(own: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def spy(path: str, max_pixels: int) -> tuple[int, int]:
+    def spy(path: str, channels: int, max_pixels: int) -> tuple[int, int]:
         read.append(os.path.basename(path))
-        return read_size(path, max_pixels)
+        return size_of(path, channels, max_pixels)
 
-    monkeypatch.setattr(index_module, "read_size", spy)
+    monkeypatch.setattr(index_module, "size_of", spy)
     first = open_folder(own, cache_dir=cache)
     assert len(read) == 30
     read.clear()
@@ -354,11 +355,11 @@ def test_second_opening_reads_only_what_changed(own: Path, cache: Path, monkeypa
 def test_decode_check_is_remembered(own: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
-    def spy(path: str) -> Image.Image:
+    def spy(path: str, channels: int) -> Image.Image:
         decoded.append(path)
-        return decode_rgb(path)
+        return decode(path, channels)
 
-    monkeypatch.setattr(index_module, "decode_rgb", spy)
+    monkeypatch.setattr(index_module, "decode", spy)
     open_folder(own, cache_dir=cache)
     assert decoded == []
     open_folder(own, check="decode", cache_dir=cache)
@@ -480,12 +481,12 @@ def test_one_process_at_a_time_decodes_and_the_next_finds_its_work(
 ) -> None:
     decoded: list[str] = []
 
-    def slow(path: str) -> Image.Image:
+    def slow(path: str, channels: int) -> Image.Image:
         decoded.append(path)
         time.sleep(0.01)
-        return decode_rgb(path)
+        return decode(path, channels)
 
-    monkeypatch.setattr(index_module, "decode_rgb", slow)
+    monkeypatch.setattr(index_module, "decode", slow)
     with ThreadPoolExecutor(3) as pool:
         found = [pool.submit(open_folder, own, check="decode", cache_dir=cache, workers=1) for _ in range(3)]
         assert [len(future.result()) for future in found] == [30, 30, 30]
