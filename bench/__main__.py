@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
     gpu.add_argument("--json", type=Path, help="where the results go (default bench/results/<gpu>-<date>.json)")
+    gpu.add_argument("--part", choices=("proof",), help="proof: every stage, and `tune` of the contrastive loss")
     gpu.add_argument("--stages", help="only these stages, separated by commas")
     tune = commands.add_parser("tune", help="measure launch tables")
     tune.add_argument("--op", action="append", help="only this op (may be given more than once)")

@@ -48,9 +48,9 @@ def settings(device: torch.device, size: str) -> Iterator[Setting]:
         return
     yield contrast(n=32768, width=256, dtype=bf16)
     yield contrast(n=1024, width=256, dtype=bf16, terms=2)
-    yield distil(n=64, columns=65536, dtype=bf16)
-    yield given(n=8192, columns=65536, dtype=bf16)
     yield contrast(n=4096, width=256, dtype=bf16, terms=2)
+    yield given(n=8192, columns=65536, dtype=bf16)
+    yield distil(n=64, columns=65536, dtype=bf16)
     yield contrast(n=32768, width=256, dtype=bf16, key_grad=True)
     yield given(n=8192, columns=65536, dtype=bf16, forward=True)
     yield contrast(n=8192, width=256, dtype=bf16)

@@ -94,6 +94,25 @@ def test_a_stage_that_hangs_is_ended(tmp_path):
     assert state.child(sys.executable, "-c", "raise SystemExit(3)", seconds=60) == 3
 
 
+def test_the_proof_tunes_after_it_has_timed(tmp_path, monkeypatch):
+    names = [stage.name for stage in gpu.PROOF]
+    assert names.index("losses") < names.index("step") < names.index("tune") < names.index("sanitizer")
+    assert set(names) == {stage.name for stage in gpu.STAGES} | {"tune"}
+    state = gpu.Run(tmp_path / "x.json", "cpu", True, ends=0.0)
+    calls = []
+    codes = iter([0, 1, None])
+
+    def child(*words, seconds):
+        calls.append(words)
+        return next(codes)
+
+    monkeypatch.setattr(state, "child", child)
+    for status in ("passed", "failed", "out of time"):
+        gpu.tune_losses(state, 60.0)
+        assert json.loads(state.path.read_text())["checks"]["tune info_nce"]["status"] == status
+    assert calls[0][1:] == ("-m", "bench", "tune", "--op", "info_nce", "--dry-run")
+
+
 PARENT = """
 import pathlib, signal, sys, time
 from bench import gpu, matrix
