@@ -314,7 +314,7 @@ def test_the_loader_that_ran_is_stored_and_another_one_stops_a_resume(
     tiny: Config, tmp_path: Path, monkeypatch, capsys
 ):
     config = replace(tiny, data=replace(tiny.data, loader="auto"))
-    monkeypatch.setattr("sdmp_train.data.choice.dali_missing", lambda device: "there is no DALI here")
+    monkeypatch.setattr("sdmp_train.data.choice.dali_missing", lambda *_: "there is no DALI here")
     path = stopped(config, tmp_path / "run")
     assert stored_config(tmp_path / "run").data.loader == "torchvision"
     assert json.loads((path / "state.json").read_text())["config"]["data"]["loader"] == "torchvision"

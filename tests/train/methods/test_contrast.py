@@ -82,7 +82,8 @@ def test_features_are_bf16_under_bf16_precision_and_the_loss_is_near_that_of_flo
     )
     near = Features(*({name: t.bfloat16() for name, t in part.items()} for part in exact))
     total = sum(term.weight for term in method.terms)
-    losses = [method.loss(given, plan, None, at_step(1)) for given in (features, single, near, exact)]
+    batch = as_batch(random_views(config))
+    losses = [method.loss(given, plan, batch, at_step(1)) for given in (features, single, near, exact)]
     # The products themselves are exact, and added up in float32: only the rounding of the features counts.
     assert abs(float(losses[0].total - losses[1].total)) <= 1e-6 * total
     assert abs(float(losses[2].total - losses[3].total)) <= WORST * total
@@ -103,7 +104,7 @@ def test_one_call_per_query_with_an_upstream_factor_of_one(tiny: Config, monkeyp
         return loss, terms
 
     monkeypatch.setattr(contrast, "info_nce", watched)
-    loss = method.loss(features, plan, None, at_step(1))
+    loss = method.loss(features, plan, as_batch(random_views(tiny)), at_step(1))
     loss.total.backward()
     assert factors == [1.0] * len(features.queries)
     temperature, total = method.temperature, 0.0
