@@ -20,8 +20,9 @@ from sdmp_kernels.ops.losses import full_precision
 _FEW_PRODUCTS = 2**16
 _FEW_LOGITS = 2**12
 
-# Rows and columns of a block of products: 1 MiB. From twice the columns on, blocks are worth their calls.
-_BLOCK = (256, 1024)
+# Rows of every thread, and columns, of a block of products: 2 MiB a thread. From twice the columns on, blocks are worth
+# their calls.
+_BLOCK = (512, 1024)
 # Logits that no row may exceed, either way, for exponentials below a bound: the least is e^-80, a normal number.
 _BOUND = 40.0
 
@@ -96,7 +97,7 @@ def _blocks(
     """As `_rows`, block of columns by block of columns."""
     q, k = operands.q, operands.k
     gain, count = float(operands.gain), len(k)
-    rows, columns = min(len(q), _BLOCK[0]), _BLOCK[1]
+    rows, columns = min(len(q), _BLOCK[0] * torch.get_num_threads()), _BLOCK[1]
     buffer = q.new_empty(rows * columns)
     for start in range(0, len(q), rows):
         chosen = slice(start, min(start + rows, len(q)))
