@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sdmp_kernels import FlatImages, augment
 
@@ -107,34 +106,17 @@ class Images:
             for found in pool.map(partial(self._decode, source), firsts):
                 self.lost |= found
 
-    def take(self, rows: NDArray[np.int64]) -> Tensor | list[Tensor] | FlatImages:
-        """Images of rows: on a GPU (N, C, H, W) in one batch where all of the set are of one size, else the buffer and
-        where in it they lie; on a CPU each (H, W, C). Only the batch is a copy.
-        """
-        if self.pixels.is_cuda and self._one_size:
-            stacked = self.pixels.view(-1, int(self._heights[0]), int(self._widths[0]), self._channels)
-            chosen = torch.from_numpy(rows.astype(np.int64)).to(self.pixels.device, non_blocking=True)
-            return stacked.index_select(0, chosen).permute(0, 3, 1, 2)
-        if self.pixels.is_cuda:
-            offsets, heights, widths = (
-                torch.from_numpy(table).to(self.pixels.device, non_blocking=True)
-                for table in (
-                    self.offsets[rows],
-                    self._heights[rows].astype(np.int32),
-                    self._widths[rows].astype(np.int32),
-                )
+    def take(self, rows: NDArray[np.int64]) -> FlatImages:
+        """Images of rows: the buffer, and where in it they lie. No pixel is copied."""
+        offsets, heights, widths = (
+            torch.from_numpy(table).to(self.pixels.device, non_blocking=True)
+            for table in (
+                self.offsets[rows],
+                self._heights[rows].astype(np.int32),
+                self._widths[rows].astype(np.int32),
             )
-            return FlatImages(self.pixels, offsets, heights, widths)
-        return [
-            self.pixels[self.offsets[row] : self.offsets[row + 1]].view(
-                int(self._heights[row]), int(self._widths[row]), self._channels
-            )
-            for row in rows.tolist()
-        ]
-
-    @property
-    def _one_size(self) -> bool:
-        return bool((self._heights == self._heights[0]).all() and (self._widths == self._widths[0]).all())
+        )
+        return FlatImages(self.pixels, offsets, heights, widths, self._channels)
 
     def _decode(self, source: Source, first: int) -> dict[int, BadFile]:
         """Decode the chunk that begins with row `first` into its place; returns the damaged files."""

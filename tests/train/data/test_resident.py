@@ -40,7 +40,7 @@ def test_the_bytes_are_those_of_decoding_anew(index: Index, recipes: Sequence[Vi
 def test_images_lie_one_after_another(index: Index) -> None:
     images = resident.Images(index, CPU, 3)
     assert len(images.pixels) == images.offsets[-1] == sum(3 * index.heights.astype(int) * index.widths)
-    for row, image in enumerate(images.take(np.arange(len(index)))):
+    for row, image in enumerate(images.take(np.arange(len(index))).unbind()):
         assert image.data_ptr() == images.pixels.data_ptr() + images.offsets[row]
         np.testing.assert_array_equal(image.numpy(), np.asarray(decode_rgb(index.path(row))))
 
