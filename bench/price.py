@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from bench import environment
-from bench.step import as_batch, make_training, one_step
-from sdmp_kernels.views import view_size
+from bench.step import make_training, one_step
 
 BLOCKS = 20
 METHODS = {"mocov3": "quickstart", "dino": "quickstart-dino"}
@@ -80,15 +79,12 @@ def config_of(method: str, batch_size: int) -> Any:
 
 def step_of(method: str, mixing: str, batch_size: int) -> Callable[[], Any]:
     """A step of the trainer's own on views that lie there."""
+    from sdmp_train.pace import noise
+
     config = config_of(method, batch_size)
     config = replace(config, method=replace(config.method, mixing=mixing))
     training = make_training(config, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    views = tuple(
-        torch.randint(0, 256, (batch_size, 3, *view_size(recipe.size_px)), dtype=torch.uint8, generator=generator)
-        for recipe in training.method.views(training.at)
-    )
-    batch = as_batch(tuple(view.contiguous(memory_format=torch.channels_last) for view in views))
+    batch = noise(training, batch_size, classes=0)
     return lambda: one_step(training, batch)
 
 

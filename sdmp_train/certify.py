@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import Batch, DataError, Index, Loader
+from .data import Batch, DataError, Index, Loader, cores
 from .durable import write_durably
 from .guard import StopRequest
 from .loop import step
@@ -223,11 +223,6 @@ def wait(device: torch.device) -> None:
     """Until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy_seconds() -> float:

@@ -102,8 +102,8 @@ class DataConfig:
             require(len(given) == self.channels, name, given, f"a number for each of the {self.channels} channels")
         require(all(math.isfinite(v) for v in self.mean), "mean", self.mean, "finite numbers")
         require(all(math.isfinite(v) and v > 0 for v in self.std), "std", self.std, "numbers above 0")
-        most = MOST_WORKERS
-        require(self.workers is None or 0 <= self.workers <= most, "workers", self.workers, f"0 to {most}")
+        few = self.workers is None or 0 <= self.workers <= MOST_WORKERS
+        require(few, "workers", self.workers, f"0 to {MOST_WORKERS}")
 
     @property
     def size_px(self) -> tuple[int, int]:

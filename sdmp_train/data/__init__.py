@@ -56,6 +56,7 @@ __all__ = [
     "ViewRecipe",
     "byol_views",
     "choose_loader",
+    "cores",
     "crop_flip_view",
     "dino_views",
     "eval_loader",
@@ -172,9 +173,9 @@ def _place(device: torch.device | str) -> torch.device:
 def _worker_count(workers: int | None, world_size: int) -> int:
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be 0 or more, or None for the cores at hand, but is {workers}")
-    return _cores() // max(1, min(world_size, torch.cuda.device_count())) if workers is None else workers
+    return cores() // max(1, min(world_size, torch.cuda.device_count())) if workers is None else workers
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use, which in a container or a job can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

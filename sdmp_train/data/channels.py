@@ -16,7 +16,6 @@ from PIL import TiffImagePlugin
 from ..reading import open_regular
 from .images import MAX_PIXELS, SUFFIXES, decode_rgb, open_image, read_size, stored_size, to_grey
 
-MOST = 16
 NPY = b"\x93NUMPY"
 
 

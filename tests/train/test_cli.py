@@ -350,15 +350,20 @@ def test_verify_counts_and_finds_damage(image_folder: Path, tmp_path: Path, caps
     assert "1.jpg" in capsys.readouterr().err
 
 
-def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "sdmp_train", "pretrain", "--data", "missing"],
-        cwd=tmp_path,
+def program(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python -m sdmp_train WORDS...`, run in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "sdmp_train", *words],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
+
+
+def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path):
+    done = program(tmp_path, "pretrain", "--data", "missing")
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no folder")
     assert "Traceback" not in done.stderr
@@ -367,14 +372,7 @@ def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path)
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
-    done = subprocess.run(
-        [sys.executable, "-m", "sdmp_train", "presets"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    done = program(tmp_path, "presets")
     assert done.returncode == 2
     assert done.stderr == "error: tyro is not installed, which sdmp_train needs: pip install 'sdmp-kernels[train]'\n"
 
