@@ -36,7 +36,7 @@ from .index import Index, open_folder
 from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
 from .source import Source, channels_of
-from .sources import kind_of, open_source
+from .sources import kind_of, open_source, place_of
 
 __all__ = [
     "LOADERS",
@@ -67,6 +67,7 @@ __all__ = [
     "make_loader",
     "open_folder",
     "open_source",
+    "place_of",
     "shapes_folder",
     "steps_per_epoch",
 ]

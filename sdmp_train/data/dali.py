@@ -29,10 +29,10 @@ from sdmp_kernels.views import EvalView, ViewRecipe, eval_geometry, view_size
 from .ahead import Ahead
 from .batch import Batch, Loader, Lost, made_batch, paint
 from .decoders import looks_whole, needs_pillow
-from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, describe, read_size
+from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, bad_file, read_size
 from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
-from .source import Source
+from .source import Source, at_once
 from .torchvision import PillowBatches
 
 _PREFETCH_BATCHES = 2
@@ -202,7 +202,7 @@ class _Feed:
         self._first = first
         self._known = {} if known is None else known
         self._boxes = boxes
-        self._pool = ThreadPoolExecutor(workers)
+        self._pool = ThreadPoolExecutor(max(workers, at_once(schedule.source)))
         self._ahead: dict[int, list[Future[bytes | BadFile]]] = {}
         source = schedule.source
         self.some_in_memory = (
@@ -263,7 +263,7 @@ def _fetch(source: Source, row: int) -> bytes | BadFile:
     try:
         return _ppm(open_row(source, row)) if source.pillow[row] else source.read(row)
     except DECODE_ERRORS as error:
-        return BadFile(source.name(row), describe(error))
+        return bad_file(source.name(row), error)
 
 
 def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
@@ -280,7 +280,7 @@ def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
             return data
         return _ppm(open_row(source, row))
     except DECODE_ERRORS as error:
-        return BadFile(source.name(row), describe(error))
+        return bad_file(source.name(row), error)
 
 
 def _ppm(image: NDArray[np.uint8]) -> bytes:

@@ -1,7 +1,8 @@
-"""Tar files of images (WebDataset shards) as a source: indexed once, then read at random by their offsets.
+"""Tar files of images (WebDataset shards) as a source: walked once, then read at random by their offsets.
 
 The images of a shard are those members with an image's suffix; `KEY.cls` beside `KEY.jpg` holds its class. Where no
-member names a class, the folders of the first level are the classes, as in a folder.
+member names a class, the folders of the first level are the classes, as in a folder. Shards lie in a folder, or behind
+a URL: those are read whole when they are first indexed, and what was learnt is remembered (`walks.py`).
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import NamedTuple, Self
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..reading import open_regular
 from ..text import printable
+from .cache import Checked
 from .images import SUFFIXES, BadFile, DataError, describe
 from .index import Checks, Index, index_listing
 from .listing import File, Listing, first_level
+from .remote import AT_ONCE, is_url, list_remote, read_range
+from .walks import Look, Walk, remembered_walks
 
 _MOST_CLASS_BYTES = 256
 
@@ -38,9 +42,14 @@ class ShardIndex(Index):
     """One row per image in a set of tar files."""
 
     shards: tuple[str, ...] = field(default=())
-    """Paths of the tar files."""
+    """Paths, or URLs, of the tar files."""
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
     """(N, 3) shard, offset and length in bytes of each image."""
+
+    @property
+    def at_once(self) -> int:
+        """See `source.at_once`."""
+        return AT_ONCE if any(map(is_url, self.shards[:1])) else 1
 
     def file(self, row: int) -> str | None:
         """None: an image is only a part of a shard."""
@@ -61,6 +70,8 @@ def read_part(shards: Sequence[str], place: Place) -> bytes:
     Raises:
         OSError, ValueError: the shard cannot be read, or has become too short.
     """
+    if is_url(shards[place.shard]):
+        return read_range(shards[place.shard], place.offset, place.length)
     with open_regular(shards[place.shard]) as file:
         file.seek(place.offset)
         data = file.read(place.length)
@@ -69,75 +80,111 @@ def read_part(shards: Sequence[str], place: Place) -> bytes:
     return data
 
 
-def open_shards(path: Path, how: Checks) -> ShardIndex:
+def open_shards(path: Path | str, how: Checks) -> ShardIndex:
     """The images of a tar file, or of all tar files of a folder, shard by shard in the order of their names.
+
+    `path`: a text is a URL (see `list_remote`).
 
     Raises:
         DataError: a shard is no uncompressed tar file; or as `open_folder`, for members that are no images.
     """
-    root = path if path.is_dir() else path.parent
-    names = sorted(file.name for file in path.iterdir() if is_shard(file)) if path.is_dir() else [path.name]
-    shards = tuple(os.path.join(root, name) for name in names)
-    listing, places, classes = Listing(), dict[str, Place](), dict[str, str]()
-    for number, name in enumerate(names):
-        _list_shard(shards[number], name, number, listing, places, classes)
+    if isinstance(path, str):
+        root: Path | str
+        root, remote = list_remote(path, lambda name: is_shard(PurePosixPath(name)))
+        if not remote:
+            raise DataError(f"{printable(path)} holds no .tar files: of what URLs name, only tar shards are read")
+        names, shards = [file.name for file in remote], tuple(file.url for file in remote)
+        cached_as: Path | str = path
+        walks = remembered_walks(path, remote, how, _walk)
+    else:
+        root = path if path.is_dir() else path.parent
+        names = sorted(file.name for file in path.iterdir() if is_shard(file)) if path.is_dir() else [path.name]
+        shards = tuple(os.path.join(root, name) for name in names)
+        cached_as = path / "*.tar" if path.is_dir() else path
+        walks = [_walk_local(shard) for shard in shards]
+    listing, places, classes, known = Listing(), dict[str, Place](), dict[str, str](), dict[File, Checked]()
+    for number, (name, walk) in enumerate(zip(names, walks, strict=True)):
+        listing.problems += [BadFile(f"{shards[number]}{inner}", reason) for inner, reason in walk.problems]
+        listing.others.update({("", suffix): count for suffix, count in walk.others.items()})
+        classes |= {f"{name}/{key}": value for key, value in walk.classes.items()}
+        for inner, offset, length in walk.images:
+            file = File(f"{name}/{inner}", length, walk.stamp)
+            listing.files.append(file)
+            places[file.name] = Place(number, offset, length)
+            if inner in walk.checked:
+                known[file] = walk.checked[inner]
     index = index_listing(
         root,
         listing,
         how,
         contents=lambda name: read_part(shards, places[name]),
         class_of=(lambda name: classes.get(_key(name))) if classes else _folder_of,
-        cached_as=path / "*.tar" if path.is_dir() else path,
+        cached_as=cached_as,
+        known=known,
     )
     table = np.array([places[name] for name in index.paths], dtype=np.int64).reshape(-1, 3)
-    known = {part.name: getattr(index, part.name) for part in fields(index)}
-    return ShardIndex(**known, shards=shards, places=table)
+    parts = {part.name: getattr(index, part.name) for part in fields(index)}
+    return ShardIndex(**parts, shards=shards, places=table)
 
 
-def is_shard(path: Path) -> bool:
+def is_shard(path: PurePath) -> bool:
     """Whether a name is that of a tar file as it is listed: not hidden, not compressed."""
     return path.suffix.lower() == ".tar" and not path.name.startswith(".")
 
 
-def _list_shard(
-    shard: str, name: str, number: int, listing: Listing, places: dict[str, Place], classes: dict[str, str]
-) -> None:
+def _walk_local(shard: str) -> Walk:
     try:
         with open_regular(shard) as raw:
             status = os.fstat(raw.fileno())
-            with tarfile.open(fileobj=raw, mode="r:") as archive:
-                for member in archive:
-                    _list_member(archive, member, f"{name}/{member.name}", listing, classes)
-                    full = f"{name}/{member.name}"
-                    if not _is_image(member):
-                        continue
-                    if full in places or member.offset_data + member.size > status.st_size or member.issparse():
-                        reason = "is in the shard twice" if full in places else "is cut, or stored with holes"
-                        listing.problems.append(BadFile(f"{shard}/{member.name}", reason))
-                        continue
-                    places[full] = Place(number, member.offset_data, member.size)
-                    listing.files.append(File(full, member.size, status.st_mtime_ns))
-    except tarfile.TarError as error:
-        if any(place.shard == number for place in places.values()):
-            listing.problems.append(BadFile(shard, f"is cut ({error})"))
-        else:
-            raise DataError(f"{printable(shard)} cannot be read as an uncompressed tar file: {error}") from error
+            return _walk(raw, shard, status.st_size, status.st_mtime_ns)
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"the shard {printable(shard)} {describe(error)}") from error
 
 
-def _list_member(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, full: str, listing: Listing, classes: dict[str, str]
-) -> None:
+def _walk(raw: IO[bytes], shard: str, size: int, stamp: int, look: Look | None = None) -> Walk:
+    """What a shard holds, from its beginning to its end.
+
+    Args:
+        look: what an image's bytes tell, where they are to be read at once; None where they are no image.
+
+    Raises:
+        DataError: it is no tar file.
+        OSError, ValueError: it cannot be read.
+    """
+    walk, seen = Walk(stamp), set[str]()
+    try:
+        with tarfile.open(fileobj=raw, mode="r:") as archive:
+            for member in archive:
+                if not _is_image(member):
+                    _note_other(archive, member, walk)
+                elif member.name in seen or member.offset_data + member.size > size or member.issparse():
+                    reason = "is in the shard twice" if member.name in seen else "is cut, or stored with holes"
+                    walk.problems.append((f"/{member.name}", reason))
+                else:
+                    seen.add(member.name)
+                    walk.images.append((member.name, member.offset_data, member.size))
+                    held = archive.extractfile(member) if look is not None else None
+                    if look is not None and held is not None and (found := look(held.read())) is not None:
+                        walk.checked[member.name] = found
+    except tarfile.TarError as error:
+        if not walk.images:
+            raise DataError(f"{printable(shard)} cannot be read as an uncompressed tar file: {error}") from error
+        walk.problems.append(("", f"is cut ({error})"))
+    return walk
+
+
+def _note_other(archive: tarfile.TarFile, member: tarfile.TarInfo, walk: Walk) -> None:
     """Note a class, or count what is neither a class nor an image."""
-    suffix = os.path.splitext(member.name)[1].lower()
-    if not member.isreg() or _is_image(member):
+    if not member.isreg():
         return
+    suffix = os.path.splitext(member.name)[1].lower()
     held = archive.extractfile(member) if suffix == ".cls" and member.size <= _MOST_CLASS_BYTES else None
     if held is not None:
-        classes[_key(full)] = held.read().decode("utf-8", "replace").strip()
+        walk.classes[_key(member.name)] = held.read().decode("utf-8", "replace").strip()
     else:
-        listing.others["", suffix or "no suffix"] += 1
+        walk.others[suffix or "no suffix"] += 1
 
 
 def _is_image(member: tarfile.TarInfo) -> bool:
@@ -148,7 +195,8 @@ def _is_image(member: tarfile.TarInfo) -> bool:
 def _key(name: str) -> str:
     """WebDataset's key: the path up to the first dot of the file's own name."""
     folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.partition('.')[0]}"
+    stem = base.partition(".")[0]
+    return f"{folder}/{stem}" if folder else stem
 
 
 def _folder_of(name: str) -> str | None:

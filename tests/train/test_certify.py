@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tiny_runs import CPU
+from tiny_runs import CPU, same_ends
 
 from bench.__main__ import main as bench
 from sdmp_train.certify import CERTIFICATE, Arm, certificate, line_of
-from sdmp_train.checkpoint import load_checkpoint, newest_checkpoint
 from sdmp_train.commands import pretrain
 from sdmp_train.config import Config
 from sdmp_train.data import Loader, open_folder
@@ -32,10 +30,7 @@ def test_a_certified_run_has_the_bits_of_one_that_is_not(
     found = json.loads((tmp_path / "a" / CERTIFICATE).read_text())
     assert (found["steps"], found["blocks"], found["device"], found["device_idle_fraction"]) == (10, 1, "cpu", None)
     assert found["cores_used"]["fed"] > 0 and found["unknown"]
-    ends = [load_checkpoint(newest_checkpoint(tmp_path / name / "checkpoints"))[0] for name in "ab"]
-    for part, tensors in ends[0].items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, ends[1][part][name]), (part, name)
+    assert same_ends(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_run_too_short_says_so_and_goes_on(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from loaded import add, assert_same, batches
 
-from sdmp_kernels.views import byol_views
-from sdmp_train.data import Batch, DataError, Index, kind_of, make_loader, open_source
+from sdmp_train.data import DataError, Index, kind_of, open_source
 from sdmp_train.data.index import find_bad
 from sdmp_train.verify import verify_data
 
-SOURCES = ("list", "shards", "shard")
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
+SOURCES = ("list", "shards", "shard", "remote")
 
 
 @pytest.fixture(scope="module")
-def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The 30 images of `folder` in its order: listed, in three shards with .cls members, in one shard as a tree."""
+def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
+    """The 30 images of `folder` in its order: listed, in three shards with .cls members, here and behind a URL, in one
+    shard as a tree."""
     root = tmp_path_factory.mktemp("sources")
     (root / "list.txt").write_text("".join(f"{folder}/{name}\t{name.split('/')[0]}\n" for name in index.paths))
     (root / "shards").mkdir()
@@ -38,26 +32,16 @@ def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory)
     with tarfile.open(root / "tree.tar", "w") as archive:
         for row in range(30):
             add(archive, index.paths[row], index.read(row))
-    return {"list": root / "list.txt", "shards": root / "shards", "shard": root / "tree.tar"}
+    memory = fsspec.filesystem("memory")
+    for shard in (root / "shards").iterdir():
+        memory.pipe_file(f"/sources/{shard.name}", shard.read_bytes())
+    local = {"list": root / "list.txt", "shards": root / "shards", "shard": root / "tree.tar"}
+    return {**local, "remote": "memory://sources"}
 
 
 @pytest.fixture
-def sources(places: dict[str, Path], tmp_path: Path) -> dict[str, Index]:
+def sources(places: dict[str, Path | str], tmp_path: Path) -> dict[str, Index]:
     return {name: open_source(place, cache_dir=tmp_path) for name, place in places.items()}
-
-
-def batches(index: Index, loader: str = "torchvision", **changes: object) -> list[Batch]:
-    arguments = {"batch_size": 8, "steps": 5, "seed": 5, "device": "cpu", "workers": 0, **changes}
-    with make_loader(index, byol_views(48), loader=loader, **arguments) as made:
-        return list(made)
-
-
-def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.labels, b.labels)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -93,7 +77,7 @@ def test_resume_and_ranks(sources: dict[str, Index], name: str) -> None:
 
 def test_kinds(places: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     found = {name: kind_of(place) for name, place in places.items()}
-    assert found == {"list": "lists", "shards": "shards", "shard": "shards"}
+    assert found == {"list": "lists", "shards": "shards", "shard": "shards", "remote": "shards"}
     assert kind_of(folder) == kind_of(tmp_path) == kind_of(tmp_path / "absent") == "folder"
     (tmp_path / "a.tar").touch()
     assert kind_of(tmp_path) == "shards"
