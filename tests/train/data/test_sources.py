@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from cifar_archives import written
 from loaded import add, assert_same, batches
+from tiny_runs import same_ends
 
+from sdmp_train.commands import pretrain
+from sdmp_train.config import Config
 from sdmp_train.data import DataError, Index, kind_of, open_source
 from sdmp_train.data.index import find_bad
 from sdmp_train.verify import verify_data
@@ -61,18 +66,52 @@ def test_dali_decodes_them_too(index: Index, sources: dict[str, Index], name: st
     assert_same(batches(sources[name], "dali", workers=2), batches(index))
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_resume_and_ranks(sources: dict[str, Index], name: str) -> None:
-    """30 images in batches of 8: three steps an epoch on every rank, six images sit it out."""
-    source = sources[name]
-    whole = batches(source, steps=6)
-    assert_same(batches(source, start_step=4, steps=6), whole[4:])
-    parts = [batches(source, steps=6, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
-    assert [len(part) for part in parts] == [6, 6]
+@pytest.fixture(scope="module")
+def every_place(
+    places: dict[str, Path | str], folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path | str]:
+    """Those, a folder, and CIFAR in its archive and unpacked: 20 and 22 images to train on."""
+    packed = written(tmp_path_factory.mktemp("cifar-10"), 10, packed=True)
+    unpacked = written(tmp_path_factory.mktemp("cifar-100"), 100, each=22)
+    return {**places, "folder": folder, "cifar-10": packed, "cifar-100": unpacked}
+
+
+EVERY = (*SOURCES, "folder", "cifar-10", "cifar-100")
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "resident", "dali"])
+@pytest.mark.parametrize("name", EVERY)
+def test_resume_and_ranks(every_place: dict[str, Path | str], tmp_path: Path, name: str, loader: str) -> None:
+    """20, 22 or 30 images in batches of 8: two or three steps an epoch on every rank, the rest sit it out."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    source = open_source(every_place[name], cache_dir=tmp_path)
+    per_epoch = len(source) // 8
+    steps, start = 2 * per_epoch, per_epoch + 1
+    whole = batches(source, loader, steps=steps)
+    assert_same(batches(source, loader, start_step=start, steps=steps), whole[start:])
+    parts = [batches(source, loader, steps=steps, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert {len(part) for part in parts} == {steps}
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].ids for part in parts]), batch.ids)
-    for epoch in (whole[:3], whole[3:]):
-        assert len(set(torch.cat([batch.ids for batch in epoch]).tolist())) == 24
+    for epoch in (whole[:per_epoch], whole[per_epoch:]):
+        assert len(set(torch.cat([batch.ids for batch in epoch]).tolist())) == 8 * per_epoch
+
+
+@pytest.mark.parametrize("name", ["shards", "cifar-100", "resident"])  # folder: test_pretrain.py; a URL: test_remote.py
+def test_a_run_that_is_stopped_in_mid_epoch_ends_as_the_unbroken_one(
+    tiny: Config, every_place: dict[str, Path | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = every_place["folder" if name == "resident" else name]
+    data = replace(tiny.data, data=str(place), loader="resident" if name == "resident" else "torchvision")
+    whole = replace(tiny, data=data)
+    assert pretrain(whole, tmp_path / "whole") == 0
+    assert (
+        pretrain(replace(whole, run=replace(whole.run, max_steps=3 if "cifar" in name else 4)), tmp_path / "parts") == 0
+    )
+    assert pretrain(whole, tmp_path / "parts", resume=True) == 0
+    assert same_ends(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_kinds(places: dict[str, Path], folder: Path, tmp_path: Path) -> None:
