@@ -37,6 +37,7 @@ from .images import (
     unreachable_error,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
+from .metadata import read_metadata
 from .source import Source, channels_of
 
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
@@ -166,7 +167,8 @@ def open_folder(
     classes (as torchvision's ImageFolder). Files of other kinds and folders without an image are counted in
     `Index.notes`; a folder that may be a class and holds not one usable image counts as bad. A folder that holds the
     splits of a data set is understood (`folders.find_splits`): `split="train"` takes the training split, or `path`
-    itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is.
+    itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is. Classes come from a
+    `metadata.csv` or `metadata.jsonl` with a label for every image, where there is one (`metadata.py`).
 
     Args:
         on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
@@ -191,7 +193,17 @@ def open_folder(
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     root = _resolve(Path(path), split)
     how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress, channels)
-    return index_listing(root, list_files(root, suffixes_of(channels)), how)
+    listing, listed = list_files(root, suffixes_of(channels)), read_metadata(root)
+    if listed is None:
+        return index_listing(root, listing, how)
+    listing.others -= Counter({("", file.suffix): 1 for file in (listed[0],) if file.parent == root})
+    unlisted = sum(file.name not in listed[1] for file in listing.files)
+    if unlisted:
+        index = index_listing(root, listing, how)
+        said = f"{listed[0].name} not used: it has no label for {unlisted:,} of {len(listing.files):,} files"
+        return replace(index, notes=(*index.notes, said))
+    index = index_listing(root, listing, how, class_of=listed[1].get)
+    return replace(index, notes=(*index.notes, f"classes read from {printable(listed[0])}"))
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ def index_listing(
         raise DataError(_nothing_found(root, listing.by_suffix()))
     names = [file.name for file in files]
     classes, labels = numbered([class_of(name) for name in names]) if class_of else _classes(names)
-    missing, harmless = missing_classes(listing, set(classes)) if classes else ([], [])
+    missing, harmless = missing_classes(listing, set(map(first_level, names))) if classes else ([], [])
     total = len(files) + len(bad)
     faults = _faults(bad, listing.closed, missing, total, root)
     if faults:
