@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from .config import Config, ConfigError, DataConfig
-from .data import Index, find_splits, holds_images, kind_of, open_source, place_of, shapes_folder
+from .data import Index, find_splits, has_test_shards, holds_images, kind_of, open_source, place_of, shapes_folder
 from .data.annotations import KNOWN, read_annotations
 from .text import printable
 
@@ -128,9 +128,10 @@ def test_split(data: DataConfig, train: Index, progress: Progress | None, say: S
     if data.test_data is not None:
         return with_classes_of(train, open_images_in(data, place_of(data.test_data), None, progress, say))
     whole = data_place(data)
-    if kind_of(whole) == "cifar":
+    kind = kind_of(whole)
+    if kind == "cifar" or (kind == "shards" and has_test_shards(whole)):
         return with_classes_of(train, open_images_in(data, whole, "val", progress, say))
-    found = find_splits(Path(whole)).test if kind_of(whole) == "folder" else None
+    found = find_splits(Path(whole)).test if kind == "folder" else None
     if found is None:
         return None
     if not holds_images(found):
@@ -208,7 +209,9 @@ def why_split(data: DataConfig) -> str:
     kind = kind_of(whole)
     if kind == "folder":
         return find_splits(Path(whole)).why
-    return "the data set's own test split" if kind == "cifar" else f"{kind} name no test split; --test-data does"
+    if kind == "cifar" or (kind == "shards" and has_test_shards(whole)):
+        return "the data set's own test split"
+    return f"{kind} name no test split; --test-data does"
 
 
 def some(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import ConfigError
-from .data import DataError, Index, find_splits, kind_of, open_source, place_of
+from .data import DataError, Index, find_splits, has_test_shards, kind_of, open_source, place_of
 from .durable import write_durably
 from .splits import reporting
 from .text import printable
@@ -66,7 +66,7 @@ def verify_data(place: str, max_pixels: int | None = None, bad_list: Path | None
 def splits_of(place: Path | str) -> list[Split]:
     """The splits that a run would read, or all of the place where it has none or they cannot be told."""
     kind = kind_of(place)
-    if kind == "cifar":
+    if kind == "cifar" or (kind == "shards" and has_test_shards(place)):
         return [("train", place, "train"), ("test", place, "val")]
     if kind == "folder" and isinstance(place, Path) and place.is_dir():
         try:

@@ -35,6 +35,7 @@ from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
 from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
+from .shards import has_test_shards
 from .source import Source, channels_of
 from .sources import kind_of, open_source, place_of
 
@@ -62,6 +63,7 @@ __all__ = [
     "eval_loader",
     "eval_view",
     "find_splits",
+    "has_test_shards",
     "holds_images",
     "kind_of",
     "make_loader",

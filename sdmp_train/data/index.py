@@ -497,6 +497,8 @@ def _nothing_found(root: Path | str, others: Counter[str]) -> str:
 
 
 def _unpack_hint(name: str) -> str:
+    if name.lower().endswith((".parquet", ".arrow")):
+        return "; write it out as tar shards first (docs/data.md has the lines for it)"
     packed = name.lower().endswith((".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".rar", ".7z"))
     return "; unpack it first and name the folder that results" if packed else ""
 

@@ -43,10 +43,11 @@ _down: dict[str, float] = {}
 _said: dict[str, float] = {}
 
 
-class RemoteFile(NamedTuple):
-    """A file of a store."""
+class StoredFile(NamedTuple):
+    """A file of a store, or a local one."""
 
     url: str
+    """Or a path."""
     name: str
     """Below the root of the listing."""
     bytes: int
@@ -64,7 +65,7 @@ def without_scheme(text: str) -> str:
     return text.removeprefix("file://") if text.startswith("file://") else text
 
 
-def list_remote(url: str, wanted: Callable[[str], bool]) -> tuple[str, list[RemoteFile]]:
+def list_remote(url: str, wanted: Callable[[str], bool]) -> tuple[str, list[StoredFile]]:
     """The files that a URL names, by name, and the URL of the folder that their names are relative to.
 
     It names one file that is `wanted` (asked of its name); those that braces `{000..127}` count up; those that a `*` in
@@ -91,7 +92,7 @@ def list_remote(url: str, wanted: Callable[[str], bool]) -> tuple[str, list[Remo
         raise DataError(f"{printable(url)} {error if isinstance(error, Unreachable) else reason}") from error
     root = _root_of(list(found))
     sizes = {place: _size(place, info) for place, info in found.items()}
-    files = [RemoteFile(place, place[len(root) + 1 :], sizes[place], _stamp(info)) for place, info in found.items()]
+    files = [StoredFile(place, place[len(root) + 1 :], sizes[place], _stamp(info)) for place, info in found.items()]
     return root, sorted(files, key=lambda file: file.name)
 
 
@@ -118,7 +119,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
     return insist(attempt, url)
 
 
-def open_remote(file: RemoteFile) -> io.BufferedReader:
+def open_remote(file: StoredFile) -> io.BufferedReader:
     """A file to be read from its beginning to its end, in requests of some megabytes."""
     return io.BufferedReader(_Ranges(file), _CHUNK)
 
@@ -126,7 +127,7 @@ def open_remote(file: RemoteFile) -> io.BufferedReader:
 class _Ranges(io.RawIOBase):
     """The bytes of a remote file, each read by `read_range`, so that a lost connection costs one request."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: StoredFile) -> None:
         self._file, self._at = file, 0
 
     def readable(self) -> bool:

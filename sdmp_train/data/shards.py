@@ -1,18 +1,20 @@
-"""Tar files of images (WebDataset shards) as a source: walked once, then read at random by their offsets.
+"""Tar files of images (WebDataset shards) and TFRecords as a source: walked once, then read at random by their offsets.
 
 The images of a shard are those members with an image's suffix; `KEY.cls` beside `KEY.jpg` holds its class. Where no
-member names a class, the folders of the first level are the classes, as in a folder. Shards lie in a folder, or behind
-a URL: those are read whole when they are first indexed, and what was learnt is remembered (`walks.py`).
+member names a class, the folders of the first level are the classes, as in a folder. Shards lie in a folder or behind
+a URL: those, and TFRecords anywhere, are read whole when they are first indexed, and what was learnt is remembered
+(`walks.py`).
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, NamedTuple, Self
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +22,17 @@ from numpy.typing import NDArray
 from ..reading import open_regular
 from ..text import printable
 from .cache import Checked
+from .folders import split_of
 from .images import SUFFIXES, BadFile, DataError, describe
 from .index import Checks, Index, index_listing
 from .listing import File, Listing, first_level
-from .remote import AT_ONCE, is_url, list_remote, read_range
+from .remote import AT_ONCE, StoredFile, is_url, list_remote, read_range
+from .tfrecord import is_tfrecord, walk_records
 from .walks import Look, Walk, remembered_walks
 
 _MOST_CLASS_BYTES = 256
+
+Split = Literal["train", "val"] | None
 
 
 class Place(NamedTuple):
@@ -80,35 +86,33 @@ def read_part(shards: Sequence[str], place: Place) -> bytes:
     return data
 
 
-def open_shards(path: Path | str, how: Checks) -> ShardIndex:
-    """The images of a tar file, or of all tar files of a folder, shard by shard in the order of their names.
+def open_shards(place: Path | str, split: Split, how: Checks) -> ShardIndex:
+    """The images of a shard, or of all shards of a folder, one by one in the order of their names.
 
-    `path`: a text is a URL (see `list_remote`).
+    Args:
+        place: a text is a URL (see `list_remote`).
+        split: where some shards are named after a training and some after a test split, which of them.
 
     Raises:
-        DataError: a shard is no uncompressed tar file; or as `open_folder`, for members that are no images.
+        DataError: a shard is no uncompressed tar or TFRecord file, or none is of this split; or as `open_folder`, for
+            members that are no images.
     """
-    if isinstance(path, str):
-        root: Path | str
-        root, remote = list_remote(path, lambda name: is_shard(PurePosixPath(name)))
-        if not remote:
-            raise DataError(f"{printable(path)} holds no .tar files: of what URLs name, only tar shards are read")
-        names, shards = [file.name for file in remote], tuple(file.url for file in remote)
-        cached_as: Path | str = path
-        walks = remembered_walks(path, remote, how, _walk)
+    root, files = list_shards(place)
+    chosen = _of_split(files, split)
+    if not chosen:
+        raise DataError("shards name no test split; give one with --test-data")
+    if isinstance(place, Path) and not is_tfrecord(chosen[0].name):
+        walks = [_walk_local(file.url) for file in chosen]
     else:
-        root = path if path.is_dir() else path.parent
-        names = sorted(file.name for file in path.iterdir() if is_shard(file)) if path.is_dir() else [path.name]
-        shards = tuple(os.path.join(root, name) for name in names)
-        cached_as = path / "*.tar" if path.is_dir() else path
-        walks = [_walk_local(shard) for shard in shards]
+        walks = remembered_walks(str(place), chosen, how, walk_records if is_tfrecord(chosen[0].name) else _walk)
+    shards = tuple(file.url for file in chosen)
     listing, places, classes, known = Listing(), dict[str, Place](), dict[str, str](), dict[File, Checked]()
-    for number, (name, walk) in enumerate(zip(names, walks, strict=True)):
-        listing.problems += [BadFile(f"{shards[number]}{inner}", reason) for inner, reason in walk.problems]
+    for number, (shard, walk) in enumerate(zip(chosen, walks, strict=True)):
+        listing.problems += [BadFile(f"{shard.url}{inner}", reason) for inner, reason in walk.problems]
         listing.others.update({("", suffix): count for suffix, count in walk.others.items()})
-        classes |= {f"{name}/{key}": value for key, value in walk.classes.items()}
+        classes |= {f"{shard.name}/{key}": value for key, value in walk.classes.items()}
         for inner, offset, length in walk.images:
-            file = File(f"{name}/{inner}", length, walk.stamp)
+            file = File(f"{shard.name}/{inner}", length, walk.stamp)
             listing.files.append(file)
             places[file.name] = Place(number, offset, length)
             if inner in walk.checked:
@@ -119,17 +123,71 @@ def open_shards(path: Path | str, how: Checks) -> ShardIndex:
         how,
         contents=lambda name: read_part(shards, places[name]),
         class_of=(lambda name: classes.get(_key(name))) if classes else _folder_of,
-        cached_as=cached_as,
+        cached_as=_cached_as(place, split if len(chosen) < len(files) else None),
         known=known,
     )
+    if len(chosen) < len(files):
+        index = replace(index, notes=(*index.notes, f"shards of another split not used: {len(files) - len(chosen)}"))
     table = np.array([places[name] for name in index.paths], dtype=np.int64).reshape(-1, 3)
     parts = {part.name: getattr(index, part.name) for part in fields(index)}
     return ShardIndex(**parts, shards=shards, places=table)
 
 
-def is_shard(path: PurePath) -> bool:
-    """Whether a name is that of a tar file as it is listed: not hidden, not compressed."""
-    return path.suffix.lower() == ".tar" and not path.name.startswith(".")
+def list_shards(place: Path | str) -> tuple[Path | str, list[StoredFile]]:
+    """The folder (or its URL), and the shards in it that are meant: tar files, or where there are none TFRecords.
+
+    Raises:
+        DataError: a URL names none.
+    """
+    root: Path | str
+    if isinstance(place, str):
+        root, files = list_remote(place, is_shard)
+        if not files:
+            raise DataError(f"{printable(place)} holds no shards: of what URLs name, only .tar and .tfrecord are read")
+    else:
+        root = place if place.is_dir() else place.parent
+        names = sorted(file.name for file in place.iterdir() if is_shard(file.name)) if place.is_dir() else [place.name]
+        files = [_stored(root, name) for name in names]
+    tars = [file for file in files if not is_tfrecord(file.name)]
+    return root, tars or files
+
+
+def has_test_shards(place: Path | str) -> bool:
+    """Whether some shards are named after a test split, beside others that are named after the training split."""
+    return bool(_of_split(list_shards(place)[1], "val"))
+
+
+def _of_split(files: list[StoredFile], split: Split) -> list[StoredFile]:
+    """Those of a split by their names (`imagenet1k-validation-00.tar`); all, where the names tell none."""
+    told = {file: split_of(file.name) for file in files}
+    tests = [[file for file in files if told[file] == name] for name in ("val", "test")]
+    if "train" not in told.values() or not any(tests):
+        return [] if split == "val" else files
+    if split == "val":
+        return tests[0] or tests[1]
+    return files if split is None else [file for file in files if told[file] not in ("val", "test")]
+
+
+def _stored(root: Path, name: str) -> StoredFile:
+    """A local shard; one that cannot be looked at is empty, and its walk says why."""
+    try:
+        status = os.stat(root / name)
+    except OSError:
+        return StoredFile(str(root / name), name, 0, 0)
+    return StoredFile(str(root / name), name, status.st_size, status.st_mtime_ns)
+
+
+def _cached_as(place: Path | str, split: Split) -> Path | str:
+    named = "" if split is None else f" {split}"
+    if isinstance(place, str):
+        return f"{place}{named}"
+    return place / f"*.tar{named}" if place.is_dir() else place
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as a shard is: not hidden, not compressed."""
+    base = posixpath.basename(name)
+    return not base.startswith(".") and (base.lower().endswith(".tar") or is_tfrecord(base))
 
 
 def _walk_local(shard: str) -> Walk:
@@ -143,7 +201,7 @@ def _walk_local(shard: str) -> Walk:
         raise DataError(f"the shard {printable(shard)} {describe(error)}") from error
 
 
-def _walk(raw: IO[bytes], shard: str, size: int, stamp: int, look: Look | None = None) -> Walk:
+def _walk(raw: IO[bytes], shard: str, size: int, stamp: int, look: Look | None = None, deep: bool = False) -> Walk:
     """What a shard holds, from its beginning to its end.
 
     Args:

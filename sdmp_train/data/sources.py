@@ -29,7 +29,8 @@ def place_of(given: str | os.PathLike[str]) -> Path | str:
 def kind_of(place: Path | str) -> Kind:
     """What a place is, by its name and the names in it; whatever is nothing else is a folder, for it to refuse.
 
-    A folder is one of shards where it holds tar files, and neither folders nor images; so is whatever a URL names.
+    A folder is one of shards where it holds tar files or TFRecords, and neither folders nor images. All that URLs name
+    are shards.
     """
     if isinstance(place, str):
         return "shards"
@@ -39,13 +40,13 @@ def kind_of(place: Path | str) -> Kind:
     if not path.is_dir():
         if not path.exists():
             return "folder"
-        return "shards" if is_shard(path) else "lists" if path.suffix.lower() in SUFFIXES_OF_LISTS else "folder"
+        return "shards" if is_shard(path.name) else "lists" if path.suffix.lower() in SUFFIXES_OF_LISTS else "folder"
     try:
         entries = scan(path) or []
     except OSError:
         return "folder"
     others = any(is_folder(entry) or os.path.splitext(entry.name)[1].lower() in SUFFIXES for entry in entries)
-    return "shards" if not others and any(is_shard(Path(entry.path)) for entry in entries) else "folder"
+    return "shards" if not others and any(is_shard(entry.name) for entry in entries) else "folder"
 
 
 def open_source(
@@ -63,7 +64,8 @@ def open_source(
 ) -> Index:
     """Index the images of a folder, list, set of shards (here or behind a URL) or CIFAR; arguments as `open_folder`.
 
-    Lists and shards have no splits of their own: they are taken whole, whatever `split` says, but not as "val".
+    Lists have no splits of their own, and shards where their names tell none: they are taken whole, whatever `split`
+    says, but not as "val".
 
     Raises:
         DataError, TooManyBadFiles: as `open_folder`.
@@ -85,7 +87,9 @@ def open_source(
         )
     if kind == "cifar" and isinstance(place, Path):
         return replace(open_cifar(place, split), channels=channels)
-    if split == "val":
-        raise DataError(f"{kind} name no test split; give one with --test-data")
     how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress, channels)
-    return open_list(place, how) if kind == "lists" and isinstance(place, Path) else open_shards(place, how)
+    if kind == "shards" or isinstance(place, str):
+        return open_shards(place, split, how)
+    if split == "val":
+        raise DataError("lists name no test split; give one with --test-data")
+    return open_list(place, how)

@@ -1,4 +1,4 @@
-"""What walks through remote shards have told, remembered: a shard is read whole once, and not again until it changes.
+"""What walks through shards have told, remembered: a shard is read whole once, and not again until it changes.
 
 One file of JSON per shard in the cache folder. Nothing in it is believed that the shard cannot hold.
 """
@@ -20,12 +20,12 @@ from typing import IO, Any
 from PIL import Image
 
 from ..durable import write_durably
-from ..reading import read_json
+from ..reading import open_regular, read_json
 from ..text import printable
 from .cache import Cache, Checked, cache_folder
 from .images import DECODE_ERRORS, DataError, Unreachable, describe
 from .index import Checks, look_at
-from .remote import AT_ONCE, RemoteFile, open_remote
+from .remote import AT_ONCE, StoredFile, is_url, open_remote
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ class Walk:
 
 Look = Callable[[bytes], Checked | None]
 """What an image's bytes tell; None where they are no image, which is found again where it can be named."""
-Walker = Callable[[IO[bytes], str, int, int, Look], Walk]
-"""(file, what it is called, bytes, stamp, look) -> what it holds."""
+Walker = Callable[[IO[bytes], str, int, int, Look, bool], Walk]
+"""(file, what it is called, bytes, stamp, look, whether every byte is checked) -> what it holds."""
 
 
-def remembered_walks(url: str, shards: Sequence[RemoteFile], how: Checks, walker: Walker) -> list[Walk]:
-    """What every shard behind a URL holds; those that are not remembered are read, several at once.
+def remembered_walks(place: str, shards: Sequence[StoredFile], how: Checks, walker: Walker) -> list[Walk]:
+    """What every shard of a place holds; those that are not remembered are read, several at once.
 
     One process of a machine at a time: the others find its work.
 
@@ -68,7 +68,7 @@ def remembered_walks(url: str, shards: Sequence[RemoteFile], how: Checks, walker
     walks = []
     with (
         warnings.catch_warnings(),
-        Cache(f"{url} shards", how.cache_dir).alone(),
+        Cache(f"{place} shards", how.cache_dir).alone(),
         ThreadPoolExecutor(min(AT_ONCE, len(shards))) as pool,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # as `_check_files`
@@ -87,7 +87,7 @@ def look(how: Checks, held: bytes) -> Checked | None:
         return None
 
 
-def _remembered(how: Checks, walker: Walker, shard: RemoteFile) -> Walk:
+def _remembered(how: Checks, walker: Walker, shard: StoredFile) -> Walk:
     place = _place(how, shard)
     if place is not None and how.check != "digest":
         try:
@@ -97,8 +97,8 @@ def _remembered(how: Checks, walker: Walker, shard: RemoteFile) -> Walk:
         except (OSError, ValueError, LookupError, TypeError) as error:
             _log.warning("what is remembered of %s is not used: %s", printable(shard.url), printable(error))
     try:
-        with open_remote(shard) as file:
-            walk = walker(file, shard.url, shard.bytes, shard.stamp, partial(look, how))
+        with open_remote(shard) if is_url(shard.url) else open_regular(shard.url) as file:
+            walk = walker(file, shard.url, shard.bytes, shard.stamp, partial(look, how), how.check != "header")
     except DataError:
         raise
     except Unreachable as error:
@@ -114,7 +114,7 @@ def _remembered(how: Checks, walker: Walker, shard: RemoteFile) -> Walk:
     return walk
 
 
-def _place(how: Checks, shard: RemoteFile) -> Path | None:
+def _place(how: Checks, shard: StoredFile) -> Path | None:
     """Where a shard's walk is kept; None where there is no cache folder."""
     said = json.dumps([shard.url, shard.bytes, shard.stamp, how.channels])
     try:
@@ -134,7 +134,7 @@ def _text(walk: Walk, decoded: bool) -> str:
     return json.dumps({"decoded": decoded, "images": rows, **plain}) + "\n"
 
 
-def _read(place: Path, shard: RemoteFile, decoded: bool) -> Walk:
+def _read(place: Path, shard: StoredFile, decoded: bool) -> Walk:
     """Raises `FileNotFoundError` where nothing is remembered that says enough, other errors where it makes no sense."""
     held = read_json(place, _MOST_BYTES)
     if decoded and held["decoded"] is not True:

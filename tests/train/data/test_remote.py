@@ -127,7 +127,7 @@ def test_shards_of_several_folders_are_named_by_them(local: Path, tmp_path: Path
         ("flaky://nothing", "flaky://nothing cannot be listed: is not there"),
         ("flaky://set/000099.tar", r"000099\.tar cannot be listed: is not there"),
         ("flaky://set/9*.tar", r"9\*\.tar cannot be listed: is not there"),
-        ("flaky://set/papers", "papers holds no .tar files"),
+        ("flaky://set/papers", "papers holds no shards"),
         ("nosuch://set", "cannot be listed: Protocol not known: nosuch"),
     ],
 )

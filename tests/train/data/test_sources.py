@@ -14,9 +14,11 @@ from loaded import add, assert_same, batches
 from tiny_runs import same_ends
 
 from sdmp_train.commands import pretrain
-from sdmp_train.config import Config
+from sdmp_train.config import Config, DataConfig, OptimConfig
 from sdmp_train.data import DataError, Index, kind_of, open_source
+from sdmp_train.data.folders import split_of
 from sdmp_train.data.index import find_bad
+from sdmp_train.splits import describe_split, open_images
 from sdmp_train.verify import verify_data
 
 SOURCES = ("list", "shards", "shard", "remote")
@@ -137,6 +139,32 @@ def test_a_subset_is_those_rows(sources: dict[str, Index], name: str) -> None:
 def test_no_split_of_their_own(places: dict[str, Path], name: str) -> None:
     with pytest.raises(DataError, match="no test split; give one with --test-data"):
         open_source(places[name], split="val")
+
+
+def test_shards_that_name_their_splits(places: dict[str, Path | str], tmp_path: Path) -> None:
+    """As those of ImageNet on the Hub, all in one folder."""
+    names = ("set-train-0000.tar", "set-train-0001.tar", "set-validation-00.tar")
+    apple, pear, _ = sorted(Path(places["shards"]).iterdir())
+    for shard, name in zip((apple, pear, apple), names, strict=True):
+        (tmp_path / name).write_bytes(shard.read_bytes())
+    train, test, whole = (
+        open_source(tmp_path, split=split, cache_dir=tmp_path / ".c") for split in ("train", "val", None)
+    )
+    assert [len(train), len(test), len(whole)] == [20, 10, 30]
+    assert train.notes == ("shards of another split not used: 1",) and test.paths[0].startswith(
+        "set-validation-00.tar/"
+    )
+    assert {split_of(name) for name in ("a-train-b-test.tar", "trainer-1.tar", "000.tar")} == {None}
+    config = Config(
+        data=DataConfig(data=str(tmp_path), image_px=32), optim=OptimConfig(batch_size=8, epochs=1, warmup_epochs=0)
+    )
+    bank, queries = open_images(config)
+    assert (len(bank), bank.classes) == (20, ("apple", "pear"))
+    assert queries is not None and queries.labels.tolist() == [0] * 10
+    assert "queries from" in describe_split(config.data, bank, queries)
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).unlink()
+    assert len(open_source(tmp_path, cache_dir=tmp_path / ".c")) == 10, "the only split there is"
 
 
 # Lists
