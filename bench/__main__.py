@@ -218,9 +218,14 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(size="default")
     parser.add_argument("--only", help="only settings whose name contains this")
     parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds per setting (default 6)")
-    parser.add_argument("--minutes", type=float, help="start no setting after so many minutes")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many minutes; what is cut is not kept")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
-    parser.add_argument("--json", type=Path, help="where the results go (default: bench/results, unless --quick)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where the results go (default: bench/results/MACHINE-DATE.json, which `bench table` reads; nothing for "
+        "--quick, --only and less than 3 --minutes)",
+    )
 
 
 if __name__ == "__main__":
