@@ -48,12 +48,14 @@ def small(documents: list[dict[str, Any]]) -> str:
     if not documents:
         return "Nothing has been measured yet: `python -m bench mix` and `python -m bench losses` do."
     document = (gpus or documents)[-1]
+    rows = [_small_row(row) for row in _shown(document["rows"])]
+    bold = " Bold: faster than ours." if any("**" in row for row in rows) else ""
     lines = [
         "| what | ours | of the ceiling | best eager | torch.compile | best library |",
         "|---|---|---|---|---|---|",
-        *(_small_row(row) for row in _shown(document["rows"])),
+        *rows,
         "",
-        f"{_where(document)}, {document['date']} ({_commands(document)}); every answer checked against float64.",
+        f"{_where(document)}, {document['date']} ({_commands(document)}); every answer checked against float64.{bold}",
     ]
     if not gpus:
         lines.append("**No GPU figure exists yet**: no run on a GPU has been recorded; `make gpu` makes one.")
