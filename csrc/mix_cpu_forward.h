@@ -18,6 +18,7 @@ class Mixer {
     const Scaled kind = job.scale == nullptr ? Scaled::kNo : g_.interleaved ? Scaled::kPeriod : Scaled::kPlane;
     write_ = writer_for(job.in, job.out, kind);
     blend_ = blender_for(job.in, job.out, kind);
+    write_fill_ = writer_for(Type::kFloat, job.out, Scaled::kNo);
     copies_ = kind == Scaled::kNo && job.in == job.out;
     plain_float_ = kind == Scaled::kNo && job.out == Type::kFloat;
     if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
@@ -37,6 +38,7 @@ class Mixer {
   struct Member {
     int64_t index, partner;
     Row row;
+    Boxes erased;  // none where no box of it has a pixel
   };
 
   // A tile of a source image, in its own type and, once asked for, in float32.
@@ -53,7 +55,8 @@ class Mixer {
     if (row.rule == Rule::kResizeMix) {
       scratch_.x[members_].fill(row.right - row.left, job_.width, row.scale_x, g_.group);
     }
-    member_[members_++] = Member{index, partner, row};
+    const Boxes erased{job_.erasure.boxes + 5 * job_.erasure.count * index, job_.erasure.count};
+    member_[members_++] = Member{index, partner, row, erased.any() ? erased : Boxes{}};
   }
 
   void tile(const Run& run) {
@@ -114,8 +117,9 @@ class Mixer {
 
   void write_mixed(int m) {
     const Row& row = member_[m].row;
+    const Boxes& erased = member_[m].erased;
     Output out = output(job_.mixed, member_[m].index);
-    if (row.rule == Rule::kCutMix && copies_) {
+    if (row.rule == Rule::kCutMix && copies_ && erased.count == 0) {
       if (char* lines = out.lines(run_.count)) {
         CutWriter cut(source_[m].raw, source_[1 - m].raw, lines);
         each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
@@ -125,35 +129,64 @@ class Mixer {
         return;
       }
     }
-    const bool untouched = job_.in_place && copies_ && out.direct();  // own pixels are where they belong
     each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
-      if (part == Part::kOwn && untouched) {
-        out.skip(n);
-      } else if (part == Part::kOwn) {
-        copy_part(out, m, from, n);
-      } else if (part == Part::kOther) {
-        copy_part(out, 1 - m, from, n);
-      } else if (part == Part::kBlend) {
-        const float* own = values(m) + from;
-        const float* other = values(1 - m) + from;
-        char* lines = plain_float_ ? out.lines(n) : nullptr;
-        if (lines != nullptr) {
-          stream_blend(own, row.own, other, row.other, n, lines);
-        } else {
-          blend_(own, row.own, other, row.other, n, scaling_, out.piece());
-          out.made(n);
-        }
-      } else {
-        resize_part(m, run_.begin + from, n);
-        if (plain_float_) {
-          out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
-        } else {
-          write_(scratch_.sum, n, scaling_, out.piece());
-          out.made(n);
-        }
+      if (erased.count == 0) {
+        write_part(out, m, part, from, n);
+        return;
       }
+      each_erased(erased, g_, run_, from, n, [&](int64_t box, int64_t at, int64_t count) {
+        if (box == kNone) {
+          write_part(out, m, part, at, count);
+        } else {
+          fill_part(out, erased, box, at, count);
+        }
+      });
     });
     out.finish();
+  }
+
+  void write_part(Output& out, int m, Part part, int64_t from, int64_t n) {
+    const Row& row = member_[m].row;
+    if (part == Part::kOwn && job_.in_place && copies_ && out.direct()) {
+      out.skip(n);  // own pixels are where they belong
+    } else if (part == Part::kOwn) {
+      copy_part(out, m, from, n);
+    } else if (part == Part::kOther) {
+      copy_part(out, 1 - m, from, n);
+    } else if (part == Part::kBlend) {
+      const float* own = values(m) + from;
+      const float* other = values(1 - m) + from;
+      char* lines = plain_float_ ? out.lines(n) : nullptr;
+      if (lines != nullptr) {
+        stream_blend(own, row.own, other, row.other, n, lines);
+      } else {
+        blend_(own, row.own, other, row.other, n, scaling_, out.piece());
+        out.made(n);
+      }
+    } else {
+      resize_part(m, run_.begin + from, n);
+      if (plain_float_) {
+        out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
+      } else {
+        write_(scratch_.sum, n, scaling_, out.piece());
+        out.made(n);
+      }
+    }
+  }
+
+  // `n` elements of an erased box, all in one row.
+  void fill_part(Output& out, const Boxes& boxes, int64_t box, int64_t from, int64_t n) {
+    const int64_t at = run_.begin + from, y = at / g_.length, column = (at - y * g_.length) / g_.group;
+    const bool each = job_.erasure.per_pixel;
+    const int64_t pixel = each ? (y - boxes.top(box)) * boxes.width(box) + column - boxes.left(box) : 0;
+    const float* colours = job_.erasure.fill + (boxes.row_of_fill(box) + pixel) * job_.channels;
+    const int64_t step = each ? job_.channels : 0;
+    float* values = scratch_.sum;
+    for (int64_t k = 0; k < n; k += g_.group, colours += step) {
+      for (int64_t c = 0; c < g_.group; ++c) values[k + c] = colours[plane_ + c];
+    }
+    write_fill_(values, n, Scaling{}, out.piece());
+    out.made(n);
   }
 
   // Pixels taken over as they are: bit for bit where nothing is converted.
@@ -219,7 +252,7 @@ class Mixer {
   const Geometry& g_;
   Scratch scratch_;
   int64_t in_size_, out_size_;
-  Writer write_;
+  Writer write_, write_fill_;
   Blender blend_;
   bool copies_, plain_float_;
   Scaling scaling_;
