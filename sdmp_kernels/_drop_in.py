@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdmp_kernels._checks import check_integer, readable
-from sdmp_kernels.plan import Rule, Stream, TwoHot
+from sdmp_kernels.plan import MixPlan, Rule, Stream, TwoHot, make_plan
 
 LABELS = ("dense", "two_hot")
 
@@ -90,6 +90,11 @@ def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) 
     edges = np.cumsum(list(chances.values()))
     picks = np.searchsorted(edges / edges[-1], rng.random(count), side="right")
     return np.array([int(rule) for rule in chances], dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
+
+
+def keep_plan(n: int, size: tuple[int, int]) -> MixPlan:
+    """The plan that mixes nothing."""
+    return make_plan("keep", torch.ones(n), size)
 
 
 def check_ignored(ignored: int | None) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 import sdmp_kernels.timm as ours
-from sdmp_kernels import MixPlan
+from sdmp_kernels import Erasure, MixPlan
 
 
 class Drawn(NamedTuple):
@@ -17,6 +17,20 @@ class Drawn(NamedTuple):
     images: Tensor
     labels: Tensor
     plan: MixPlan | None
+
+
+@pytest.fixture
+def erasures(monkeypatch: pytest.MonkeyPatch) -> list[Erasure]:
+    """What is erased of every batch in this process, in order."""
+    found: list[Erasure] = []
+    draw = ours.RandomErasing.erasure
+
+    def record(self: Any, *args: Any) -> Erasure:
+        found.append(draw(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(ours.RandomErasing, "erasure", record)
+    return found
 
 
 @pytest.fixture

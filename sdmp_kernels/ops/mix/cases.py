@@ -54,18 +54,19 @@ def eager(
     mixed = torch.stack(rows) if rows else pixels.clone()
     outputs = [_stored(x, images.dtype, mean, std, result) for x in ([pixels, mixed] if clean else [mixed])]
     if erase is not None:
-        outputs[-1] = _filled(outputs[-1], erase)
+        outputs[-1] = filled(outputs[-1], erase)
     return (outputs[0], outputs[1]) if clean else outputs[0]
 
 
-def _filled(pixels: Tensor, erase: Erasure) -> Tensor:
+def filled(pixels: Tensor, erase: Erasure) -> Tensor:
     """The boxes of every image one after another, as timm erases them."""
     pixels, fill = pixels.clone(), reference.store(erase.fill, pixels.dtype)
-    for row, boxes in zip(pixels, erase.boxes.tolist(), strict=True):
+    for i, boxes in enumerate(erase.boxes.tolist()):
         for top, left, height, width, first in boxes:
-            for k in range(height * width):
-                y, x = top + k // width, left + k % width
-                row[:, y, x] = fill[first + k if erase.per_pixel else first]
+            for y in range(height):
+                begin = first + y * width
+                line = fill[begin : begin + width] if erase.per_pixel else fill[first].expand(width, -1)
+                pixels[i, :, top + y, left : left + width] = line.T
     return pixels
 
 
@@ -106,8 +107,8 @@ def truth(
         for pixels in ([images.double(), mixed] if clean else [mixed])
     ]
     if erase is not None:
-        filled = reference.erase(outputs[-1], erase)
-        outputs[-1] = reference.store(filled, torch.uint8).double() if integers else filled
+        erased = reference.erase(outputs[-1], erase)
+        outputs[-1] = reference.store(erased, torch.uint8).double() if integers else erased
     return (outputs[0], outputs[1]) if clean else outputs[0]
 
 
@@ -127,11 +128,11 @@ def largest_term(
         return 1.0
     given = [images] if partners is None or partners.numel() == 0 else [images, partners]
     largest = max(float(t.double().abs().max()) for t in given)
-    filled = 0.0 if erase is None else float(erase.fill.abs().max())
+    colour = 0.0 if erase is None else float(erase.fill.abs().max())
     if mean is None or std is None:
-        return max(largest, filled)
+        return max(largest, colour)
     unit = largest / 255 if images.dtype == torch.uint8 else largest
-    return max(max(unit, *map(abs, mean)) / min(std), filled)
+    return max(max(unit, *map(abs, mean)) / min(std), colour)
 
 
 def _result_bytes(images: Tensor, std: Sequence[float] | None, dtype: torch.dtype | None) -> int:
@@ -294,6 +295,7 @@ INTERPRETED = (
     "erased",
     "erased_uint8_channels_last",
     "erased_partner_vector",
+    "erased_nothing",
 )
 
 
