@@ -94,6 +94,15 @@ class Scaling(NamedTuple):
     table_ptr: Any
 
 
+class Erased(NamedTuple):
+    """Of every image `boxes` boxes of five numbers, the last the row of `fill` that it begins with, of `fills`."""
+
+    box_ptr: Any
+    fill_ptr: Any
+    boxes: Any
+    fills: Any
+
+
 class Taps(NamedTuple):
     """Along one axis: two source positions and their weights."""
 
@@ -309,6 +318,23 @@ def _taps(position, target, extent):
 
 
 @triton.jit
+def _box_part(
+    row, start, box, chunk, size, PER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(`Where`, pixel, channel) of COLUMNS elements of rows of a box, from element `start` of each on; those that are
+    not in the box and the chunk are masked. The pixel is counted from the left of the box.
+    """
+    kind: tl.constexpr = tl.int64 if WIDE else tl.int32
+    begin = chunk.to(kind) * BLOCK
+    across = start + tl.arange(0, COLUMNS)[None, :]
+    pixel, channel = _divided(across, PER)
+    position = box.left * PER + across
+    index = row.to(kind) * (size.width * PER) + position
+    mask = (row < box.top + box.height) & (across < box.width * PER) & (index >= begin) & (index < begin + BLOCK)
+    return Where(index, mask, row, position, position), pixel, channel
+
+
+@triton.jit
 def _fill_box(
     source, target, chunk, count, box, span, size, source_strides, target_strides, source_plane, target_plane,
     first_plane, scaling, work: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, PLANES: tl.constexpr, FLAT: tl.constexpr,
@@ -321,22 +347,16 @@ def _fill_box(
     """
     kind: tl.constexpr = tl.int64 if WIDE else tl.int32
     result: tl.constexpr = target.dtype.element_ty
-    top, left, height, width = box
-    begin = chunk.to(kind) * BLOCK
-    for line in range(tl.maximum(span.first, top), tl.minimum(span.last + 1, top + height), LINES):
+    for line in range(tl.maximum(span.first, box.top), tl.minimum(span.last + 1, box.top + box.height), LINES):
         row = line + tl.arange(0, LINES)[:, None]
-        y = _taps(row - top, height, size.height)
+        y = _taps(row - box.top, box.height, size.height)
         upper, lower = y.first.to(kind) * source_strides.row, y.second.to(kind) * source_strides.row
-        for start in range(0, width * PER, COLUMNS):
-            across = start + tl.arange(0, COLUMNS)[None, :]
-            pixel, channel = _divided(across, PER)
-            x = _taps(pixel, width, size.width)
+        for start in range(0, box.width * PER, COLUMNS):
+            where, pixel, channel = _box_part(row, start, box, chunk, size, PER, WIDE, BLOCK, COLUMNS)
+            x = _taps(pixel, box.width, size.width)
             before = x.first.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
             behind = x.second.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
-            position = left * PER + across
-            index = row.to(kind) * (size.width * PER) + position
-            mask = (row < top + height) & (across < width * PER) & (index >= begin) & (index < begin + BLOCK)
-            where = Where(index, mask, row, position, position)
+            mask = where.mask
             offset = _offset(where, target_strides, PER, FLAT, WIDE)
             for plane in tl.static_range(PLANES):
                 base = source + plane * source_plane
@@ -354,26 +374,35 @@ def _fill_box(
 
 @triton.jit
 def _erase(
-    target, i, where, span, size, boxes_ptr, fill_ptr, boxes, fills, offset, target_plane, first_plane,
-    C: tl.constexpr, PER: tl.constexpr, PLANES: tl.constexpr, PER_PIXEL: tl.constexpr,
+    target, i, chunk, span, size, erased, strides, target_plane, first_plane, C: tl.constexpr, PER: tl.constexpr,
+    PLANES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
+    COLUMNS: tl.constexpr, PER_PIXEL: tl.constexpr,
 ):  # fmt: skip
-    """Write what is erased of image i, and lies in the chunk, over it: box by box, the later ones over the earlier."""
+    """Write what is erased of image i, and lies in the chunk, over it: box by box, the later ones over the earlier.
+
+    Tiles of LINES box rows by COLUMNS elements, as what is resized.
+    """
     result: tl.constexpr = target.dtype.element_ty
-    pixel, channel = _divided(where.position, PER)
-    for k in range(boxes):
-        box_ptr = boxes_ptr + 5 * (i * boxes + k)
+    for k in range(erased.boxes):
+        # What it is written over, the box before it too, was stored by other threads of this program.
+        tl.debug_barrier()
+        box_ptr = erased.box_ptr + 5 * (i * erased.boxes + k)
         box = _box(box_ptr, size)
-        if (span.last >= box.top) & (span.first < box.top + box.height):
-            inside = where.mask & _inside(where, box, PER)
-            row = tl.load(box_ptr + 4).to(tl.int64)
-            if PER_PIXEL:
-                row += (where.row - box.top).to(tl.int64) * box.width + (pixel - box.left)
-            # A row number on the device was not checked on the host; out of range, it must still not be followed.
-            row = tl.minimum(tl.maximum(row, 0), fills - 1) * C
-            for plane in tl.static_range(PLANES):
-                colour = fill_ptr + (row + channel + first_plane + plane)
-                pixels = tl.load(colour, mask=inside, other=0)  # narrow: boxes
-                tl.store(target + plane * target_plane + offset, _rounded(pixels, result), mask=inside)  # narrow: boxes
+        colour = tl.load(box_ptr + 4).to(tl.int64)
+        for line in range(tl.maximum(span.first, box.top), tl.minimum(span.last + 1, box.top + box.height), LINES):
+            row = line + tl.arange(0, LINES)[:, None]
+            for start in range(0, box.width * PER, COLUMNS):
+                where, pixel, channel = _box_part(row, start, box, chunk, size, PER, WIDE, BLOCK, COLUMNS)
+                offset = _offset(where, strides, PER, FLAT, WIDE)
+                of = colour
+                if PER_PIXEL:
+                    of += (row - box.top).to(tl.int64) * box.width + pixel
+                # A row number on the device was not checked on the host; out of range, it must still not be followed.
+                of = tl.minimum(tl.maximum(of, 0), erased.fills - 1) * C + channel + first_plane
+                for plane in tl.static_range(PLANES):
+                    pixels = tl.load(erased.fill_ptr + (of + plane), mask=where.mask, other=0)  # narrow: boxes
+                    place = target + plane * target_plane + offset
+                    tl.store(place, _rounded(pixels, result), mask=where.mask)  # narrow: boxes begin anywhere
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -448,14 +477,14 @@ def mix_pair_kernel(
                 first_plane, scaling, work, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES, COLUMNS, NORMALISE,
             )  # fmt: skip
     if ERASE:
-        tl.debug_barrier()
+        erased = Erased(boxes_ptr, fill_ptr, boxes, fills)
         _erase(
-            target_i, i, where, span, size, boxes_ptr, fill_ptr, boxes, fills, offset, mixed_plane, first_plane,
-            C, PER, PLANES, PER_PIXEL,
+            target_i, i, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE,
+            BLOCK, LINES, COLUMNS, PER_PIXEL,
         )  # fmt: skip
         _erase(
-            target_j, j, where, span, size, boxes_ptr, fill_ptr, boxes, fills, offset, mixed_plane, first_plane,
-            C, PER, PLANES, PER_PIXEL,
+            target_j, j, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE,
+            BLOCK, LINES, COLUMNS, PER_PIXEL,
         )  # fmt: skip
 
 
@@ -516,10 +545,10 @@ def mix_gather_kernel(
                 first_plane, scaling, work, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES, COLUMNS, NORMALISE,
             )  # fmt: skip
     if ERASE:
-        tl.debug_barrier()
+        erased = Erased(boxes_ptr, fill_ptr, boxes, fills)
         _erase(
-            target, i, where, span, size, boxes_ptr, fill_ptr, boxes, fills, offset, mixed_plane, first_plane,
-            C, PER, PLANES, PER_PIXEL,
+            target, i, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES,
+            COLUMNS, PER_PIXEL,
         )  # fmt: skip
 
 
