@@ -91,14 +91,22 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--bce-loss"], ["--no-prefetcher"], ["--no-prefetcher", "--bce-loss"]], ids=" ".join
+    "flags",
+    [[], ["--bce-loss"], ["--reprob", "0.75"], ["--no-prefetcher"], ["--no-prefetcher", "--bce-loss"]],
+    ids=" ".join,
 )
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_an_unchanged_script_trains_on_what_the_plan_says(
-    script: Path, drawn: list[Any], flags: list[str], mode: str, capsys: pytest.CaptureFixture[str]
+    script: Path,
+    drawn: list[Any],
+    erasures: list[Any],
+    flags: list[str],
+    mode: str,
+    capsys: pytest.CaptureFixture[str],
 ):
     names = replace.run(str(script), [str(script.parent / "data"), "--mixup-mode", mode, *flags])
     assert len(names["seen"]) == len(names["targets"]) == len(drawn) == 4
+    assert len(erasures) == (4 if "--reprob" in flags else 0)
     keep = ours.Mixup(num_classes=CLASSES)
     keep.mixup_enabled = False
     for i, (images, target, (raw, labels, plan)) in enumerate(zip(names["seen"], names["targets"], drawn, strict=True)):
@@ -108,6 +116,8 @@ def test_an_unchanged_script_trains_on_what_the_plan_says(
         wanted = float64.mixed(raw, plan)
         if raw.dtype == torch.uint8:
             wanted = float64.normalised(wanted, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        if "--reprob" in flags:
+            wanted = float64.erased(wanted, erasures[i])
         torch.testing.assert_close(images.double(), wanted, atol=2e-6, rtol=0)
         torch.testing.assert_close(target.double(), float64.target(labels, plan, CLASSES, 0.1), atol=1e-6, rtol=0)
     kind = ours.BinaryCrossEntropy if "--bce-loss" in flags else ours.SoftTargetCrossEntropy

@@ -148,17 +148,15 @@ def floor_bytes(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
-    erase: Erasure | None = None,
     **_: Any,
 ) -> int:
-    """Every image, partner and colour read once, every result written once; where they want gradients, the results'
-    gradients read once and theirs written once.
+    """Every image and partner read once, every result written once; where they want gradients, the results' gradients
+    read once and theirs written once. What fills erased boxes is left out.
     """
     sources = [images] if partners is None else [images, partners]
     results = _result_bytes(images, std, dtype) * (2 if clean else 1)
     wanted = sum(t.nbytes for t in sources if t.requires_grad)
-    read = sum(t.nbytes for t in sources) + (0 if erase is None else erase.fill.nbytes)
-    return read + results + (wanted + results if wanted else 0)
+    return sum(t.nbytes for t in sources) + results + (wanted + results if wanted else 0)
 
 
 def kernel_bytes(images: Tensor, plan: MixPlan, *, partners: Tensor | None = None, **options: Any) -> int:
