@@ -85,7 +85,8 @@ class Mixer {
   void write_both() {
     const Place first = place(job_.mixed, g_, job_.out, member_[0].index, plane_, run_.row, run_.x);
     const Place second = place(job_.mixed, g_, job_.out, member_[1].index, plane_, run_.row, run_.x);
-    if (copies_ && first.step == 1) {
+    const bool erases = member_[0].erased.count + member_[1].erased.count > 0;
+    if (copies_ && first.step == 1 && !erases) {
       if (plain_float_ && both(Rule::kMixup)) {
         blend_both(reinterpret_cast<float*>(first.at), reinterpret_cast<float*>(second.at));
         return;
