@@ -73,6 +73,10 @@ class FastCollateMixup(Mixup):
         plan, lam = self._draw(len(images), (images.shape[2], images.shape[3]), enabled=True)
         return Collated(images, target, plan, lam)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned workers get a copy, and have no use for a plan that may lie on a GPU.
+        return self.__dict__ | {"last_plan": None}
+
     def finish(self, batch: Collated) -> tuple[MixPlan | None, Tensor | TwoHot]:
         """The plan to mix a batch by (None: not at all), and its target, where the batch is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import float64
@@ -142,6 +143,14 @@ def test_mixing_ends_at_once_also_where_workers_persist():
         assert torch.allclose(images.double(), plain, atol=2e-6) is not enabled
         assert bool((target.weight == 1).all()) is not enabled
         assert torch.equal(target.first, labels)
+
+
+def test_workers_that_are_spawned_get_no_plan():
+    collate = ours.FastCollateMixup(num_classes=CLASSES, seed=7)
+    list(ours.PrefetchLoader(DataLoader(pictures(), 8, collate_fn=collate), device=CPU))
+    copied = pickle.loads(pickle.dumps(collate))
+    assert collate.last_plan is not None and copied.last_plan is None
+    assert (copied.seed, copied.step) == (7, 1) == (collate.seed, collate.step)
 
 
 def test_draws_go_on_over_epochs_and_workers():
