@@ -261,10 +261,16 @@ class Mixer {
     const bool each = job_.erasure.per_pixel;
     const int64_t pixel = each ? (y - boxes.top(box)) * boxes.width(box) + column - boxes.left(box) : 0;
     const float* colours = job_.erasure.fill + (boxes.row_of_fill(box) + pixel) * job_.channels;
-    const int64_t step = each ? job_.channels : 0;
-    float* values = scratch_.sum;
-    for (int64_t k = 0; k < n; k += g_.group, colours += step) {
-      for (int64_t c = 0; c < g_.group; ++c) values[k + c] = colours[plane_ + c];
+    const float* values = colours;  // of interleaved channels a row of colours is what a row of pixels is
+    if (g_.group == 1) {
+      const int64_t step = each ? job_.channels : 0;
+      for (int64_t k = 0; k < n; ++k) scratch_.sum[k] = colours[plane_ + k * step];
+      values = scratch_.sum;
+    } else if (!each) {
+      for (int64_t k = 0; k < n; k += g_.group) {
+        for (int64_t c = 0; c < g_.group; ++c) scratch_.sum[k + c] = colours[c];
+      }
+      values = scratch_.sum;
     }
     write_fill_(values, n, Scaling{}, out.piece());
     out.made(n);
