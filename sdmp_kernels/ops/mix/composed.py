@@ -111,7 +111,7 @@ def _erase_rows(mixed: Tensor, erasure: Erasure) -> None:
     fill = store(erasure.fill, mixed.dtype)
     for i, boxes in enumerate(erasure.boxes.tolist()):
         for top, left, height, width, first in boxes:
-            patch = mixed[i, :, *_sides([top, left, height, width])].permute(1, 2, 0)
+            patch = mixed[i, :, top : top + height, left : left + width].permute(1, 2, 0)
             if erasure.per_pixel:
                 patch.copy_(fill[first : first + height * width].view(patch.shape))
             elif height * width > 0:
