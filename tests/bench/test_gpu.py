@@ -113,6 +113,33 @@ def test_the_proof_tunes_after_it_has_timed(tmp_path, monkeypatch):
     assert calls[0][1:] == ("-m", "bench", "tune", "--op", "info_nce", "--dry-run")
 
 
+def test_what_is_finished_is_passed_over(tmp_path, monkeypatch, capsys):
+    """Of this commit, where nothing is changed; not what failed or was cut, nor with --again."""
+    ran = []
+
+    def stage(name, status):
+        return lambda state, seconds: (ran.append(name), state.note(name, status, "", 0))
+
+    kinds = ("passed", "failed", "out of time", "absent")
+    stages = [gpu.Stage(kind, 1, stage(kind, kind)) for kind in kinds]
+    stages.append(gpu.Stage("pictures", 1, stage("pictures", "passed"), always=True))
+    monkeypatch.setattr(gpu.environment, "commit", lambda *but: head)
+    later = ["failed", "out of time", "pictures"]
+    for head, again, expected in (
+        (("a", False), False, [*kinds, "pictures"]),
+        (("a", False), False, later),
+        (("a", False), True, [*kinds, "pictures"]),
+        (("a", True), False, [*kinds, "pictures"]),
+        (("b", False), False, [*kinds, "pictures"]),
+        (("b", False), False, later),
+    ):
+        ran.clear()
+        gpu.run_stages(gpu.Run(tmp_path / "x.json", "cpu", True, time.monotonic() + 60, again), stages)
+        assert ran == expected, head
+    assert "passed: finished at" in capsys.readouterr().out
+    assert validate(json.loads((tmp_path / "x.json").read_text())) == []
+
+
 PARENT = """
 import pathlib, signal, sys, time
 from bench import gpu, matrix
