@@ -81,6 +81,7 @@ ARM: dict[str, tuple[type, ...]] = {
     "host_us?": NUMBER,
     "queued?": (bool,),
     "images_per_s?": NUMBER,
+    "predicted?": (dict,),
 }
 TRAINING: dict[str, tuple[type, ...]] = {
     "step": (int,),
