@@ -90,7 +90,11 @@ def as_version_0_1(training):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backbones_train_alike(tiny: Config, backend: str, monkeypatch: pytest.MonkeyPatch):
-    """By the names and numbers of a run that is not compiled, to float32's rounding; "eager" traces and no more."""
+    """By the names and numbers of a run that is not compiled, to float32's rounding; "eager" traces and no more.
+
+    By SGD: some biases have no gradient but for rounding, of which AdamW would make whole steps.
+    """
+    tiny = replace(tiny, optim=replace(tiny.optim, opt="sgd"))
     compiled = nn.Module.compile
     asked = []
 
@@ -111,8 +115,6 @@ def test_compiled_backbones_train_alike(tiny: Config, backend: str, monkeypatch:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
-        if name.endswith("qkv.bias"):  # the keys' has no gradient but for rounding, of which AdamW makes whole steps
-            continue
         torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-4)
 
 
