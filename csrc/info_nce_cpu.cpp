@@ -20,10 +20,6 @@ void info_nce(const InfoNceJob& job, int64_t begin, int64_t end, float* scratch)
     const double log_sum = std::log(sum);
     const Pulls pulls = pulls_of(t, a, b, job.mixture);
     if (job.losses != nullptr) job.losses[i] = two_hot_loss(log_sum, t, a, b, job.mixture);
-    if (job.stats != nullptr) {
-      const double said[] = {peak * job.unit, log_sum, pulls.first, pulls.second};
-      for (int64_t r = 0; r < 4; ++r) job.stats[r * job.stats_step + i] = said[r];
-    }
     if (job.gradient) {
       const double scale = job.scale.of(i);
       const double factor = scale * (pulls.first + pulls.second) / sum;

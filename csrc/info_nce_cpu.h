@@ -14,9 +14,6 @@ struct InfoNceJob {
   bool mixture;
   bool gradient;
   double* losses;         // (rows,), or null
-  double* stats;          // four rows of numbers, `stats_step` apart, see `reference.forward`; or null
-  int64_t stats_step;
-  double unit;            // product as it is to be told, per product here
   Scale scale;            // of the gradient
 };
 

@@ -21,8 +21,8 @@ Value* term_of(std::optional<Tensor>& tensor, const char* name, ScalarType type,
 }
 
 void info_nce_rows_cpu(Tensor products, const Tensor& first, const Tensor& second, const Tensor& weight, double gain,
-                       bool mixture, double unit, double scale, const std::optional<Tensor>& upstream, bool gradient,
-                       std::optional<Tensor> loss, std::optional<Tensor> stats) {
+                       bool mixture, double scale, const std::optional<Tensor>& upstream, bool gradient,
+                       std::optional<Tensor> loss) {
   STD_TORCH_CHECK(products.dim() == 2 && products.is_contiguous() && products.scalar_type() == ScalarType::Float,
                   "products must be contiguous float32 of shape (rows, columns)");
   InfoNceJob job;
@@ -34,16 +34,6 @@ void info_nce_rows_cpu(Tensor products, const Tensor& first, const Tensor& secon
   job.mixture = mixture;
   job.gradient = gradient;
   job.losses = term_of<double>(loss, "loss", ScalarType::Double, 0, job.rows);
-  job.stats = nullptr;
-  job.stats_step = 0;
-  if (stats.has_value()) {
-    STD_TORCH_CHECK(stats->dim() == 2 && stats->size(0) == 4 && stats->size(1) == job.rows && stats->stride(1) == 1 &&
-                        stats->scalar_type() == ScalarType::Double,
-                    "stats must be float64 of shape (4, ", job.rows, ")");
-    job.stats = static_cast<double*>(stats->data_ptr());
-    job.stats_step = stats->stride(0);
-  }
-  job.unit = unit;
   job.scale = scale_of(scale, upstream, job.rows);
   const auto run = SDMP_BEST(info_nce);
   run_rows(job.rows, job.columns, info_nce_scratch(job.columns),
@@ -154,14 +144,13 @@ void add_scaled(double factor, const double* from, int64_t n, double* to) {
 void info_nce_few_cpu(const Tensor& q_given, const Tensor& k_given, const Tensor& first, const Tensor& second,
                       const Tensor& weight, double temperature, bool mixture, double scale,
                       const std::optional<Tensor>& upstream, int64_t term, bool reduced, std::optional<Tensor> loss,
-                      std::optional<Tensor> stats, std::optional<Tensor> dq, std::optional<Tensor> dk) {
+                      std::optional<Tensor> dq, std::optional<Tensor> dk) {
   const Matrix q_matrix = matrix_of(q_given, "q"), k_matrix = matrix_of(k_given, "k");
   const int64_t n = q_matrix.rows, m = k_matrix.rows, d = q_matrix.columns;
   STD_TORCH_CHECK(k_matrix.columns == d, "q and k must have the same number of columns");
   const TargetView target = target_of(first, second, weight, n);
   const Scale factor = scale_of(scale / temperature, upstream, n);
   float* losses = term_of<float>(loss, "loss", ScalarType::Float, term, reduced ? 1 : n);
-  double* said = term_of<double>(stats, "stats", ScalarType::Double, term, 4 * n);
   float* dqs = term_of<float>(dq, "dq", ScalarType::Float, term, n * d);
   float* dks = term_of<float>(dk, "dk", ScalarType::Float, 0, m * d);
   const std::vector<double> q = doubles_of(q_matrix), k = doubles_of(k_matrix);
@@ -182,12 +171,6 @@ void info_nce_few_cpu(const Tensor& q_given, const Tensor& k_given, const Tensor
       const double value = scale * portable::two_hot_loss(log_sum, t, a, b, mixture);
       total_loss += value;
       if (!reduced) losses[i] = static_cast<float>(value);
-    }
-    if (said != nullptr) {
-      said[i] = peak;
-      said[n + i] = log_sum;
-      said[2 * n + i] = pulls.first;
-      said[3 * n + i] = pulls.second;
     }
     if (dqs == nullptr && dks == nullptr) continue;
     const double row = factor.of(i);
@@ -214,7 +197,7 @@ void info_nce_few_cpu(const Tensor& q_given, const Tensor& k_given, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
   m.def(
       "info_nce_rows_cpu(Tensor(a!) products, Tensor first, Tensor second, Tensor weight, float gain, bool mixture, "
-      "float unit, float scale, Tensor? upstream, bool gradient, Tensor(b!)? loss, Tensor(c!)? stats) -> ()");
+      "float scale, Tensor? upstream, bool gradient, Tensor(b!)? loss) -> ()");
   m.def(
       "info_nce_block_cpu(Tensor(a!) products, Tensor first, Tensor second, Tensor weight, int begin, int all, "
       "float shift, float gain, Tensor(b!) sums, Tensor(c!) picked) -> ()");
@@ -223,8 +206,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
       "float gain, bool mixture, Tensor sums, Tensor picked, float scale, Tensor(b!) loss) -> ()");
   m.def(
       "info_nce_few_cpu(Tensor q, Tensor k, Tensor first, Tensor second, Tensor weight, float temperature, "
-      "bool mixture, float scale, Tensor? upstream, int term, bool reduced, Tensor(a!)? loss, Tensor(b!)? stats, "
-      "Tensor(c!)? dq, Tensor(d!)? dk) -> ()");
+      "bool mixture, float scale, Tensor? upstream, int term, bool reduced, Tensor(a!)? loss, Tensor(b!)? dq, "
+      "Tensor(c!)? dk) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdmp, CPU, m) {

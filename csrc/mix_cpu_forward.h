@@ -71,8 +71,93 @@ class Mixer {
     if (job_.clean.data != nullptr) {
       for (int m = 0; m < members_; ++m) write_clean(m);
     }
-    if (job_.in_place && members_ == 2) save_first();
-    for (int m = 0; m < members_; ++m) write_mixed(m);
+    if (job_.in_place && members_ == 2) {
+      write_both();
+    } else {
+      for (int m = 0; m < members_; ++m) write_mixed(m);
+    }
+  }
+
+  // In place, the first image of a pair is overwritten before the second has taken from it.
+  void write_both() {
+    const Place first = place(job_.mixed, g_, job_.out, member_[0].index, plane_, run_.row, run_.x);
+    const Place second = place(job_.mixed, g_, job_.out, member_[1].index, plane_, run_.row, run_.x);
+    if (copies_ && first.step == 1) {
+      if (plain_float_ && both(Rule::kMixup)) {
+        blend_both(reinterpret_cast<float*>(first.at), reinterpret_cast<float*>(second.at));
+        return;
+      }
+      if (both(Rule::kCutMix)) {
+        in_size_ == 1   ? exchange<uint8_t>(first.at, second.at)
+        : in_size_ == 2 ? exchange<uint16_t>(first.at, second.at)
+                        : exchange<uint32_t>(first.at, second.at);
+        return;
+      }
+    }
+    save_first();
+    for (int m = 0; m < 2; ++m) write_mixed(m);
+  }
+
+  bool both(Rule rule) const { return member_[0].row.rule == rule && member_[1].row.rule == rule; }
+
+  void save_first() {
+    std::memcpy(scratch_.saved, source_[0].raw, run_.count * in_size_);
+    source_[0] = Source{scratch_.saved, nullptr};
+  }
+
+  void blend_both(float* a, float* b) {
+    const Row &first = member_[0].row, &second = member_[1].row;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < run_.count; ++k) {
+      const float x = a[k], y = b[k];
+      a[k] = blend(x, first.own, y, first.other);
+      b[k] = blend(y, second.own, x, second.other);
+    }
+  }
+
+  // Row by row, each image's box filled from the other: where the boxes overlap, pixels change places.
+  template <class Word>
+  void exchange(char* a, char* b) {
+    const Row &first = member_[0].row, &second = member_[1].row;
+    const int64_t top = smaller(first.top, second.top), begin = run_.begin / g_.length;
+    const int64_t bottom = first.bottom > second.bottom ? first.bottom : second.bottom;
+    for (int64_t y = begin > top ? begin : top; y < bottom && y * g_.length < run_.end(); ++y) {
+      const Stretch from_b = within(first, y), from_a = within(second, y);
+      if (from_b.count() > 0 && from_a.count() > 0) {
+        exchange_row(reinterpret_cast<Word*>(a), reinterpret_cast<Word*>(b), from_b, from_a);
+      } else if (from_b.count() > 0) {
+        copy_bytes(a + from_b.begin * in_size_, b + from_b.begin * in_size_, from_b.count() * in_size_);
+      } else if (from_a.count() > 0) {
+        copy_bytes(b + from_a.begin * in_size_, a + from_a.begin * in_size_, from_a.count() * in_size_);
+      }
+    }
+  }
+
+  // Elements of the tile.
+  struct Stretch {
+    int32_t begin, end;
+
+    int32_t count() const { return end - begin; }
+    bool holds(int32_t k) const { return (k >= begin) & (k < end); }
+  };
+
+  // Of the tile's row `y` what the box covers.
+  Stretch within(const Row& row, int64_t y) const {
+    if (y < row.top || y >= row.bottom) return Stretch{0, 0};
+    const int64_t at = y * g_.length - run_.begin;
+    return Stretch{clamp(at + row.left * g_.group, 0, run_.count), clamp(at + row.right * g_.group, 0, run_.count)};
+  }
+
+  template <class Word>
+  static void exchange_row(Word* a, Word* b, Stretch from_b, Stretch from_a) {
+    const int32_t begin = from_b.begin < from_a.begin ? from_b.begin : from_a.begin;
+    const int32_t end = from_b.end > from_a.end ? from_b.end : from_a.end;
+#pragma GCC ivdep
+    for (int32_t k = begin; k < end; ++k) {
+      const Word x = a[k], y = b[k];
+      a[k] = from_b.holds(k) ? y : x;
+      b[k] = from_a.holds(k) ? x : y;
+    }
   }
 
   Source read(const View& view, int64_t n, int slot) {
@@ -81,11 +166,6 @@ class Mixer {
       fetch(from.at + run_.count * in_size_, run_.count * in_size_);
     }
     return Source{contiguous(from, job_.in, run_.count, scratch_.raw[slot]), nullptr};
-  }
-
-  void save_first() {
-    std::memcpy(scratch_.saved, source_[0].raw, run_.count * in_size_);
-    source_[0] = Source{scratch_.saved, nullptr};
   }
 
   const float* values(int slot) {

@@ -88,7 +88,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def _interpreter_fails() -> str | None:
-    """Why Triton's interpreter cannot run here: that of 3.6 makes loop bounds of arrays by `int`, as numpy 2.4 forbids."""
+    """Why Triton's interpreter cannot run: that of 3.6 makes loop bounds of arrays by `int`, as numpy 2.4 forbids."""
     source = inspect.getsource(importlib.import_module("triton.runtime.interpreter"))
     if "int(self.handle.data)" not in source or tuple(map(int, np.__version__.split(".")[:2])) < (2, 4):
         return None

@@ -1,44 +1,97 @@
-"""Memory: small tensors that travel in one copy, and large results on a CPU without a page fault for every 4 KiB."""
+"""Memory: small tensors that travel in one copy, and large results on a CPU in pages that are there already."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import contextlib
 import mmap
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Above this glibc asks the kernel for every block anew and gives it back when it is freed (M_MMAP_THRESHOLD_MAX), so
-# that nothing else ever lives in these pages.
+# Above this glibc asks the kernel for every block anew and gives it back when it is freed (M_MMAP_THRESHOLD_MAX).
 _MAPPED_AFRESH = 32 * 2**20
 _HUGE_PAGE = 2 * 2**20
+_KEPT = 256 * 2**20
+"""Bytes of freed blocks that are kept at most."""
+
+
+def empty_like(
+    like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """`torch.empty_like`; a large one on a CPU in a block of huge pages that an earlier result may have left.
+
+    The first write to fresh pages costs more than most arithmetic on them: the system fills them with zeros, one fault
+    at a time. A loop asks for the same sizes over and over, and so the last freed blocks, `_KEPT` bytes at most, stay
+    with the process, as a GPU's memory does. Where the system refuses, or knows no huge pages, all is as ever.
+    """
+    size = like.numel() * (dtype or like.dtype).itemsize
+    if size <= _MAPPED_AFRESH or not like.is_cpu or (block := _BLOCKS.take(size)) is None:
+        return torch.empty_like(like, dtype=dtype, memory_format=memory_format)
+    plain = torch.empty_like(like, dtype=dtype, memory_format=memory_format, device="meta")
+    # Not a view of the bytes: autograd treats the two differently.
+    return torch.empty(0, dtype=plain.dtype).set_(block, 0, plain.shape, plain.stride())
 
 
 def new_empty(like: Tensor) -> Tensor:
-    """`like.new_empty(like.shape)`; large ones on a CPU in huge pages, where the system lets programs ask for them.
-
-    The first write to a fresh block costs more than most arithmetic on it, and in huge pages a fifth of that. PyTorch
-    has the same switch for the whole process (THP_MEM_ALLOC_ENABLE); a refusal by the system changes nothing.
-    """
-    out = like.new_empty(like.shape)
-    size = out.nbytes
-    if size > _MAPPED_AFRESH and out.is_cpu and (advise := _madvise()) is not None:
-        start = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        stop = (out.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
-        advise(start, stop - start, mmap.MADV_HUGEPAGE)
-    return out
+    """`like.new_empty(like.shape)`, large ones as `empty_like` has them."""
+    return empty_like(like, memory_format=torch.contiguous_format)
 
 
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """The system call of that name, where there is one that knows huge pages (Linux)."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+class _Blocks:
+    """Private blocks of memory, of which those freed last are handed out again."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    @property
+    def kept(self) -> int:
+        """Bytes that nothing uses now."""
+        return sum(map(len, self._free))
+
+    def take(self, size: int) -> torch.UntypedStorage | None:
+        """At least `size` bytes that nothing else uses, until the last tensor in them is gone; None if refused."""
+        pages = self._again(size) or self._fresh(size)
+        if pages is None:
+            return None
+        held = np.frombuffer(pages, dtype=np.uint8)
+        storage = torch.from_numpy(held).untyped_storage()
+        # The storage holds the array alone; when that goes, so has every tensor.
+        weakref.finalize(held, self._give_back, pages).atexit = False
+        return storage
+
+    def _again(self, size: int) -> mmap.mmap | None:
+        """A freed block that fits, and is not much larger than that."""
+        for pages in list(self._free):
+            if size <= len(pages) <= size + size // 4 + _HUGE_PAGE:
+                try:
+                    self._free.remove(pages)
+                except ValueError:  # another thread was first
+                    continue
+                return pages
         return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+
+    @staticmethod
+    def _fresh(size: int) -> mmap.mmap | None:
+        if not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+            return None
+        try:
+            pages = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):  # of a kernel without them: small pages, then
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return pages
+
+    def _give_back(self, pages: mmap.mmap) -> None:
+        self._free.append(pages)
+        while self.kept > _KEPT:
+            self._free.pop(0)
+
+
+_BLOCKS = _Blocks()
 
 
 def is_on(device: torch.device, target: torch.device) -> bool:

@@ -9,6 +9,7 @@ Letters: N rows of this rank, H W pixels, W ranks where `world_size` is meant.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import sys
 import threading
@@ -112,6 +113,16 @@ _KEEP, _MIXUP, _RESIZEMIX = int(Rule.KEEP), int(Rule.MIXUP), int(Rule.RESIZEMIX)
 def boxed(rule: np.ndarray) -> np.ndarray:
     """(N,) bool: which rows have a box."""
     return rule > _MIXUP
+
+
+def which_boxed(rule: np.ndarray, only: int | None) -> np.ndarray | bool:
+    """Which rows have a box: True for all and False for none of them, else (N,) bool; `only`: the rule of all rows."""
+    return _folded(boxed(rule)) if only is None else only > _MIXUP
+
+
+def _folded(rows: np.ndarray) -> np.ndarray | bool:
+    """(N,) bool as it is, or as one bool where all rows agree."""
+    return False if not rows.any() else True if rows.all() else rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -551,21 +562,22 @@ def draw_plan(
     total = n * world_size
     rng = _STREAM.at(seed, step)
     picks = rng.random(1 if per == "batch" else total)
-    choice = np.minimum(np.searchsorted(law.edges, picks, side="right"), len(law.values) - 1)
-    rule = np.full(total, law.values[choice[0]]) if per == "batch" else law.values[choice]
+    one = law.one(picks[0]) if per == "batch" else None
+    rule = law.many(picks) if one is None else np.full(total, one, dtype=np.uint8)
     mixed = rng.random(total)
     drawn = _draw_lam(rng, law, rule, shared=shared_lam)
     if prob < 1:
         rule[mixed >= prob] = _KEEP
 
-    pasted = boxed(rule)
-    if pasted.any():
+    only = one if prob == 1 else None
+    pasted = which_boxed(rule, only)
+    if pasted is not False:
         # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
         rng = _STREAM.at(seed, step, view + 1)
-        boxes = draw_boxes(rng, rule, drawn, (low, high), (height, width), clip=box == "clip")
+        boxes = draw_boxes(rng, rule, drawn, (low, high), (height, width), clip=box == "clip", only=only)
     else:
         boxes = np.zeros((total, 4), dtype=np.int32)
-    lam = count_lam(rule, drawn, boxes, height * width)
+    lam = count_lam(rule, drawn, boxes, height * width, only=only)
     here = slice(rank * n, (rank + 1) * n)
     if not mirrored:
         partner_lam = lam[here][partners]
@@ -585,7 +597,7 @@ def draw_plan(
         mirrored=mirrored,
         rules=law.occurring(prob),
     )
-    return plan.to(device)
+    return plan if device == "cpu" else plan.to(device)
 
 
 @_on_the_host
@@ -698,17 +710,27 @@ class _Law(NamedTuple):
 
     Attributes:
         values: (R,) uint8, the rules.
-        edges: (R,) float64, their cumulated probabilities, the last 1.
+        numbers: the same as plain numbers.
+        edges: R numbers, their cumulated probabilities, the last 1.
         alphas: (4,) float64, alpha of every `Rule`.
         alpha: the one alpha of all of `values`, or None.
         likely: the rules of a probability above 0.
     """
 
     values: np.ndarray
-    edges: np.ndarray
+    numbers: list[int]
+    edges: list[float]
     alphas: np.ndarray
     alpha: float | None
     likely: tuple[Rule, ...]
+
+    def one(self, pick: float) -> int:
+        """The rule that a number in [0, 1) stands for."""
+        return self.numbers[min(bisect.bisect_right(self.edges, pick), len(self.values) - 1)]
+
+    def many(self, picks: np.ndarray) -> np.ndarray:
+        """The rules that numbers in [0, 1) stand for."""
+        return self.values[np.minimum(np.searchsorted(self.edges, picks, side="right"), len(self.values) - 1)]
 
     def occurring(self, prob: float) -> tuple[Rule, ...]:
         """The rules that may occur where each row is mixed with chance `prob`."""
@@ -752,7 +774,8 @@ def _make_law(rules: object, alpha: object) -> _Law:
     used = {alphas[rule] for rule in chances}
     return _Law(
         values=np.array([int(rule) for rule in chances], dtype=np.uint8),
-        edges=edges / edges[-1],
+        numbers=[int(rule) for rule in chances],
+        edges=(edges / edges[-1]).tolist(),
         alphas=np.array([alphas[rule] for rule in Rule], dtype=np.float64),
         alpha=used.pop() if len(used) == 1 else None,
         likely=tuple(rule for rule, chance in chances.items() if chance > 0),
@@ -762,9 +785,9 @@ def _make_law(rules: object, alpha: object) -> _Law:
 def _draw_lam(rng: np.random.Generator, law: _Law, rule: np.ndarray, *, shared: bool) -> np.ndarray:
     """lam ~ Beta(alpha, alpha) for every row, or, with `shared`, one draw for all rows of one alpha."""
     if law.alpha is not None:  # draws the very numbers of the general case, faster
-        if shared:
-            return np.full(len(rule), rng.beta(law.alpha, law.alpha, size=min(len(rule), 1)))
-        return rng.beta(law.alpha, law.alpha, size=len(rule))
+        rows = min(len(rule), 1) if shared else len(rule)
+        numbers = rng.beta(law.alpha, law.alpha, size=rows)
+        return np.full(len(rule), numbers) if shared else numbers
     alpha = law.alphas[rule]
     if not shared:
         return rng.beta(alpha, alpha)
@@ -780,52 +803,62 @@ def draw_boxes(
     size: tuple[int, int],
     *,
     clip: bool,
+    only: int | None = None,
 ) -> np.ndarray:
-    """(N, 4) int32 boxes of the CutMix and ResizeMix rows, zeros elsewhere (method: paper Eq. 2, timm for `clip`)."""
+    """(N, 4) int32 boxes of the CutMix and ResizeMix rows, zeros elsewhere (method: paper Eq. 2, timm for `clip`).
+
+    only: the rule of all rows, where it is known that they have one.
+    """
     uniform = rng.random((2, len(rule)))
-    if not boxed(rule).any():
+    pasted = which_boxed(rule, only)
+    if pasted is False:
         return np.zeros((len(rule), 4), dtype=np.int32)
-    low, high = lam_range
-    squeezed = np.where(rule == _RESIZEMIX, low + (high - low) * drawn, drawn)
-    ratio = np.sqrt(np.maximum(1 - squeezed, 0))
-    extent = np.array(size, dtype=np.int64)[:, None]
-    cut = np.floor(extent * ratio).astype(np.int64)
+    resized = _folded(rule == _RESIZEMIX) if only is None else only == _RESIZEMIX
+    if resized is not False:
+        low, high = lam_range
+        squeezed = low + (high - low) * drawn
+        drawn = squeezed if resized is True else np.where(resized, squeezed, drawn)
+    ratio = np.sqrt(np.maximum(1 - drawn, 0))
+    extent = np.array(size, dtype=np.float64)[:, None]  # pixels stay float64, which holds them exactly
+    cut = np.floor(extent * ratio)
     if clip:
-        centre = np.minimum(np.floor(uniform * extent).astype(np.int64), extent - 1)
+        centre = np.minimum(np.floor(uniform * extent), extent - 1)
         start = np.clip(centre - cut // 2, 0, extent)
         cut = np.clip(centre + (cut + 1) // 2, 0, extent) - start
     else:
         room = extent - cut
-        start = np.minimum(np.floor(uniform * (room + 1)).astype(np.int64), room)
-    return _boxes(rule, start, cut)
+        start = np.minimum(np.floor(uniform * (room + 1)), room)
+    return _boxes(pasted, start, cut)
 
 
 def _centred_boxes(rule: np.ndarray, lam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(N, 4) int32 boxes in the middle, sized from lam, of the CutMix and ResizeMix rows; zeros elsewhere."""
     extent = np.array(size, dtype=np.int64)[:, None]
     cut = np.floor(extent * np.sqrt(1 - lam)).astype(np.int64)
-    return _boxes(rule, (extent - cut) // 2, cut)
+    return _boxes(_folded(boxed(rule)), (extent - cut) // 2, cut)
 
 
-def _boxes(rule: np.ndarray, start: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """(N, 4) int32: (2, N) starts and sides of both axes, where the rule has a box; zeros elsewhere."""
-    boxes = np.empty((len(rule), 4), dtype=np.int32)
+def _boxes(pasted: np.ndarray | bool, start: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """(N, 4) int32: (2, N) starts and sides of both axes, where a box is `pasted`; zeros elsewhere."""
+    boxes = np.empty((start.shape[1], 4), dtype=np.int32)
     boxes[:, :2], boxes[:, 2:] = start.T, cut.T
-    pasted = boxed(rule)
-    if not pasted.all():
-        boxes[~pasted] = 0
+    if pasted is not True:
+        boxes[np.logical_not(pasted)] = 0
     return boxes
 
 
-def count_lam(rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, area: int) -> np.ndarray:
-    """(N,) float32: the share of a row's own pixels, counted from its integer box."""
-    pasted = boxed(rule)
-    if pasted.any():
-        counted = 1 - boxes[:, 2].astype(np.int64) * boxes[:, 3] / area
-        lam = np.where(pasted, counted, drawn).astype(np.float32)
-    else:
-        lam = drawn.astype(np.float32)
-    lam[rule == _KEEP] = 1
+def count_lam(
+    rule: np.ndarray, drawn: np.ndarray, boxes: np.ndarray, area: int, *, only: int | None = None
+) -> np.ndarray:
+    """(N,) float32: the share of a row's own pixels, counted from its integer box; `only`: the rule of all rows."""
+    pasted = which_boxed(rule, only)
+    if pasted is not False:
+        sides = boxes[:, 2:].astype(np.float64)  # whose products are exact
+        counted = 1 - sides[:, 0] * sides[:, 1] / area
+        drawn = counted if pasted is True else np.where(pasted, counted, drawn)
+    lam = drawn.astype(np.float32)
+    if only is None or only == _KEEP:
+        lam[rule == _KEEP] = 1
     return lam
 
 

@@ -282,10 +282,11 @@ class Contrast(ABC):
         """
         bf16 = self.setup.dtype == torch.bfloat16
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            queries = self.queries(*(images[name] for name in self.query_views))
+            # Keys first: what they needed is free again when the queries keep their activations for the gradient.
             with torch.no_grad():
                 momentum_encoder = self.keys.refresh()
                 keys = [momentum_encoder(images[name]) for name in self.key_views]
+            queries = self.queries(*(images[name] for name in self.query_views))
         unit_queries = [normalize(query.float(), dim=1).to(self.setup.dtype) for query in queries]
         unit_keys = [gather_rows(normalize(key.float(), dim=1).to(self.setup.dtype), self.world) for key in keys]
         return Features(

@@ -417,10 +417,11 @@ class DINO:
         """Logits of the student for all crops, with gradient, and of the teacher for the global views, without."""
         rows, bf16 = self.setup.rows, self.setup.dtype == torch.bfloat16
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            student = self.seen(*images.student)
+            # The teacher first: what it needed is free again when the student keeps its activations for the gradient.
             with torch.no_grad():  # each set by itself: clean and mixed views have their own batch statistics
                 module = self.lowered.refresh()
                 teacher = torch.cat([module(views) for views in images.teacher])
+            student = self.seen(*images.student)
         return Features(student.unflatten(0, (-1, rows)), teacher.unflatten(0, (-1, rows)))
 
     def loss(self, features: Features, plan: Plan, batch: Batch, at: At) -> Loss:

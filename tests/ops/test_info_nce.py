@@ -213,8 +213,8 @@ def test_columns_out_of_range_are_left_out(backend, form):
     first, second = torch.tensor([6, 2, -1, 2**40]), torch.tensor([1, -7, 99, 3])
     weight = torch.tensor([0.25, 0.75, 0.5, 1.0])
     with use_backend(backend):
-        losses, _, _, dq = torch.ops.sdmp.info_nce(
-            q, [k], [first], [second], [weight], [], [], 0.2, form, "none", True, False
+        losses, _, _, dq, _ = torch.ops.sdmp.info_nce(
+            q, [k], [first], [second], [weight], [], [], 0.2, form, "none", True, [False]
         )
     log_p = torch.log_softmax(q @ k.T / 0.2, dim=1)
     columns, kept = torch.tensor([1, 2, 0, 0]), torch.tensor([0.75, 0.75, 0.0, 0.0])

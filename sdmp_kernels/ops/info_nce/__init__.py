@@ -90,7 +90,7 @@ def info_nce(
         if not 0 < number < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
     wanted = torch.is_grad_enabled()
-    loss, terms, _, _ = _op.info_nce_op.overload(
+    loss, terms, *_ = _op.info_nce_op.overload(
         q,
         keys,
         [t.first for t in targets],
@@ -102,7 +102,7 @@ def info_nce(
         form,
         reduction,
         wanted and q.requires_grad,
-        wanted and any(key_set.requires_grad for key_set in keys),
+        [wanted and key_set.requires_grad for key_set in keys],
     )
     if weights:
         return (loss, terms) if with_terms else loss

@@ -27,63 +27,72 @@ _BLOCK = (512, 1024)
 _BOUND = 40.0
 
 
-def forward(problem: Problem, need_dq: bool, need_stats: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`, but the loss, where it is `reduced`, is summed over the rows: (T,), of one key set ();
-    otherwise (T, N), of one key set (N,).
+def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dq, dk) as `reference.forward`, but the loss, where it is `reduced`, is summed over the rows: (T,), of one
+    key set (); otherwise (T, N), of one key set (N,).
+
+    dk: the gradients of the key sets that `need_k` names, float32, one below the other; empty unless `reduced`, since
+    rows may else count differently in the backward pass.
     """
     q, terms = problem.q, len(problem.sets)
     n, d = q.shape
     loss = q.new_empty((*((terms,) if terms > 1 else ()), *(() if reduced else (n,))), dtype=torch.float32)
-    stats = q.new_empty((terms, 4, n), dtype=torch.float64) if need_stats else None
     dq = q.new_empty((terms, n, d), dtype=torch.float32) if need_dq else None
-    for t, keys in enumerate(problem.sets):
+    rows = [len(keys.k) if need and reduced else 0 for keys, need in zip(problem.sets, need_k, strict=True)]
+    dk = q.new_empty((sum(rows), d) if any(rows) else 0, dtype=torch.float32)
+    for t, (keys, part) in enumerate(zip(problem.sets, dk.split(rows) if any(rows) else [None] * terms, strict=True)):
+        to_keys = part if rows[t] else None
         if keys.excluded is None and _few(q, keys.k):
             options = (problem.temperature, problem.form == "log_mixture", problem.scale)
             target = (keys.first, keys.second, keys.weight)
-            results = (loss, stats, dq, None)
+            results = (loss, dq, to_keys)
             torch.ops.sdmp.info_nce_few_cpu.default(q, keys.k, *target, *options, None, t, reduced, *results)
-            if dq is not None and keys.factor != 1:
-                dq[t].mul_(keys.factor)
+            for made in (None if dq is None else dq[t], to_keys) if keys.factor != 1 else ():
+                if made is not None:
+                    made.mul_(keys.factor)
             continue
-        rows = q.new_empty(n, dtype=torch.float64)
-        _rows(problem, keys, rows, None if stats is None else stats[t], None if dq is None else dq[t])
+        losses = q.new_empty(n, dtype=torch.float64)
+        _rows(problem, keys, losses, None if dq is None else dq[t], to_keys)
         none = empty_rows(keys)
-        losses = (rows if none is None else rows.masked_fill_(none, 0)).mul_(problem.scale)
+        losses = (losses if none is None else losses.masked_fill_(none, 0)).mul_(problem.scale)
         (loss if terms == 1 else loss[t]).copy_(losses.sum() if reduced else losses)
-    if stats is None:
-        stats = q.new_empty(0, dtype=torch.float64)
     if dq is None:
-        return loss, stats, q.new_empty(0, dtype=torch.float32)
-    return loss, stats, dq.sum(dim=0, keepdim=True) if problem.summed and terms > 1 else dq
+        return loss, q.new_empty(0, dtype=torch.float32), dk
+    return loss, dq.sum(dim=0, keepdim=True) if problem.summed and terms > 1 else dq, dk
 
 
-def _rows(problem: Problem, keys: KeySet, losses: Tensor, stats: Tensor | None, dq: Tensor | None) -> None:
-    """Fills losses (N,), stats (4, N) and dq (N, D) of one key set, chunk by chunk."""
+def _rows(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> None:
+    """Fills losses (N,), dq (N, D) and dk (M, D) of one key set, chunk by chunk."""
     q = problem.q
     with full_precision(q):
         operands = operands_of(q, keys.k, problem.temperature)
-        gain, unit, factor = float(operands.gain), float(operands.unit), float(operands.k_factor)
-        slope = _representable(problem.scale * keys.factor * factor)
-        if dq is not None and stats is None and keys.excluded is None and len(operands.k) >= 2 * _BLOCK[1]:
+        gain, slope, to_q = float(operands.gain), problem.scale * keys.factor, float(operands.k_factor)
+        if dq is not None and dk is None and keys.excluded is None and len(operands.k) >= 2 * _BLOCK[1]:
             shift = _largest_product(operands.q, operands.k)
             if shift * gain <= _BOUND:
-                _blocks(problem, keys, operands, shift, slope, losses, dq)
+                _blocks(problem, keys, operands, shift, _representable(slope * to_q), losses, dq)
                 return
+        if dk is None:
+            slope, to_q = _representable(slope * to_q), 1.0
+        else:
+            dk.zero_()
         for start, stop, z in products_of(operands.q, operands.k, keys.excluded):
             torch.ops.sdmp.info_nce_rows_cpu.default(
                 z,
                 *(tensor[start:stop] for tensor in (keys.first, keys.second, keys.weight)),
                 gain,
                 problem.form == "log_mixture",
-                unit,
                 slope,
                 None,
-                dq is not None,
+                dq is not None or dk is not None,
                 losses[start:stop],
-                None if stats is None else stats[:, start:stop],
             )
             if dq is not None:
-                torch.mm(z, operands.k, out=dq[start:stop])
+                torch.addmm(dq[start:stop], z, operands.k, beta=0, alpha=to_q, out=dq[start:stop])
+            if dk is not None:
+                dk.addmm_(z.T, operands.q[start:stop])
+        if dk is not None and operands.q_factor != 1:
+            dk.mul_(operands.q_factor)
 
 
 def _largest_product(q: Tensor, k: Tensor) -> float:
@@ -121,7 +130,7 @@ def _blocks(
 
 
 def backward(
-    problem: Problem, grad: Tensor, stats: Tensor, dq: Tensor, need_q: bool, need_k: list[bool]
+    problem: Problem, grad: Tensor, dq: Tensor, need_q: bool, need_k: list[bool]
 ) -> tuple[Tensor, list[Tensor]]:
     """As `reference.backward`; the products are made anew for the gradient of keys."""
     q = problem.q
@@ -135,7 +144,7 @@ def backward(
             dk = keys.k.new_empty(keys.k.shape, dtype=torch.float32)
             options = (problem.temperature, problem.form == "log_mixture", problem.scale)
             target = (keys.first, keys.second, keys.weight)
-            torch.ops.sdmp.info_nce_few_cpu.default(q, keys.k, *target, *options, given, 0, False, None, None, None, dk)
+            torch.ops.sdmp.info_nce_few_cpu.default(q, keys.k, *target, *options, given, 0, False, None, None, dk)
         else:
             with full_precision(q):
                 dk = _key_gradient(given, problem, keys).mul_(problem.scale)
@@ -160,10 +169,8 @@ def _key_gradient(grad: Tensor, problem: Problem, keys: KeySet) -> Tensor:
             float(operands.gain),
             problem.form == "log_mixture",
             1.0,
-            1.0,
             grad[start:stop],
             True,
-            None,
             None,
         )
         dk.addmm_(z.T, operands.q[start:stop])

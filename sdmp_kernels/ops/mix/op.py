@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
+from sdmp_kernels._memory import empty_like
 from sdmp_kernels._operators import operator
 from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
@@ -87,8 +88,8 @@ def mix_op(
 
 
 def _outputs(images: Tensor, dtype: torch.dtype, clean: bool) -> tuple[Tensor, Tensor]:
-    mixed = torch.empty_like(images, dtype=dtype)
-    return mixed, torch.empty_like(mixed) if clean else images.new_empty(0, dtype=dtype)
+    mixed = empty_like(images, dtype)
+    return mixed, empty_like(mixed) if clean else images.new_empty(0, dtype=dtype)
 
 
 @mix_op.register_fake
