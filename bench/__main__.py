@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = commands.add_parser("reproduce", help="the paper's Table 5, and where the gain begins")
     _reproducing(again)
     check = commands.add_parser("check", help="one of the checks that `gpu` runs")
-    check.add_argument("name", choices=("ceilings", "large", "nosync"))
+    check.add_argument("name", choices=("ceilings", "large", "nosync", "small"))
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     check.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
     check.add_argument("--json", type=Path, required=True, help="the results file to write into")
