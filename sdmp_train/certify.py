@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ import torch
 from .data import Batch, DataError, Index, Loader, cores
 from .durable import write_durably
 from .guard import StopRequest
+from .jpeg_engines import JpegEngines, find_engines
 from .loop import step
-from .text import printable
+from .text import one_line, printable
 from .training import Training, load_parts, state_parts
 
 CERTIFICATE = "certify.json"
 BLOCKS, STEPS, STARTING = 5, 10, 3
 """Blocks of each arm, timed steps of a block, and untimed ones before the first block of each arm."""
+COMPARED = 32
+"""Images that are decoded with and without hardware engines, to compare their pixels."""
 RESIDENT_BATCHES = 4
 """Global batches of images that the control keeps: it goes round them."""
 
@@ -50,6 +53,8 @@ class Arm:
     """Per step, how long the device had nothing to do before it; on a GPU alone."""
     depths: list[int] = field(default_factory=list)
     """Batches that were ready when one was asked for, where the loader says."""
+    engines: JpegEngines | None = None
+    """Asked after each step how busy they are."""
     wall: float = 0.0
     cpu: float = 0.0
     """Seconds that all cores together worked for this process and its decoders in that time."""
@@ -84,7 +89,8 @@ def certify(
     rows = np.arange(min(len(index), RESIDENT_BATCHES * training.config.optim.batch_size))
     try:
         with opened(index, loader) as fed, opened(index.subset(rows), "resident") as resident:
-            arms = {"fed": Arm(iter(fed), fed), "resident": Arm(iter(resident), resident)}
+            engines = replace(find_engines(training.world.device), busy=[])
+            arms = {"fed": Arm(iter(fed), fed, engines=engines), "resident": Arm(iter(resident), resident)}
             blocks = min(blocks, (len(fed) - STARTING) // steps)
             if blocks < 1:
                 raise DataError(f"{len(fed)} steps are too few to certify: it takes {STARTING + steps}")
@@ -94,7 +100,8 @@ def certify(
                 for arm in arms.values():
                     between()
                     run_block(training, arm, steps)
-            return certificate(training, arms["fed"], arms["resident"], blocks)
+            facts = decoder_facts(engines, fed.name, index, training.world.device)
+            return certificate(training, arms["fed"], arms["resident"], blocks, facts)
     finally:
         # The optimiser's moments come back with the rest, and are nothing where nothing had been trained.
         training.optimizer.state.clear()
@@ -125,12 +132,51 @@ def run_block(training: Training, arm: Arm, steps: int, *, timed: bool = True) -
                 arm.depths.append(depth)
             if ended is not None and ready is not None:
                 arm.idle.append(ended.elapsed_time(ready) / 1000)
+            if arm.engines is not None:
+                arm.engines.look()
     if timed:
         arm.wall += time.perf_counter() - begin
         arm.cpu += busy_seconds() - worked
 
 
-def certificate(training: Training, fed: Arm, resident: Arm, blocks: int) -> dict[str, Any]:
+def decoder_facts(engines: JpegEngines, loader: str, index: Index, device: torch.device) -> dict[str, Any]:
+    """Hardware JPEG engines: how many, whether this run used them, and what they change in the pixels."""
+    busiest, why = max(engines.busy, default=None), engines.why
+    used, pixels = (None if busiest is None else busiest > 0), None
+    if engines.count == 0:
+        used = False
+    elif loader != "dali":
+        used, why = False, f"{why}; Pillow decodes on the CPU"
+    else:
+        try:
+            pixels = compared_pixels(index, device)
+        except (RuntimeError, OSError, ValueError) as error:
+            why = f"{why}; pixels are not compared: {one_line(error)}"
+    return {
+        "engines": engines.count,
+        "cores_per_engine": engines.cores,
+        "used": used,
+        "busiest_percent": busiest,
+        "pixels": pixels,
+        "why": why,
+    }
+
+
+def compared_pixels(index: Index, device: torch.device) -> dict[str, int] | None:
+    """DALI's pixels with all and with no JPEGs given to the engines; None where Pillow decodes all of these images."""
+    from .data.dali import pixels_by_share
+
+    rows = np.flatnonzero(~index.pillow)[:COMPARED]
+    if not len(rows):
+        return None
+    none, all_of_them = (pixels_by_share(index, rows, device, share) for share in (0.0, 1.0))
+    differences = [int((a.int() - b.int()).abs().max()) for a, b in zip(none, all_of_them, strict=True)]
+    return {"images": len(rows), "largest_difference": max(differences)}
+
+
+def certificate(
+    training: Training, fed: Arm, resident: Arm, blocks: int, hardware_jpeg: Mapping[str, Any]
+) -> dict[str, Any]:
     """The numbers, and what each is."""
     medians = [float(np.median(arm.seconds)) for arm in (fed, resident)]
     per_block = np.array_split(np.array(fed.seconds), blocks), np.array_split(np.array(resident.seconds), blocks)
@@ -152,9 +198,9 @@ def certificate(training: Training, fed: Arm, resident: Arm, blocks: int) -> dic
         "steps": len(fed.seconds),
         "batch_size": training.config.optim.batch_size,
         "ranks": training.world.size,
-        "decoder": {"loader": fed.loader.name, "why": fed.loader.why, "hardware_jpeg": None},
+        "decoder": {"loader": fed.loader.name, "why": fed.loader.why, "hardware_jpeg": dict(hardware_jpeg)},
         "device": torch.cuda.get_device_name(training.world.device) if gpu else "cpu",
-        "unknown": unknown(gpu, fed),
+        "unknown": unknown(gpu, fed, hardware_jpeg),
         "definitions": DEFINITIONS,
     }
 
@@ -166,18 +212,23 @@ DEFINITIONS = {
     "device_idle_fraction": "from events: device time between the end of a step and the batch of the next one",
     "queue_depth": "batches ready when one was asked for",
     "cores_used": "CPU seconds of this process and its decoding processes / wall seconds",
+    "hardware_jpeg": "engines and cores as nvJPEG counts them; busiest_percent as NVML tells between fed steps; "
+    "largest_difference in 8-bit levels between all and no JPEGs given to the engines",
 }
 
 
-def unknown(gpu: bool, fed: Arm) -> list[str]:
+def unknown(gpu: bool, fed: Arm, hardware_jpeg: Mapping[str, Any]) -> list[str]:
     """What this machine, or this measurement, cannot tell."""
-    found = ["hardware JPEG engines: whether there are any, whether they were used, and how their pixels differ"]
+    found = []
+    if hardware_jpeg["engines"] is None:
+        found.append(f"hardware JPEG engines: {hardware_jpeg['why']}")
+    if hardware_jpeg["used"] is None:
+        found.append("whether hardware JPEG engines were used: NVML does not say")
     if not gpu:
-        found = [
-            "hardware JPEG engines: a CPU has none",
+        found.append(
             "device idle time: a CPU has no events. Decoding and training share its cores, so that a fed step is "
-            "slower even where its batch is always there",
-        ]
+            "slower even where its batch is always there"
+        )
     if not fed.depths:
         found.append("queue depth: this loader decodes when it is asked")
     return found
@@ -197,8 +248,19 @@ def line_of(found: Mapping[str, Any]) -> str:
         f"step p50 {p50:.0f} p95 {p95:.0f} p99 {p99:.0f} ms, "
         f"waiting for data {found['data_wait_fraction']['fed']:.1%}, "
         f"device idle {'unknown on a CPU' if idle is None else f'{idle:.1%}'}, "
-        f"AU {found['accelerator_utilization']:.0%}, {used['fed']:.1f} of {used['at_hand']} cores"
+        f"AU {found['accelerator_utilization']:.0%}, {used['fed']:.1f} of {used['at_hand']} cores, "
+        f"JPEG engines {phrase_of(found['decoder']['hardware_jpeg'])}"
     )
+
+
+def phrase_of(hardware_jpeg: Mapping[str, Any]) -> str:
+    """What became of the engines, in a few words."""
+    count, used, busiest = (hardware_jpeg[name] for name in ("engines", "used", "busiest_percent"))
+    if not count:
+        return "unknown" if count is None else f"none ({hardware_jpeg['why'].partition(':')[0].partition(';')[0]})"
+    if not used:
+        return f"{count}, {'not used' if used is False else 'use unknown'}"
+    return f"{count}, used (to {busiest}%)"
 
 
 def write_certificate(found: Mapping[str, Any], folder: Path) -> str | None:

@@ -88,7 +88,7 @@ class VerifyArguments:
     folder: Positional[str | None] = None
     """The same as --data."""
     data: str | None = None
-    """Folder of images."""
+    """Folder, list, archive or shards, or the URL of shards."""
     max_pixels: int | None = None
     """Files that claim more pixels are bad (decompression bombs); None is 89,478,485, Pillow's own limit."""
     bad_list: str | None = None

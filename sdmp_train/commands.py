@@ -114,7 +114,8 @@ def pretrain(
             log.say(pace.line(training.last_step - training.step))
         if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
             log.say(f"split    {describe_split(config.data, index, test_index)}")
-        run = Run(training, index, test_index, folder, run_id, log, stop)
+        lost = lost_images(training, index)
+        run = Run(training, index, test_index, folder, run_id, log, stop, lost)
         with asking_to_go_on(run):
             if training.step == 0:
                 with together(world):
@@ -122,7 +123,7 @@ def pretrain(
                     stop.check()
             if certified:
                 write_stall(run, choice._replace(name=config.data.loader))
-            outcome = train(training, loader, log, stop, run.after_step, lost_images(training, index))
+            outcome = train(training, loader, log, stop, run.after_step, lost)
             log.stop_progress()
             with together(world):  # none leaves while the first still saves
                 run.save_last(outcome)
@@ -282,7 +283,7 @@ def lost_images(training: Training, index: Index) -> Lost:
     if config.bad_images != "skip":
         return NONE_LOST
     limit = config.max_bad_frac * (len(index) + len(index.bad)) - len(index.bad)
-    return LostImages(training.world, training.steps_per_epoch, max(0, limit))
+    return LostImages(training.world, training.steps_per_epoch, max(0, limit), training.step, training.lost_images)
 
 
 def describe(training: Training, index: Index, loader: Loader | None) -> list[str]:

@@ -27,6 +27,9 @@ class Lost(Protocol):
     def facts(self) -> dict[str, float]:
         """For metrics.jsonl."""
 
+    def before(self, step: int) -> int:
+        """Images lost in the steps of this epoch before that one: what a checkpoint keeps."""
+
     def agree(self, batch: Batch, step: int, log: Log) -> Batch:
         """The batch of a step with what all ranks have lost of it."""
 
@@ -36,6 +39,10 @@ class NoneLost:
 
     too_many = False
     facts: ClassVar[dict[str, float]] = {}
+
+    def before(self, step: int) -> int:
+        """0."""
+        return 0
 
     def agree(self, batch: Batch, step: int, log: Log) -> Batch:
         """As it is."""
@@ -53,30 +60,46 @@ class LostImages:
     steps_per_epoch: int
     limit: float
     """How many of an epoch's images may be lost."""
-    epoch: int = -1
-    count: int = 0
-    """Of this epoch so far (after a resume, since then)."""
+    start: int = 0
+    """The step that a resumed run goes on from."""
+    earlier: int = 0
+    """Images that were lost before it in the epoch of that step."""
+    lost: dict[int, int] = field(default_factory=dict)
+    """Step -> images lost in it, of the present epoch."""
     known: set[str] = field(default_factory=set)
 
     @property
+    def count(self) -> int:
+        """Of this epoch so far."""
+        return sum(self.lost.values())
+
+    @property
     def too_many(self) -> bool:
-        """The same on all ranks."""
-        return self.count > self.limit
+        """The same on all ranks. What was lost before a resume counts, but ends no run by itself: it may be mended."""
+        return self.count > self.limit and max(self.lost, default=-1) >= self.start
 
     @property
     def facts(self) -> dict[str, float]:
         """Images of this epoch that were lost."""
         return {"lost_images": self.count}
 
+    def before(self, step: int) -> int:
+        """As in `Lost`; a step that is made again counts once."""
+        first = step - step % self.steps_per_epoch
+        return sum(count for at, count in self.lost.items() if first <= at < step)
+
+    def __post_init__(self) -> None:
+        if self.earlier:
+            self.lost[self.start - 1] = self.earlier
+
     def agree(self, batch: Batch, step: int, log: Log) -> Batch:
         """The batch with `all_valid`, where some rank has lost a row; the files are named."""
         valid = gather_on_hosts(batch.valid.to(torch.uint8), self.world).bool()
-        epoch = step // self.steps_per_epoch
-        if epoch != self.epoch:
-            self.epoch, self.count = epoch, 0
+        first = step - step % self.steps_per_epoch
+        self.lost = {at: count for at, count in self.lost.items() if at >= first}
         if bool(valid.all()):
             return batch
-        self.count += int((~valid).sum())
+        self.lost[step] = int((~valid).sum())
         lines = "\0".join(f"{file.path!r} {printable(file.reason)}" for file in batch.bad)
         for line in "\0".join(text for text in gather_text(lines, self.world) if text).split("\0"):
             self._name(line, log)

@@ -23,6 +23,7 @@ from .evaluate.knn import collapse, image_features, knn_images, spread, weighted
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
+from .lost import NONE_LOST, Lost
 from .picture import save_mix_picture, views_of
 from .presets import FOR_OWN_IMAGES
 from .run_folder import CHECKPOINTS, EXPORTED
@@ -48,6 +49,7 @@ class Run:
     run_id: str
     log: Log
     stop: StopRequest
+    lost: Lost = NONE_LOST
     began_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
 
@@ -154,6 +156,7 @@ class Run:
             "config": to_dict(self.training.config),
             "images": self.index.fingerprint,
             "world_size": self.training.world.size,
+            "lost_images": self.lost.before(self.training.step),
             "versions": versions(),
             "backbone": backbone_place(self.training.method),
         }

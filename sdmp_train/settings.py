@@ -54,8 +54,8 @@ class DataConfig:
     """What is read and how it is augmented."""
 
     data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Images: a folder, any tree (with one folder per class, kNN is measured); a list of files (.txt); tar shards, one
-    or a folder of them; CIFAR's binary archive or folder. `embedded`: the built-in shapes."""
+    """Images: a folder, any tree (with one folder per class, kNN is measured); a list of files (.txt); tar shards or
+    TFRecords, one or a folder of them, or their URL (s3://); CIFAR's binary archive. `embedded`: built-in shapes."""
     test_data: str | None = None
     """Folder of class folders whose images are kNN's queries; default: the test split of --data where it has one."""
     image_px: Annotated[int | tuple[int, int], arg(aliases=("--img-size",))] = 224

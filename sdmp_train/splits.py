@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from .config import Config, ConfigError, DataConfig
-from .data import Index, find_splits, holds_images, kind_of, open_source, shapes_folder
+from .data import Index, find_splits, has_test_shards, holds_images, kind_of, open_source, place_of, shapes_folder
 from .data.annotations import KNOWN, read_annotations
 from .text import printable
 
@@ -70,26 +70,26 @@ def open_split(
     data: DataConfig, split: Literal["train", "val"], progress: Progress | None = None, say: Say | None = None
 ) -> Index:
     """One split of --data; `embedded` is drawn on first use."""
-    return open_images_in(data, data_folder(data), split, progress, say)
+    return open_images_in(data, data_place(data), split, progress, say)
 
 
-def data_folder(data: DataConfig) -> Path:
-    """The folder that --data means. Raises `ConfigError` where it is not given."""
+def data_place(data: DataConfig) -> Path | str:
+    """The path or URL that --data means. Raises `ConfigError` where it is not given."""
     if data.data is None:
         raise ConfigError("data is missing; give --data DIR, a folder of images (or --data embedded)")
-    return shapes_folder() if data.data == EMBEDDED else Path(data.data)
+    return shapes_folder() if data.data == EMBEDDED else place_of(data.data)
 
 
 def open_images_in(
     data: DataConfig,
-    folder: Path,
+    place: Path | str,
     split: Literal["train", "val"] | None,
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> Index:
-    """A folder, or a split of it. Where damaged files are left out, every file is decoded, so that all are found."""
+    """A place, or a split of it. Where damaged files are left out, every file is decoded, so that all are found."""
     return open_source(
-        folder,
+        place,
         split=split,
         on_bad=data.bad_images,
         check="decode" if data.bad_images == "skip" else data.check,
@@ -126,18 +126,17 @@ def test_split(data: DataConfig, train: Index, progress: Progress | None, say: S
         ConfigError, DataError: --test-data is no folder; files that are no images.
     """
     if data.test_data is not None:
-        folder = Path(data.test_data)
-    else:
-        whole = data_folder(data).expanduser().absolute()
-        if kind_of(whole) == "cifar":
-            return with_classes_of(train, open_images_in(data, whole, "val", progress, say))
-        found = find_splits(whole).test if kind_of(whole) == "folder" else None
-        if found is None:
-            return None
-        folder = found
-        if not holds_images(folder):
-            raise NoQueries(no_queries(folder, "it holds no images"))
-    return with_classes_of(train, open_images_in(data, folder, None, progress, say))
+        return with_classes_of(train, open_images_in(data, place_of(data.test_data), None, progress, say))
+    whole = data_place(data)
+    kind = kind_of(whole)
+    if kind == "cifar" or (kind == "shards" and has_test_shards(whole)):
+        return with_classes_of(train, open_images_in(data, whole, "val", progress, say))
+    found = find_splits(Path(whole)).test if kind == "folder" else None
+    if found is None:
+        return None
+    if not holds_images(found):
+        raise NoQueries(no_queries(found, "it holds no images"))
+    return with_classes_of(train, open_images_in(data, found, None, progress, say))
 
 
 def with_classes_of(train: Index, test: Index) -> Index:
@@ -150,7 +149,7 @@ def with_classes_of(train: Index, test: Index) -> Index:
     labels = np.array([*numbers, -1], dtype=np.int64)[test.labels]
     notes = test.notes
     if (labels < 0).all():
-        listed = read_annotations(test.root, train.classes)
+        listed = read_annotations(test.root, train.classes) if isinstance(test.root, Path) else None
         if listed is None:
             what = f"its classes ({some(test.classes)}) are none of the bank's ({some(train.classes)})"
             missing = (
@@ -182,7 +181,7 @@ def class_numbers(known: Sequence[str], names: Sequence[str]) -> list[int]:
     return [exact.get(name, composed.get(unicodedata.normalize("NFC", name), -1)) for name in names]
 
 
-def no_queries(folder: Path, why: str) -> str:
+def no_queries(folder: Path | str, why: str) -> str:
     """Why a test split cannot be measured on, and what to give."""
     return (
         f"{printable(folder)} cannot be measured on: {why}. Name a folder of class folders with --test-data, or name "
@@ -206,11 +205,13 @@ def describe_split(data: DataConfig, train: Index, test: Index | None) -> str:
 
 def why_split(data: DataConfig) -> str:
     """Which split of --data is which, and why."""
-    whole = data_folder(data).expanduser().absolute()
+    whole = data_place(data)
     kind = kind_of(whole)
     if kind == "folder":
-        return find_splits(whole).why
-    return "the data set's own test split" if kind == "cifar" else f"{kind} name no test split; --test-data does"
+        return find_splits(Path(whole)).why
+    if kind == "cifar" or (kind == "shards" and has_test_shards(whole)):
+        return "the data set's own test split"
+    return f"{kind} name no test split; --test-data does"
 
 
 def some(names: Sequence[str]) -> str:

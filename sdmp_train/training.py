@@ -23,6 +23,7 @@ from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
 from .optim import AdamW, Optimizer, make_optimizer
+from .reading import is_whole_number
 from .run_folder import CHECKPOINTS
 from .text import brief
 
@@ -43,6 +44,8 @@ class Training:
     step: int = 0
     warned: bool = False
     """Whether a collapse has been said."""
+    lost_images: int = 0
+    """Images of the epoch that were lost before the step that was loaded."""
 
     @property
     def total_steps(self) -> int:
@@ -179,6 +182,7 @@ def load_state(
             "Leave them as they were, or start a new run"
         )
     load_parts(training, parts, state["step"], path)
+    training.lost_images = state.get("lost_images", 0)  # nothing was counted by older versions
     return [*remarks, *rank_remarks(ranks, training.world.size, training.method.partners_follow_ranks)]
 
 
@@ -213,6 +217,9 @@ def check_state(state: dict[str, Any], path: Path, total_steps: int) -> int:
         raise checkpoint.CheckpointError(
             f"{path / 'state.json'}: world_size is {state['world_size']}; expected 1 or more"
         )
+    if not is_whole_number(lost := state.get("lost_images", 0), 0, 2**53):
+        said = f"{path / 'state.json'}: lost_images is {brief(lost)}; expected a whole number"
+        raise checkpoint.CheckpointError(said)
     if state["step"] > total_steps:
         raise checkpoint.CheckpointError(f"{path} is beyond the {total_steps} steps of this run")
     return int(state["world_size"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import ConfigError
-from .data import DataError, Index, find_splits, kind_of, open_source
+from .data import DataError, Index, find_splits, has_test_shards, kind_of, open_source, place_of
 from .durable import write_durably
 from .splits import reporting
 from .text import printable
@@ -19,7 +19,7 @@ from .text import printable
 SCREEN_CLASSES = 12
 """Classes that are printed one by one, over all splits: the report fits on a screen of 24 lines."""
 
-Split = tuple[str, Path, Literal["train", "val"] | None]
+Split = tuple[str, Path | str, Literal["train", "val"] | None]
 """What it is called, where it is, and what of that is meant."""
 
 
@@ -37,7 +37,7 @@ def verify_data(place: str, max_pixels: int | None = None, bad_list: Path | None
         ConfigError: `bad_list` cannot be written.
     """
     found = []
-    for name, path, split in splits_of(Path(place)):
+    for name, path, split in splits_of(place_of(place)):
         with progress_bar(name) as progress:
             index = open_source(
                 path, split=split, on_bad="list", check="digest", max_pixels=max_pixels, progress=progress
@@ -63,14 +63,14 @@ def verify_data(place: str, max_pixels: int | None = None, bad_list: Path | None
     return 0
 
 
-def splits_of(place: Path) -> list[Split]:
+def splits_of(place: Path | str) -> list[Split]:
     """The splits that a run would read, or all of the place where it has none or they cannot be told."""
-    kind = kind_of(place.expanduser().absolute())
-    if kind == "cifar":
+    kind = kind_of(place)
+    if kind == "cifar" or (kind == "shards" and has_test_shards(place)):
         return [("train", place, "train"), ("test", place, "val")]
-    if kind == "folder" and place.is_dir():
+    if kind == "folder" and isinstance(place, Path) and place.is_dir():
         try:
-            layout = find_splits(place.expanduser().absolute())
+            layout = find_splits(place)
         except DataError as error:
             print(f"splits are not told apart: {error}")
             return [("images", place, None)]

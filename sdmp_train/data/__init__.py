@@ -35,8 +35,9 @@ from .images import BadFile, DataError, TooManyBadFiles
 from .index import Index, open_folder
 from .schedule import Colour, EvalSchedule, TrainSchedule, as_recipes, steps_per_epoch
 from .shapes import shapes_folder
+from .shards import has_test_shards
 from .source import Source, channels_of
-from .sources import kind_of, open_source
+from .sources import kind_of, open_source, place_of
 
 __all__ = [
     "LOADERS",
@@ -62,11 +63,13 @@ __all__ = [
     "eval_loader",
     "eval_view",
     "find_splits",
+    "has_test_shards",
     "holds_images",
     "kind_of",
     "make_loader",
     "open_folder",
     "open_source",
+    "place_of",
     "shapes_folder",
     "steps_per_epoch",
 ]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .images import BadFile
+from .images import BadFile, unreachable_error
 
 Lost = Mapping[int, BadFile]
 """Place in a batch -> the file that cannot be decoded."""
@@ -77,7 +77,13 @@ class Loader(ABC):
 
 
 def made_batch(views: Sequence[Tensor], rows: NDArray[np.int64], labels: NDArray[np.int64], lost: Lost) -> Batch:
-    """A batch of these views; `labels` are those of the whole source."""
+    """A batch of these views; `labels` are those of the whole source.
+
+    Raises:
+        DataError: a store does not answer, which makes no file damaged.
+    """
+    if unreachable := [lost[place] for place in sorted(lost) if lost[place].unreachable]:
+        raise unreachable_error(unreachable)
     valid = torch.ones(len(rows), dtype=torch.bool)
     valid[list(lost)] = False
     return Batch(

@@ -61,10 +61,11 @@ def digest_of(data: bytes) -> int:
 
 
 class Cache:
-    """What is known of the files of one folder, in one file named after the folder's path."""
+    """What is known of the files of one folder, in one file named after the folder's path, or the URL (a text)."""
 
-    def __init__(self, root: Path, cache_dir: str | os.PathLike[str] | None, channels: int = 3) -> None:
-        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
+    def __init__(self, root: Path | str, cache_dir: str | os.PathLike[str] | None, channels: int = 3) -> None:
+        place = root if isinstance(root, str) else os.path.realpath(root)
+        name = hashlib.sha256(os.fsencode(place)).hexdigest()[:20]
         name += "" if channels == 3 else f"-{channels}"  # what is damaged as one kind may not be as another
         try:
             self._file: Path | None = cache_folder(cache_dir) / "index" / f"v{_VERSION}-{name}.npz"

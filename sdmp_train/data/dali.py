@@ -29,13 +29,15 @@ from sdmp_kernels.views import EvalView, ViewRecipe, eval_geometry, view_size
 from .ahead import Ahead
 from .batch import Batch, Loader, Lost, made_batch, paint
 from .decoders import looks_whole, needs_pillow
-from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, describe, read_size
+from .images import DECODE_ERRORS, MAX_PIXELS, BadFile, DataError, bad_file, read_size
 from .index import bad_files_error, find_bad, open_row
 from .schedule import Schedule
-from .source import Source
+from .source import Source, at_once
 from .torchvision import PillowBatches
 
 _PREFETCH_BATCHES = 2
+_HARDWARE_SHARE = 0.65
+"""Of the JPEGs of a batch, what a GPU's hardware engines get, where it has any (DALI's own default)."""
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 # DALI's graph is built from nodes that its own type stubs call DataNode; here they are only passed on.
@@ -202,7 +204,7 @@ class _Feed:
         self._first = first
         self._known = {} if known is None else known
         self._boxes = boxes
-        self._pool = ThreadPoolExecutor(workers)
+        self._pool = ThreadPoolExecutor(max(workers, at_once(schedule.source)))
         self._ahead: dict[int, list[Future[bytes | BadFile]]] = {}
         source = schedule.source
         self.some_in_memory = (
@@ -263,7 +265,7 @@ def _fetch(source: Source, row: int) -> bytes | BadFile:
     try:
         return _ppm(open_row(source, row)) if source.pillow[row] else source.read(row)
     except DECODE_ERRORS as error:
-        return BadFile(source.name(row), describe(error))
+        return bad_file(source.name(row), error)
 
 
 def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
@@ -280,7 +282,7 @@ def _fetch_screened(source: Source, row: int) -> bytes | BadFile:
             return data
         return _ppm(open_row(source, row))
     except DECODE_ERRORS as error:
-        return BadFile(source.name(row), describe(error))
+        return bad_file(source.name(row), error)
 
 
 def _ppm(image: NDArray[np.uint8]) -> bytes:
@@ -312,18 +314,44 @@ def _pipeline(feed: Any, some_in_memory: bool, recipes: tuple[ViewRecipe | EvalV
         nodes = nodes[1:]
     else:
         encoded = fn.io.file.read(files)
-    image = fn.decoders.image(
-        encoded,
-        device="mixed" if recipes else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        # What libjpeg-turbo, and with it Pillow, does; the GPU decoder would otherwise repeat chroma pixels.
-        jpeg_fancy_upsampling=True,
-    )
+    image = _decoded(encoded, "mixed" if recipes else "cpu", _HARDWARE_SHARE)
     if not recipes:
         return image
     pairs = zip(recipes, nodes[::2], nodes[1::2])  # noqa: B905  # DALI's rewriting knows no strict=True
     return tuple(_crop(image, recipe, corner, size) for recipe, corner, size in pairs)
+
+
+@pipeline_def
+def _plain_pipeline(files: list[NDArray[np.uint8]], device: str, share: float) -> Any:
+    """The decoded images of one batch of files in memory."""
+    return _decoded(fn.external_source(source=[files], batch=True), device, share)
+
+
+def pixels_by_share(source: Source, rows: NDArray[np.integer], device: torch.device, share: float) -> list[Tensor]:
+    """Images that DALI decodes, (H, W, 3) on the CPU, with this share of the JPEGs given to hardware engines."""
+    gpu = device.type == "cuda"
+    pipeline = _plain_pipeline(
+        files=[_as_array(source.read(int(row))) for row in rows],
+        device="mixed" if gpu else "cpu",
+        share=share,
+        batch_size=len(rows),
+        num_threads=1,
+        device_id=device.index if gpu else None,
+    )
+    (decoded,) = pipeline.run()
+    return [torch.from_dlpack(decoded[i]).cpu().clone() for i in range(len(rows))]
+
+
+def _decoded(encoded: Node, device: str, share: float) -> Node:
+    return fn.decoders.image(
+        encoded,
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # What libjpeg-turbo, and with it Pillow, does; the GPU decoder would otherwise repeat chroma pixels.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=share,
+    )
 
 
 def _encoded(files: Node, in_memory: Node) -> Node:

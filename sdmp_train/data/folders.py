@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..text import printable
 from .decoders import looks_like_image
@@ -63,6 +64,14 @@ def find_splits(root: Path) -> Layout:
         found = _listed(sorted({*trains, *tests, *others}))
         raise DataError(f"{printable(root)} holds {found}: it is not clear which are splits. {_ASK}")
     return _take(root, trains[0], tests, others)
+
+
+def split_of(name: str) -> Literal["train", "val", "test"] | None:
+    """Which split a file's name tells of, as a word of its own (`imagenet1k-train-0000.tar`)."""
+    words = set(re.findall("[a-z]+", name.casefold()))
+    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+    found = [split for split, known in zip(splits, (_TRAIN, *_TEST), strict=True) if words & set(known)]
+    return found[0] if len(found) == 1 else None
 
 
 def holds_images(folder: str | os.PathLike[str], above: tuple[str, ...] = ()) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, features
 
 from ..reading import open_regular
+from ..text import printable
 
 # Pillow older than 11.3 has no AVIF, and one built without OpenJPEG no JPEG 2000.
 _AVIF = (".avif",) if "avif" in features.modules and features.check("avif") else ()
@@ -74,12 +75,29 @@ class TooManyBadFiles(DataError):
     exit_code = 4
 
 
+class Unreachable(OSError):
+    """A store does not answer: nothing is known of the file, and another time it may be read."""
+
+
 @dataclass(frozen=True)
 class BadFile:
     """A file, or a folder, that cannot be used."""
 
     path: str
     reason: str
+    unreachable: bool = False
+    """Its store does not answer: nothing is known of the file, so that it is not left out either."""
+
+
+def bad_file(path: str, error: BaseException) -> BadFile:
+    """The file whose reading or decoding raised one of `DECODE_ERRORS`."""
+    return BadFile(path, describe(error), isinstance(error, Unreachable))
+
+
+def unreachable_error(files: Sequence[BadFile]) -> DataError:
+    """What ends a run, once it is saved, where a store does not answer."""
+    more = f" and {len(files) - 1} more images" if len(files) > 1 else ""
+    return DataError(f"{files[0].path!r}{more} {printable(files[0].reason)}. Go on once the store answers")
 
 
 def let_pillow_open(max_pixels: int) -> None:

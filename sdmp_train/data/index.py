@@ -7,13 +7,13 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,12 @@ from .images import (
     BadFile,
     DataError,
     TooManyBadFiles,
-    describe,
+    bad_file,
     let_pillow_open,
+    unreachable_error,
 )
 from .listing import NO_SUFFIX, File, Listing, count_kinds, first_level, list_files, missing_classes
+from .metadata import read_metadata
 from .source import Source, channels_of
 
 __all__ = ["Index", "Paths", "bad_files_error", "cache_folder", "find_bad", "open_folder", "open_row"]
@@ -76,7 +78,8 @@ class Paths(Sequence[str]):
 class Index:
     """One row per usable image file, in a fixed order (folder by folder, names sorted)."""
 
-    root: Path
+    root: Path | str
+    """A folder, or a URL."""
     paths: Paths
     """Relative to `root`."""
     heights: NDArray[np.int32]
@@ -164,7 +167,8 @@ def open_folder(
     classes (as torchvision's ImageFolder). Files of other kinds and folders without an image are counted in
     `Index.notes`; a folder that may be a class and holds not one usable image counts as bad. A folder that holds the
     splits of a data set is understood (`folders.find_splits`): `split="train"` takes the training split, or `path`
-    itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is.
+    itself where it holds none; `split="val"` the test split. `split=None` takes `path` as it is. Classes come from a
+    `metadata.csv` or `metadata.jsonl` with a label for every image, where there is one (`metadata.py`).
 
     Args:
         on_bad: "stop" raises where a file is no readable image, naming up to ten, or a class folder has none;
@@ -189,7 +193,17 @@ def open_folder(
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     root = _resolve(Path(path), split)
     how = Checks(on_bad, check, max_bad_frac, max_pixels, cache_dir, workers, progress, channels)
-    return index_listing(root, list_files(root, suffixes_of(channels)), how)
+    listing, listed = list_files(root, suffixes_of(channels)), read_metadata(root)
+    if listed is None:
+        return index_listing(root, listing, how)
+    listing.others -= Counter({("", file.suffix): 1 for file in (listed[0],) if file.parent == root})
+    unlisted = sum(file.name not in listed[1] for file in listing.files)
+    if unlisted:
+        index = index_listing(root, listing, how)
+        said = f"{listed[0].name} not used: it has no label for {unlisted:,} of {len(listing.files):,} files"
+        return replace(index, notes=(*index.notes, said))
+    index = index_listing(root, listing, how, class_of=listed[1].get)
+    return replace(index, notes=(*index.notes, f"classes read from {printable(listed[0])}"))
 
 
 @dataclass(frozen=True)
@@ -211,13 +225,14 @@ class Checks:
 
 
 def index_listing(
-    root: Path,
+    root: Path | str,
     listing: Listing,
     how: Checks,
     *,
     contents: Callable[[str], str | bytes] | None = None,
     class_of: Callable[[str], str | None] | None = None,
-    cached_as: Path | None = None,
+    cached_as: Path | str | None = None,
+    known: Mapping[File, Checked] | None = None,
 ) -> Index:
     """Look at the files of a listing and make a table of those that are images.
 
@@ -226,6 +241,7 @@ def index_listing(
         contents: name -> the path or the bytes of a file; default: its path below `root`.
         class_of: name -> class; default: the folder of the first level.
         cached_as: what the cache is named after; default `root`.
+        known: what has been looked at just now, on the way.
 
     Raises:
         DataError, TooManyBadFiles: as `open_folder`.
@@ -234,18 +250,18 @@ def index_listing(
     contents = contents or partial(os.path.join, root)
     cache, decode = Cache(cached_as or root, how.cache_dir, how.channels), how.check != "header"
     with cache.alone() if decode else nullcontext():
-        known = cache.load()
-        checked, bad = _check_files(root, listing, known, decode, how, contents)
+        former = cache.load()
+        checked, bad = _check_files(root, listing, former, known or {}, how, contents)
         files = [file for file in listing.files if file.name in checked]
         rotted = any(file.reason == ROTTED for file in bad)  # to be found again the next time
-        if not rotted and {file: checked[file.name] for file in files} != known:
+        if not rotted and {file: checked[file.name] for file in files} != former:
             cache.store(files, checked)
     bad += listing.problems
     if not files and not bad and not listing.closed:
         raise DataError(_nothing_found(root, listing.by_suffix()))
     names = [file.name for file in files]
     classes, labels = numbered([class_of(name) for name in names]) if class_of else _classes(names)
-    missing, harmless = missing_classes(listing, set(classes)) if classes else ([], [])
+    missing, harmless = missing_classes(listing, set(map(first_level, names))) if classes else ([], [])
     total = len(files) + len(bad)
     faults = _faults(bad, listing.closed, missing, total, root)
     if faults:
@@ -287,12 +303,14 @@ def find_bad(source: Source, rows: Iterable[int]) -> list[BadFile]:
         try:
             open_row(source, int(row))
         except DECODE_ERRORS as error:
-            bad.append(BadFile(source.name(int(row)), describe(error)))
+            bad.append(bad_file(source.name(int(row)), error))
     return bad
 
 
 def bad_files_error(bad: Sequence[BadFile]) -> DataError:
-    """The error that a loader raises when files of its batch cannot be decoded."""
+    """The error that a loader raises when files of its batch cannot be decoded, or not be had."""
+    if unreachable := [file for file in bad if file.unreachable]:
+        return unreachable_error(unreachable)
     return DataError(
         f"{len(bad)} image file{'s' if len(bad) > 1 else ''} could not be decoded:\n{_listing(bad)}\n"
         "Repair or remove them, or leave out all damaged files with --bad-images skip, which decodes every file once "
@@ -322,31 +340,31 @@ def _resolve(path: Path, split: str | None) -> Path:
 
 
 def _check_files(
-    root: Path,
+    root: Path | str,
     listing: Listing,
-    known: dict[File, Checked],
-    decode: bool,
+    former: Mapping[File, Checked],
+    known: Mapping[File, Checked],
     how: Checks,
     contents: Callable[[str], str | bytes],
 ) -> tuple[dict[str, Checked], list[BadFile]]:
-    """What is known by name, from the cache where it knows the file, and the bad files.
+    """What is known by name, from the cache (`former`) or from just now (`known`) where that is enough, and the bad
+    files.
 
     Files without a suffix that are no images go to those passed over.
     """
     checked: dict[str, Checked] = {}
+    bad: list[BadFile] = []
     todo: list[File] = []
     for file in listing.files:
-        old = known.get(file)
-        if (
-            how.check == "digest"
-            or old is None
-            or (decode and not old.decoded)
-            or old.height * old.width > how.max_pixels
-        ):
-            todo.append(file)
-        else:
+        old, new = former.get(file), known.get(file)
+        if how.check != "digest" and _is_enough(old, how):
             checked[file.name] = old
-    bad: list[BadFile] = []
+        elif not _is_enough(new, how):
+            todo.append(file)
+        elif _has_rotted(old, new):
+            bad.append(BadFile(os.path.join(root, file.name), ROTTED))
+        else:
+            checked[file.name] = new
     done = len(checked)
     chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
     threads = how.workers or min(32, 4 * (os.cpu_count() or 1))
@@ -358,9 +376,11 @@ def _check_files(
             for file, result in zip(chunk, results, strict=True):
                 if result is None:
                     listing.pass_over(file.name, NO_SUFFIX)
+                elif isinstance(result, BadFile) and result.unreachable:
+                    raise unreachable_error([result])
                 elif isinstance(result, BadFile):
                     bad.append(result)
-                elif file in known and 0 != known[file].digest != result.digest != 0:
+                elif _has_rotted(former.get(file), result):
                     bad.append(BadFile(os.path.join(root, file.name), ROTTED))
                 else:
                     checked[file.name] = result
@@ -370,8 +390,19 @@ def _check_files(
     return checked, bad
 
 
+def _is_enough(found: Checked | None, how: Checks) -> TypeGuard[Checked]:
+    """Whether no further look is needed."""
+    if found is None or found.height * found.width > how.max_pixels:
+        return False
+    return found.decoded or how.check == "header"
+
+
+def _has_rotted(former: Checked | None, found: Checked) -> bool:
+    return former is not None and 0 != former.digest != found.digest != 0
+
+
 def _check_chunk(
-    root: Path, contents: Callable[[str], str | bytes], how: Checks, files: list[File]
+    root: Path | str, contents: Callable[[str], str | bytes], how: Checks, files: list[File]
 ) -> list[Checked | BadFile | None]:
     return [_check_file(os.path.join(root, file.name), file, contents, how) for file in files]
 
@@ -380,22 +411,27 @@ def _check_file(path: str, file: File, contents: Callable[[str], str | bytes], h
     try:
         if not file.has_suffix and not looks_like_image(path):
             return None
-        held, digest = contents(file.name), 0
-        if how.check == "digest":
-            if isinstance(held, str):
-                with open_regular(held) as opened:
-                    held = opened.read()
-            digest = digest_of(held)
-        height, width = size_of(held, how.channels, how.max_pixels)
-        pillow = needs_pillow(held)
-        if how.check != "header":
-            decode(held, how.channels)
+        return look_at(contents(file.name), how)
     except DECODE_ERRORS as error:
-        return BadFile(path, describe(error))
+        return bad_file(path, error)
+
+
+def look_at(held: str | bytes, how: Checks) -> Checked:
+    """What a file tells, by its path or its bytes; raises one of `DECODE_ERRORS`."""
+    digest = 0
+    if how.check == "digest":
+        if isinstance(held, str):
+            with open_regular(held) as opened:
+                held = opened.read()
+        digest = digest_of(held)
+    height, width = size_of(held, how.channels, how.max_pixels)
+    pillow = needs_pillow(held)
+    if how.check != "header":
+        decode(held, how.channels)
     return Checked(height, width, how.check != "header", pillow, digest)
 
 
-def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path) -> str:
+def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], total: int, root: Path | str) -> str:
     """What cannot be used, with the reasons; empty where all is well."""
     bad, closed = (sorted(files, key=lambda file: file.path) for files in (bad, closed))
     found = [
@@ -451,7 +487,7 @@ def _listing(bad: Sequence[BadFile]) -> str:
     return "\n".join(lines)
 
 
-def _nothing_found(root: Path, others: Counter[str]) -> str:
+def _nothing_found(root: Path | str, others: Counter[str]) -> str:
     if not others:
         return f"{printable(root)} is empty: no image files under it"
     packed = [suffix for suffix in others if _unpack_hint(suffix)]
@@ -461,6 +497,8 @@ def _nothing_found(root: Path, others: Counter[str]) -> str:
 
 
 def _unpack_hint(name: str) -> str:
+    if name.lower().endswith((".parquet", ".arrow")):
+        return "; write it out as tar shards first (docs/data.md has the lines for it)"
     packed = name.lower().endswith((".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".rar", ".7z"))
     return "; unpack it first and name the folder that results" if packed else ""
 

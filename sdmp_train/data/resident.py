@@ -21,10 +21,10 @@ from sdmp_kernels import FlatImages, augment
 
 from .ahead import Ahead
 from .batch import Batch, Loader, made_batch, paint
-from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .images import DECODE_ERRORS, BadFile, DataError, bad_file
 from .index import bad_files_error, open_row
 from .schedule import Schedule
-from .source import Source, channels_of
+from .source import Source, at_once, channels_of
 
 _CHUNK = 64
 """Images a thread decodes before it hands them on."""
@@ -41,7 +41,7 @@ class ResidentLoader(Loader):
         self.why = why
         self._schedule = schedule
         self._device = device
-        self._workers = max(1, workers)
+        self._workers = max(workers, at_once(schedule.source))
         self._ahead: Ahead | None = None
         self._images: Images | None = self._hold()
 
@@ -70,8 +70,9 @@ class ResidentLoader(Loader):
     def _hold(self) -> Images:
         check_memory(self._schedule.source, self._device)
         images = Images(self._schedule.source, self._device, self._workers)
-        if images.lost and self._schedule.fill is None:
-            raise bad_files_error([images.lost[row] for row in sorted(images.lost)])
+        lost = [images.lost[row] for row in sorted(images.lost)]
+        if lost and (self._schedule.fill is None or any(file.unreachable for file in lost)):
+            raise bad_files_error(lost)
         return images
 
     def _make(self, images: Images, position: int) -> Batch:
@@ -130,7 +131,7 @@ class Images:
             try:
                 part[:] = open_row(source, row).reshape(-1)
             except DECODE_ERRORS as error:
-                lost[row] = BadFile(source.name(row), describe(error))
+                lost[row] = bad_file(source.name(row), error)
         if chunk is not place:
             place.copy_(chunk)
         return lost

@@ -52,6 +52,12 @@ class Source(Protocol):
         None where there is none."""
 
 
+def at_once(source: Source) -> int:
+    """Images that are read at once where one waits for a network: what a source says by an attribute `at_once`; else 1,
+    since a disk, and decoding, keep a core busy."""
+    return int(getattr(source, "at_once", 1))
+
+
 def channels_of(source: Source) -> int:
     """Of every image, 1 to 16: what a source says by an attribute `channels`; 3 where it has none."""
     return int(getattr(source, "channels", 3))

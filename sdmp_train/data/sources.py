@@ -1,4 +1,5 @@
-"""What `--data` names: a folder of images, a list of files, tar shards, or CIFAR as it is published."""
+"""What `--data` names: a folder of images, a list of files, tar shards here or behind a URL, or CIFAR as it is
+published."""
 
 from __future__ import annotations
 
@@ -13,28 +14,39 @@ from .file_lists import SUFFIXES_OF_LISTS, open_list
 from .images import MAX_PIXELS, SUFFIXES, DataError
 from .index import Check, Checks, Index, open_folder
 from .listing import is_folder, scan
+from .remote import is_url, without_scheme
 from .shards import is_shard, open_shards
 
 Kind = Literal["folder", "lists", "shards", "cifar"]
 
 
-def kind_of(path: Path) -> Kind:
-    """What a path is, by its name and the names in it; whatever is nothing else is a folder, for it to refuse.
+def place_of(given: str | os.PathLike[str]) -> Path | str:
+    """What `--data` names: an absolute path, or the URL as it is. `~` is the user's home."""
+    text = os.fspath(given)
+    return text if is_url(text) else Path(os.path.abspath(Path(without_scheme(text)).expanduser()))
 
-    A folder is one of shards where it holds tar files, and neither folders nor images.
+
+def kind_of(place: Path | str) -> Kind:
+    """What a place is, by its name and the names in it; whatever is nothing else is a folder, for it to refuse.
+
+    A folder is one of shards where it holds tar files or TFRecords, and neither folders nor images. All that URLs name
+    are shards.
     """
+    if isinstance(place, str):
+        return "shards"
+    path = place
     if cifar_files(path) is not None:
         return "cifar"
     if not path.is_dir():
         if not path.exists():
             return "folder"
-        return "shards" if is_shard(path) else "lists" if path.suffix.lower() in SUFFIXES_OF_LISTS else "folder"
+        return "shards" if is_shard(path.name) else "lists" if path.suffix.lower() in SUFFIXES_OF_LISTS else "folder"
     try:
         entries = scan(path) or []
     except OSError:
         return "folder"
     others = any(is_folder(entry) or os.path.splitext(entry.name)[1].lower() in SUFFIXES for entry in entries)
-    return "shards" if not others and any(is_shard(Path(entry.path)) for entry in entries) else "folder"
+    return "shards" if not others and any(is_shard(entry.name) for entry in entries) else "folder"
 
 
 def open_source(
@@ -50,18 +62,19 @@ def open_source(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index:
-    """Index the images of a folder, list, set of shards or CIFAR; the arguments are those of `open_folder`.
+    """Index the images of a folder, list, set of shards (here or behind a URL) or CIFAR; arguments as `open_folder`.
 
-    Lists and shards have no splits of their own: they are taken whole, whatever `split` says, but not as "val".
+    Lists have no splits of their own, and shards where their names tell none: they are taken whole, whatever `split`
+    says, but not as "val".
 
     Raises:
         DataError, TooManyBadFiles: as `open_folder`.
     """
-    place = Path(os.path.abspath(Path(path).expanduser()))
+    place = place_of(path)
     kind = kind_of(place)
-    if kind == "folder":
+    if kind == "folder" and isinstance(place, Path):
         return open_folder(
-            path,
+            place,
             split=split,
             on_bad=on_bad,
             check=check,
@@ -72,9 +85,11 @@ def open_source(
             workers=workers,
             progress=progress,
         )
-    if kind == "cifar":
+    if kind == "cifar" and isinstance(place, Path):
         return replace(open_cifar(place, split), channels=channels)
-    if split == "val":
-        raise DataError(f"{kind} name no test split; give one with --test-data")
     how = Checks(on_bad, check, max_bad_frac, max_pixels or MAX_PIXELS, cache_dir, workers, progress, channels)
-    return open_list(place, how) if kind == "lists" else open_shards(place, how)
+    if kind == "shards" or isinstance(place, str):
+        return open_shards(place, split, how)
+    if split == "val":
+        raise DataError("lists name no test split; give one with --test-data")
+    return open_list(place, how)

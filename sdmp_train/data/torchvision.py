@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,10 @@ from sdmp_kernels.views import view_size
 
 from .batch import Batch, Loader, Lost, made_batch, paint
 from .host import HostTransform, seeded
-from .images import DECODE_ERRORS, BadFile, DataError, describe
+from .images import DECODE_ERRORS, BadFile, DataError, bad_file
 from .index import bad_files_error, open_row
 from .schedule import Schedule, TrainSchedule
-from .source import channels_of
+from .source import at_once, channels_of
 
 _PREFETCH_BATCHES = 2
 _DECODED_AT_ONCE = 16
@@ -71,7 +73,7 @@ class TorchvisionLoader(Loader):
                 return
             views, lost = self._next()
             if lost and self._schedule.fill is None:
-                raise bad_files_error(list(lost.values()))
+                raise bad_files_error([lost[place] for place in sorted(lost)])
             moved = [view.to(self._device, non_blocking=True) for view in views]
             yield made_batch(moved, self._schedule.rows(position), self._schedule.source.labels, lost)
 
@@ -129,7 +131,7 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
         lost: dict[int, BadFile] = {}
         for first in range(0, len(rows), _DECODED_AT_ONCE):
             some = slice(first, first + _DECODED_AT_ONCE)
-            images = [self._decode(first + i, int(row), lost) for i, row in enumerate(rows[some])]
+            images = self._decoded(range(first, first + len(rows[some])), rows[some], lost)
             if lost and schedule.fill is None:
                 continue  # the batch is lost, but the other damaged files of it are named too
             for view, recipe, drawn in zip(views, schedule.recipes, draws, strict=True):
@@ -140,13 +142,21 @@ class PillowBatches(Dataset[tuple[list[Tensor], Lost]]):
             paint(views, lost, schedule.fill)
         return views, lost
 
+    def _decoded(self, places: Iterable[int], rows: NDArray[np.int64], lost: dict[int, BadFile]) -> list[Tensor]:
+        """Some images, in threads where their source waits for a network."""
+        threads, decode = at_once(self.schedule.source), partial(self._decode, lost=lost)
+        if threads == 1:
+            return list(map(decode, places, rows.tolist()))
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(decode, places, rows.tolist()))
+
     def _decode(self, place: int, row: int, lost: dict[int, BadFile]) -> Tensor:
         """(H, W, 3) uint8; black where the file is damaged, which is noted in `lost`."""
         source = self.schedule.source
         try:
             return torch.from_numpy(np.array(open_row(source, row)))
         except DECODE_ERRORS as error:
-            lost[place] = BadFile(source.name(row), describe(error))
+            lost[place] = bad_file(source.name(row), error)
             size = (int(source.heights[row]), int(source.widths[row])) if self.schedule.fill is not None else (0, 0)
             return torch.zeros(*size, channels_of(source), dtype=torch.uint8)
 

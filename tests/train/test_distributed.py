@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import MixPlan, make_plan
+from sdmp_train.commands import open_loader
 from sdmp_train.config import Config, ConfigError, ModelConfig, OptimConfig
-from sdmp_train.data import BadFile, Batch
+from sdmp_train.data import BadFile, Batch, Loader, open_folder
 from sdmp_train.distributed import (
     SyncBatchNorm,
     World,
@@ -32,7 +33,7 @@ from sdmp_train.distributed import (
     together,
 )
 from sdmp_train.guard import FAILED, StopRequest
-from sdmp_train.loop import step
+from sdmp_train.loop import Outcome, step, train
 from sdmp_train.lost import LostImages
 from sdmp_train.methods import dino
 from sdmp_train.methods.contrast import Features, Plan
@@ -43,6 +44,7 @@ from sdmp_train.methods.method import At, Loss
 from sdmp_train.methods.mochi import Draws, MoCHiConfig
 from sdmp_train.methods.mocov3 import MoCoV3Config
 from sdmp_train.stop import Stopped
+from sdmp_train.training import build
 
 
 class InFloat64:
@@ -216,7 +218,7 @@ def flipped(config: Config, variant: str) -> Config:
     return with_mixing(config, flip="global", variant=variant)
 
 
-def work(rank: int, port_file: str, config: Config, folder: str) -> None:
+def work(rank: int, port_file: str, config: Config, images: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port_file
@@ -246,9 +248,37 @@ def work(rank: int, port_file: str, config: Config, folder: str) -> None:
             "largest": reduce_max(torch.tensor([float(rank), -float(rank)]), world),
             "norm": batch_norm(world),
             "same": torch.tensor([same_on_all("ab" * 32, world), same_on_all(f"{world.rank}f" * 32, world)]),
+            "trained": {start: whole_training(config, images, world, start) for start in (0, 4)},
             "said": ("x", "a", "b").index(said_by_first("ba"[world.rank], ("x", "a", "b"), world)),
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+class Recorded:
+    """A loader that keeps the rows it gave."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.rows = loader, []
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            self.rows.append(batch.ids)
+            yield batch
+
+
+def whole_training(config: Config, images: str, world: World, start: int = 0) -> dict[str, torch.Tensor]:
+    """Two epochs of a folder of 36 images in batches of 10, from a step on: the rows of each step here, and the end."""
+    data = replace(config.data, data=images, loader="torchvision", workers=0)
+    config = replace(config, data=data, optim=replace(config.optim, batch_size=10))
+    index = open_folder(images, cache_dir=f"{images}-cache")
+    training = build(config, world, index)
+    training.step = start
+    with open_loader(training, index, "torchvision") as loader:
+        recorded = Recorded(loader)
+        outcome = train(training, recorded, Spy(), StopRequest(), lambda training: None)
+    assert outcome is Outcome.DONE
+    weights = torch.cat([parameter.detach().flatten() for parameter in training.method.trained.parameters()])
+    return {"rows": torch.stack(recorded.rows), "weights": weights, "steps": torch.tensor(training.step)}
 
 
 def leave(world: World, code: int | None) -> float:
@@ -336,7 +366,7 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory):
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, image_folder: Path):
     """Results of both ranks, and the configuration they ran with (no mixing: partners depend on the rank's rows)."""
     base = Config(
         model=ModelConfig(arch="test_resnet", stem="cifar"),
@@ -345,7 +375,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory):
     )
     config = with_mixing(replace(base, data=replace(base.data, image_px=16)), mixing="none")
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (free_port(), config, str(folder)), nprocs=2)
+    mp.spawn(work, (free_port(), config, str(image_folder), str(folder)), nprocs=2)
     return config, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -445,6 +475,19 @@ def test_a_rank_without_a_batch_changes_nothing_on_any_and_all_learn_of_it(two_r
 def test_all_ranks_leave_together_and_in_the_same_way(two_ranks):
     for rank in two_ranks[1]:
         assert rank["left"].tolist() == [0, 2, 75, 1]
+
+
+def test_a_set_that_is_no_multiple_of_the_batch(two_ranks):
+    """36 images in batches of 10 over two ranks: as many steps on both, each image at most once an epoch."""
+    trained = [rank["trained"] for rank in two_ranks[1]]
+    assert [int(found[0]["steps"]) for found in trained] == [6, 6]
+    rows = torch.cat([found[0]["rows"] for found in trained], dim=1)  # (steps, rows of both ranks)
+    assert rows.shape == (6, 10)
+    epochs = [rows[:3].flatten().tolist(), rows[3:].flatten().tolist()]
+    assert [len(set(epoch)) for epoch in epochs] == [30, 30] and set(epochs[0]) != set(epochs[1])
+    assert torch.equal(trained[0][0]["weights"], trained[1][0]["weights"])
+    for found in trained:  # from the second step of the second epoch on: the same rows
+        assert torch.equal(found[4]["rows"], found[0]["rows"][4:])
 
 
 def test_rows_are_gathered_in_rank_order_and_flags_agree(two_ranks):

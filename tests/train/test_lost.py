@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -250,6 +251,22 @@ def test_an_epochs_count_and_the_names() -> None:
     assert len(log.lines) == NAMED
 
 
+def test_a_step_that_is_made_again_counts_once_and_a_resume_counts_on() -> None:
+    log, lost = Spy(), LostImages(CPU, 4, limit=3.0)
+    batch = as_batch((torch.zeros(8, 3, 4, 4, dtype=torch.uint8),))
+    damaged = replace(tell(batch, [0, 3]), bad=(BadFile("a", "is cut"),), all_valid=None)
+    for at in (5, 6, 5, 6):
+        lost.agree(damaged, at, log)
+    assert (lost.count, lost.too_many) == (4, True)
+    assert [lost.before(at) for at in (4, 5, 6, 7, 8)] == [0, 0, 2, 4, 0]
+    resumed = LostImages(CPU, 4, limit=3.0, start=7, earlier=lost.before(7))
+    assert (resumed.count, resumed.too_many) == (4, False), "they may have been repaired"
+    resumed.agree(damaged, 7, log)
+    assert (resumed.count, resumed.too_many, resumed.before(7), resumed.before(8)) == (6, True, 4, 0)
+    resumed.agree(batch, 8, log)
+    assert (resumed.count, resumed.too_many) == (0, False), "another epoch"
+
+
 def cut_after(monkeypatch: pytest.MonkeyPatch, images: Path, names: Sequence[str]) -> None:
     """Damage files once a run has begun: it has read its first batches by then."""
     honest = Run.before_training
@@ -280,6 +297,41 @@ def test_a_run_goes_on_without_it(
     assert "bars/3.jpg' image file is truncated" in said and "done" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1].get("lost_images", 0) + sum(line.get("lost_images", 0) for line in lines[:-1]) > 0
+
+
+def test_a_resume_in_mid_epoch_goes_on_counting(
+    skipping: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the metrics of a run in two parts say is what those of the unbroken run say.
+
+    Eight files rot once the run has begun, without a trace that a resume would find at its start.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = [tmp_path / "images" / name / f"{i}.jpg" for name in ("bars", "dots") for i in range(4)]
+    whole = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    honest = Run.before_training
+
+    def put(file: Path, data: bytes) -> None:
+        file.write_bytes(data)
+        os.utime(file, ns=(whole[file][1],) * 2)
+
+    def before_training(run: Run) -> None:
+        honest(run)
+        for file in files:
+            put(file, bytes(len(whole[file][0])))
+
+    monkeypatch.setattr(Run, "before_training", before_training)
+    config = replace(skipping, data=replace(skipping.data, max_bad_frac=0.5))
+    assert pretrain(config, tmp_path / "whole") == 0
+    for file in files:
+        put(file, whole[file][0])
+    assert pretrain(replace(config, run=replace(config.run, max_steps=6)), tmp_path / "parts") == 0
+    assert pretrain(config, tmp_path / "parts", resume=True) == 0
+    counts = [
+        [json.loads(line).get("lost_images") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert counts[0] == counts[1] and counts[0][-1] > counts[0][-3] > 0
 
 
 def test_too_many_end_the_run_with_four_once_it_is_saved(

@@ -284,6 +284,8 @@ def rewrite(path: Path, **changes: object) -> None:
         ({"images": 5}, "images is 5; expected str"),
         ({"world_size": 0}, "world_size is 0"),
         ({"world_size": "two"}, "world_size is 'two'"),
+        ({"lost_images": -1}, "lost_images is -1"),
+        ({"lost_images": "two"}, "lost_images is 'two'; expected a whole number"),
     ],
 )
 def test_a_state_that_no_run_writes_is_refused(changes: dict, message: str, tiny: Config, tmp_path: Path):

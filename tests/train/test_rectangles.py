@@ -20,8 +20,8 @@ from sdmp_train.export import load_exported
 from sdmp_train.models import build_backbone
 
 
-def rectangular(config: Config, **run: object) -> Config:
-    data = replace(config.data, image_px=(16, 32), loader="torchvision")
+def rectangular(config: Config, size: tuple[int, int] = (16, 32), **run: object) -> Config:
+    data = replace(config.data, image_px=size, loader="torchvision")
     return replace(config, data=data, run=replace(config.run, max_steps=2, **run))
 
 
@@ -46,10 +46,15 @@ def test_every_method_trains_and_exports_for_timm(
         assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-000002"
 
 
-def test_a_run_is_gone_on_with_and_evaluated(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = rectangular(tiny, knn_max_images=30)
+@pytest.mark.parametrize("size", [(16, 32), pytest.param((224, 448), marks=pytest.mark.slow)], ids=str)
+def test_a_run_is_gone_on_with_evaluated_exported_and_loaded(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int]
+) -> None:
+    config = rectangular(tiny, size, knn_max_images=30)
+    if size == (224, 448):  # 14 x 28 patches
+        config = replace(config, model=replace(config.model, patch_px=16), optim=replace(config.optim, batch_size=4))
     assert pretrain(config, tmp_path / "run") == 0
-    assert "at 16 x 32 px" in capsys.readouterr().out
+    assert f"at {size[0]} x {size[1]} px" in capsys.readouterr().out
     more = replace(config, run=replace(config.run, max_steps=3))
     assert pretrain(more, tmp_path / "run", resume=True) == 0
     run, data = str(tmp_path / "run"), str(config.data.data)
@@ -59,6 +64,14 @@ def test_a_run_is_gone_on_with_and_evaluated(tiny: Config, tmp_path: Path, capsy
     assert main(words) == 0
     assert "knn" in capsys.readouterr().out.lower()
     assert np.isfinite(np.load(next((tmp_path / "e").glob("*.npy")))).all()
+    assert main(["export", "--run", run, "--output", str(tmp_path / "again")]) == 0
+    ours, description = load_exported(tmp_path / "run" / "exported")
+    assert description["pretrained_cfg"]["input_size"] == [3, *size]
+    images = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        for folder in (tmp_path / "run" / "exported", tmp_path / "again"):
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            assert torch.equal(loaded(images), ours(images))
 
 
 def test_how_it_is_spelled(tiny: Config) -> None:

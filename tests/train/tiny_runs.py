@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from sdmp_kernels import Rule
+from sdmp_train.checkpoint import load_checkpoint, newest_checkpoint
 from sdmp_train.config import METHODS, Config
 from sdmp_train.data import Batch
 from sdmp_train.distributed import World
@@ -145,6 +147,14 @@ def all_tensors(training: Training) -> dict[str, torch.Tensor]:
     for number, (_, moments) in enumerate(training.optimizer.state.items()):
         found |= {f"moments/{number}/{k}": v.clone() for k, v in moments.items()}
     return found
+
+
+def same_ends(one: Path, other: Path) -> bool:
+    """Whether the newest checkpoints of two run folders hold the same tensors, bit for bit."""
+    parts, others = (load_checkpoint(newest_checkpoint(run / "checkpoints"))[0] for run in (one, other))
+    tensors = {(part, name): tensor for part, held in parts.items() for name, tensor in held.items()}
+    assert {(part, name) for part, held in others.items() for name in held} == set(tensors)
+    return all(torch.equal(tensor, others[part][name]) for (part, name), tensor in tensors.items())
 
 
 class Spy(Log):

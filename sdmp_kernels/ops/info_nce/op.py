@@ -125,13 +125,13 @@ def info_nce_op(
     """
     backend = _backend(q, temperature, excluded)
     if q.shape[0] == 0:
-        losses, *rest = _outputs(q, keys, bool(term_weight), "none", need_dq, need_k, backend)
-        return *_results(_sum(losses, reduction), term_weight), *rest
+        losses, stats, dq, dk = _outputs(q, keys, bool(term_weight), "none", need_dq, need_k, backend)
+        return *_results(_sum(losses, reduction), term_weight), stats, dq, dk
     problem = _problem(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction)
     run = OP.module(backend).forward
     if backend == "cpp":
-        losses, *gradients = run(problem, need_dq, need_k, reduction != "none")
-        return *_results(losses, term_weight), q.new_empty(0, dtype=torch.float64), *gradients
+        losses, dq, dk = run(problem, need_dq, need_k, reduction != "none")
+        return *_results(losses, term_weight), q.new_empty(0, dtype=torch.float64), dq, dk
     losses, stats, dq = run(problem, need_dq, any(need_k))
     return *_results(_sum(losses, reduction), term_weight), stats, dq, q.new_empty(0, dtype=work_dtype(q))
 

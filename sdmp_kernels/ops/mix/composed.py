@@ -8,6 +8,8 @@ It computes in float32, in float64 where images are float64.
 Letters: N rows, M partners, H W pixels of an image, (top, left, height, width) a row's box.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,18 +26,54 @@ from sdmp_kernels.plan import Rule
 _CANDIDATES = 4
 # Elements that a thread works on at once: with what is made of them on the way, they stay in its second-level cache.
 _AT_ONCE = 2**17
+# Elements that a pass of masks goes over in the time that a box takes besides its pixels.
+_WORTH_CALLS = 2**12
 _ALL = slice(None)
+# Plain numbers, which are compared for every row of a plan.
+_KEEP, _MIXUP, _CUTMIX = int(Rule.KEEP), int(Rule.MIXUP), int(Rule.CUTMIX)
+_KEPT, _BLENDED = (_KEEP,), (_MIXUP,)
 
 
-class _Rows(NamedTuple):
-    """The plan as (N, 1, 1, 1) columns; rows that copy their own pixels have neither mark."""
+class _Rows:
+    """The plan as (N, 1, 1, 1) columns, each made when first asked for; rows that copy their pixels have no mark."""
 
-    blended: Tensor
-    own_share: Tensor
-    partner_share: Tensor
-    cut: Tensor  # CUTMIX rows
-    resized: Tensor  # RESIZEMIX rows
-    inside: Tensor  # (N, 1, H, W): in the box, of either kind
+    def __init__(self, plan: PlanRows, images: Tensor, own_partners: bool) -> None:
+        self._plan, self._images, self._own_partners = plan, images, own_partners
+
+    @functools.cached_property
+    def own_share(self) -> Tensor:
+        return _column(self._plan.lam.to(self._images.dtype))
+
+    @functools.cached_property
+    def partner_share(self) -> Tensor:
+        return 1 - self.own_share
+
+    @functools.cached_property
+    def blended(self) -> Tensor:
+        """MIXUP rows that are not another's equal."""
+        plan = self._plan
+        blended = (plan.rule == Rule.MIXUP) & (plan.lam != 1)
+        if self._own_partners:
+            blended &= plan.partner != torch.arange(len(plan.rule), device=plan.rule.device)
+        return _column(blended)
+
+    @functools.cached_property
+    def cut(self) -> Tensor:
+        """CUTMIX rows."""
+        return _column(self._plan.rule == Rule.CUTMIX)
+
+    @functools.cached_property
+    def resized(self) -> Tensor:
+        """RESIZEMIX rows."""
+        return _column(self._plan.rule == Rule.RESIZEMIX)
+
+    @functools.cached_property
+    def inside(self) -> Tensor:
+        """(N, 1, H, W): in the box, of either kind."""
+        top, left, height, width = (side.unsqueeze(1) for side in self._plan.box.unbind(1))
+        y, x = (torch.arange(extent, device=top.device) for extent in self._images.shape[2:])
+        down, across = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+        return (down[:, :, None] & across[:, None, :])[:, None]
 
 
 class _Taps(NamedTuple):
@@ -49,13 +87,23 @@ class _Taps(NamedTuple):
 
 def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
     """Write the mixed images and, where they are wanted, the unmixed ones. `outputs.mixed` may be `images` itself."""
-    if images.device.type == "cpu":
-        _mix_rows(images, partners, plan, norm, outputs)
-    else:
+    treatments = _treatments(plan, partners is None) if images.device.type == "cpu" else []
+    # Masks cost a few passes over all pixels, a box by itself the calls of a few operators; resizing by masks is slow.
+    pieces = sum(one != other for one, other in itertools.pairwise(treatments))
+    if not treatments or (pieces * _WORTH_CALLS > images.numel() and Rule.RESIZEMIX not in plan.rules):
         _mix_masked(images, partners, plan, norm, outputs)
+    else:
+        _mix_rows(images, partners, plan, norm, outputs, treatments)
 
 
-def _mix_rows(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+def _mix_rows(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    treatments: list[tuple[int, ...]],
+) -> None:
     work, (mixed, clean) = _work_dtype(images), outputs
     in_place = mixed.data_ptr() == images.data_ptr() and mixed.stride() == images.stride()
     own = images.clone() if in_place else images
@@ -68,14 +116,14 @@ def _mix_rows(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Nor
             return pixels
         return store(_normalise(pixels.to(work), images.dtype, norm), mixed.dtype)
 
-    treatments = _treatments(plan, partners is None)
-    blended = [rule == Rule.MIXUP for rule, _ in treatments]
+    partner = None if plan.mirrored else plan.partner.tolist()
+    blended = [treatment == _BLENDED for treatment in treatments]
     most = _AT_ONCE * torch.get_num_threads() // own[0].numel()
     for rows, blend in _runs(blended, range(len(own)), most):
         if clean is not None:
             clean[rows].copy_(finished(own[rows]))
         if blend:
-            given = _partners_of(sources, plan, rows).to(work) * partner_share[rows]
+            given = _partners_of(sources, partner, rows).to(work) * partner_share[rows]
             target = mixed[rows] if norm is None and mixed.dtype == images.dtype == work else None
             result = torch.mul(own[rows].to(work), share[rows], out=target).add_(given)
             if target is None:
@@ -83,37 +131,29 @@ def _mix_rows(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Nor
             continue
         if not (in_place and norm is None):
             mixed[rows].copy_(finished(own[rows]) if clean is None else clean[rows])
-        for some, (rule, box) in _runs(treatments, range(rows.start, rows.stop), len(own)):
-            if rule != Rule.KEEP:
-                patch = _patch(sources, plan, some, rule, box, work)
-                mixed[some, :, *_sides(box)].copy_(finished(patch))
+        for some, (rule, *box) in _runs(treatments, range(rows.start, rows.stop), len(own)):
+            if box:
+                top, left, height, width = box
+                down, across = slice(top, top + height), slice(left, left + width)
+                if rule == _CUTMIX:
+                    patch = _partners_of(sources, partner, some, down, across)
+                else:
+                    others = _partners_of(sources, partner, some).to(work)
+                    patch = F.interpolate(others, size=(height, width), mode="bilinear", align_corners=False)
+                mixed[some, :, down, across] = finished(patch)
 
 
-def _patch(sources: Tensor, plan: PlanRows, rows: slice, rule: Rule, box: list[int], work: torch.dtype) -> Tensor:
-    """(rows, C, height, width): what CUTMIX and RESIZEMIX rows of one box paste into it."""
-    if rule == Rule.CUTMIX:
-        return _partners_of(sources, plan, rows, *_sides(box))
-    others = _partners_of(sources, plan, rows).to(work)
-    return F.interpolate(others, size=(box[2], box[3]), mode="bilinear", align_corners=False)
-
-
-def _sides(box: list[int]) -> tuple[slice, slice]:
-    """The rows and the columns of a box."""
-    top, left, height, width = box
-    return slice(top, top + height), slice(left, left + width)
-
-
-def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[Rule, list[int]]]:
+def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[int, ...]]:
     """For every row its rule, KEEP where that leaves nothing to do, and of CUTMIX and RESIZEMIX the box."""
-    found: list[tuple[Rule, list[int]]] = []
+    found: list[tuple[int, ...]] = []
     for i, (rule, j, lam, box) in enumerate(zip(*(column.tolist() for column in plan[:4]), strict=True)):
-        if rule == Rule.MIXUP:
+        if rule == _MIXUP:
             copied = lam == 1 or (own_partners and i == j)
-            found.append((Rule.KEEP if copied else Rule.MIXUP, []))
-        elif rule == Rule.KEEP or box[2] * box[3] == 0:
-            found.append((Rule.KEEP, []))
+            found.append(_KEPT if copied else _BLENDED)
+        elif rule == _KEEP or box[2] * box[3] == 0:
+            found.append(_KEPT)
         else:
-            found.append((Rule(rule), box))
+            found.append((rule, *box))
     return found
 
 
@@ -126,31 +166,37 @@ def _runs(keys: list[Any], rows: range, most: int) -> Iterator[tuple[slice, Any]
             start = row + 1
 
 
-def _partners_of(sources: Tensor, plan: PlanRows, rows: slice, down: slice = _ALL, across: slice = _ALL) -> Tensor:
-    """A part of the images of the rows' partners; without a copy for a row alone."""
-    if plan.mirrored:
+def _partners_of(
+    sources: Tensor, partner: list[int] | None, rows: slice, down: slice = _ALL, across: slice = _ALL
+) -> Tensor:
+    """A part of the images of the rows' partners, the flip where None are given; without a copy for a row alone."""
+    if partner is None:
         found = sources[len(sources) - rows.stop : len(sources) - rows.start, :, down, across]
         return found if len(found) == 1 else found.flip(0)
-    if rows.stop - rows.start > 1:
-        return sources[:, :, down, across][plan.partner[rows]]
-    j = int(plan.partner[rows.start])
-    return sources[j : j + 1, :, down, across]
+    j = partner[rows]
+    return sources[j[0] : j[0] + 1, :, down, across] if len(j) == 1 else sources[:, :, down, across][j]
 
 
 def _mix_masked(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
     own = images.to(_work_dtype(images))
     others = _taken(own if partners is None else partners, plan).to(own.dtype)
-    rows = _rows(plan, own, partners is None)
-    pixels = own
-    if Rule.MIXUP in plan.rules:
-        pixels = torch.where(rows.blended, rows.own_share * own + rows.partner_share * others, pixels)
-    if Rule.CUTMIX in plan.rules:
-        pixels = torch.where(rows.cut & rows.inside, others, pixels)
-    if Rule.RESIZEMIX in plan.rules:
-        pixels = torch.where(rows.resized & rows.inside, _resize(others, plan.box), pixels)
+    rows = _Rows(plan, own, partners is None)
     if outputs.clean is not None:
         outputs.clean.copy_(store(_normalise(own, images.dtype, norm), outputs.clean.dtype))
-    outputs.mixed.copy_(store(_normalise(pixels, images.dtype, norm), outputs.mixed.dtype))
+    rules = [rule for rule in (Rule.MIXUP, Rule.CUTMIX, Rule.RESIZEMIX) if rule in plan.rules]
+    finished = bool(rules) and norm is None and outputs.mixed.dtype == images.dtype == own.dtype
+    pixels = own
+    for rule in rules:
+        out = outputs.mixed if finished and rule == rules[-1] else None
+        if rule == Rule.MIXUP:
+            blend = rows.own_share * own + rows.partner_share * others
+            pixels = torch.where(rows.blended, blend, pixels, out=out)
+        elif rule == Rule.CUTMIX:
+            pixels = torch.where(rows.cut & rows.inside, others, pixels, out=out)
+        else:
+            pixels = torch.where(rows.resized & rows.inside, _resize(others, plan.box), pixels, out=out)
+    if not finished:
+        outputs.mixed.copy_(store(_normalise(pixels, images.dtype, norm), outputs.mixed.dtype))
 
 
 def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:
@@ -162,7 +208,7 @@ def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gr
         own = own + _denormalise(upstream.clean.to(work), std)
     if upstream.mixed is not None:
         grads = _denormalise(upstream.mixed.to(work), std)
-        rows = _rows(plan, grads, gradients.partners is None)
+        rows = _Rows(plan, grads, gradients.partners is None)
         to_own, to_others = _split(grads, rows, plan)
         own = own + to_own
         if others is None:
@@ -208,24 +254,6 @@ def _give(images: Tensor, grads: Tensor, plan: PlanRows) -> Tensor:
     if images.is_cuda:  # sorts the index; index_add_ would use atomics there
         return images.index_put((index,), grads, accumulate=True)
     return images.index_add(0, index, grads)
-
-
-def _rows(plan: PlanRows, images: Tensor, own_partners: bool) -> _Rows:
-    share, device = plan.lam.to(images.dtype), plan.rule.device
-    itself = plan.partner == torch.arange(len(plan.rule), device=device)
-    blended = (plan.rule == Rule.MIXUP) & (plan.lam != 1)
-    top, left, height, width = (side.unsqueeze(1) for side in plan.box.unbind(1))
-    y = torch.arange(images.shape[2], device=device)
-    x = torch.arange(images.shape[3], device=device)
-    down, across = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
-    return _Rows(
-        blended=_column(blended & ~itself if own_partners else blended),
-        own_share=_column(share),
-        partner_share=_column(1 - share),
-        cut=_column(plan.rule == Rule.CUTMIX),
-        resized=_column(plan.rule == Rule.RESIZEMIX),
-        inside=(down[:, :, None] & across[:, None, :])[:, None],
-    )
 
 
 def _column(values: Tensor) -> Tensor:

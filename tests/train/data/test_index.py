@@ -122,6 +122,7 @@ def test_links(tmp_path: Path, cache: Path) -> None:
         (lambda root: root.mkdir(), "is empty"),
         (lambda root: (root.mkdir(), (root / "notes.txt").write_text("x")), r"looked for \.jpg .* found 1 \.txt"),
         (lambda root: (root.mkdir(), (root / "images.tar").write_text("x")), r"found 1 \.tar; unpack it first"),
+        (lambda root: (root.mkdir(), (root / "a.parquet").write_text("x")), r"1 \.parquet; write it out as tar shards"),
         (lambda root: (root.mkdir(), (root / "README").write_text("x")), "found 1 no suffix"),
     ],
 )

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from cifar_archives import written
+from loaded import add, assert_same, batches
+from tiny_runs import same_ends
 
-from sdmp_kernels.views import byol_views
-from sdmp_train.data import Batch, DataError, Index, kind_of, make_loader, open_source
+from sdmp_train.commands import pretrain
+from sdmp_train.config import Config, DataConfig, OptimConfig
+from sdmp_train.data import DataError, Index, kind_of, open_source
+from sdmp_train.data.folders import split_of
 from sdmp_train.data.index import find_bad
+from sdmp_train.splits import describe_split, open_images
 from sdmp_train.verify import verify_data
 
-SOURCES = ("list", "shards", "shard")
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
+SOURCES = ("list", "shards", "shard", "remote")
 
 
 @pytest.fixture(scope="module")
-def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The 30 images of `folder` in its order: listed, in three shards with .cls members, in one shard as a tree."""
+def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
+    """The 30 images of `folder` in its order: listed, in three shards with .cls members, here and behind a URL, in one
+    shard as a tree."""
     root = tmp_path_factory.mktemp("sources")
     (root / "list.txt").write_text("".join(f"{folder}/{name}\t{name.split('/')[0]}\n" for name in index.paths))
     (root / "shards").mkdir()
@@ -38,26 +39,16 @@ def places(folder: Path, index: Index, tmp_path_factory: pytest.TempPathFactory)
     with tarfile.open(root / "tree.tar", "w") as archive:
         for row in range(30):
             add(archive, index.paths[row], index.read(row))
-    return {"list": root / "list.txt", "shards": root / "shards", "shard": root / "tree.tar"}
+    memory = fsspec.filesystem("memory")
+    for shard in (root / "shards").iterdir():
+        memory.pipe_file(f"/sources/{shard.name}", shard.read_bytes())
+    local = {"list": root / "list.txt", "shards": root / "shards", "shard": root / "tree.tar"}
+    return {**local, "remote": "memory://sources"}
 
 
 @pytest.fixture
-def sources(places: dict[str, Path], tmp_path: Path) -> dict[str, Index]:
+def sources(places: dict[str, Path | str], tmp_path: Path) -> dict[str, Index]:
     return {name: open_source(place, cache_dir=tmp_path) for name, place in places.items()}
-
-
-def batches(index: Index, loader: str = "torchvision", **changes: object) -> list[Batch]:
-    arguments = {"batch_size": 8, "steps": 5, "seed": 5, "device": "cpu", "workers": 0, **changes}
-    with make_loader(index, byol_views(48), loader=loader, **arguments) as made:
-        return list(made)
-
-
-def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.labels, b.labels)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -77,23 +68,57 @@ def test_dali_decodes_them_too(index: Index, sources: dict[str, Index], name: st
     assert_same(batches(sources[name], "dali", workers=2), batches(index))
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_resume_and_ranks(sources: dict[str, Index], name: str) -> None:
-    """30 images in batches of 8: three steps an epoch on every rank, six images sit it out."""
-    source = sources[name]
-    whole = batches(source, steps=6)
-    assert_same(batches(source, start_step=4, steps=6), whole[4:])
-    parts = [batches(source, steps=6, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
-    assert [len(part) for part in parts] == [6, 6]
+@pytest.fixture(scope="module")
+def every_place(
+    places: dict[str, Path | str], folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path | str]:
+    """Those, a folder, and CIFAR in its archive and unpacked: 20 and 22 images to train on."""
+    packed = written(tmp_path_factory.mktemp("cifar-10"), 10, packed=True)
+    unpacked = written(tmp_path_factory.mktemp("cifar-100"), 100, each=22)
+    return {**places, "folder": folder, "cifar-10": packed, "cifar-100": unpacked}
+
+
+EVERY = (*SOURCES, "folder", "cifar-10", "cifar-100")
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "resident", "dali"])
+@pytest.mark.parametrize("name", EVERY)
+def test_resume_and_ranks(every_place: dict[str, Path | str], tmp_path: Path, name: str, loader: str) -> None:
+    """20, 22 or 30 images in batches of 8: two or three steps an epoch on every rank, the rest sit it out."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    source = open_source(every_place[name], cache_dir=tmp_path)
+    per_epoch = len(source) // 8
+    steps, start = 2 * per_epoch, per_epoch + 1
+    whole = batches(source, loader, steps=steps)
+    assert_same(batches(source, loader, start_step=start, steps=steps), whole[start:])
+    parts = [batches(source, loader, steps=steps, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert {len(part) for part in parts} == {steps}
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].ids for part in parts]), batch.ids)
-    for epoch in (whole[:3], whole[3:]):
-        assert len(set(torch.cat([batch.ids for batch in epoch]).tolist())) == 24
+    for epoch in (whole[:per_epoch], whole[per_epoch:]):
+        assert len(set(torch.cat([batch.ids for batch in epoch]).tolist())) == 8 * per_epoch
+
+
+@pytest.mark.parametrize("name", ["shards", "cifar-100", "resident"])  # folder: test_pretrain.py; a URL: test_remote.py
+def test_a_run_that_is_stopped_in_mid_epoch_ends_as_the_unbroken_one(
+    tiny: Config, every_place: dict[str, Path | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = every_place["folder" if name == "resident" else name]
+    data = replace(tiny.data, data=str(place), loader="resident" if name == "resident" else "torchvision")
+    whole = replace(tiny, data=data)
+    assert pretrain(whole, tmp_path / "whole") == 0
+    assert (
+        pretrain(replace(whole, run=replace(whole.run, max_steps=3 if "cifar" in name else 4)), tmp_path / "parts") == 0
+    )
+    assert pretrain(whole, tmp_path / "parts", resume=True) == 0
+    assert same_ends(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_kinds(places: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     found = {name: kind_of(place) for name, place in places.items()}
-    assert found == {"list": "lists", "shards": "shards", "shard": "shards"}
+    assert found == {"list": "lists", "shards": "shards", "shard": "shards", "remote": "shards"}
     assert kind_of(folder) == kind_of(tmp_path) == kind_of(tmp_path / "absent") == "folder"
     (tmp_path / "a.tar").touch()
     assert kind_of(tmp_path) == "shards"
@@ -114,6 +139,32 @@ def test_a_subset_is_those_rows(sources: dict[str, Index], name: str) -> None:
 def test_no_split_of_their_own(places: dict[str, Path], name: str) -> None:
     with pytest.raises(DataError, match="no test split; give one with --test-data"):
         open_source(places[name], split="val")
+
+
+def test_shards_that_name_their_splits(places: dict[str, Path | str], tmp_path: Path) -> None:
+    """As those of ImageNet on the Hub, all in one folder."""
+    names = ("set-train-0000.tar", "set-train-0001.tar", "set-validation-00.tar")
+    apple, pear, _ = sorted(Path(places["shards"]).iterdir())
+    for shard, name in zip((apple, pear, apple), names, strict=True):
+        (tmp_path / name).write_bytes(shard.read_bytes())
+    train, test, whole = (
+        open_source(tmp_path, split=split, cache_dir=tmp_path / ".c") for split in ("train", "val", None)
+    )
+    assert [len(train), len(test), len(whole)] == [20, 10, 30]
+    assert train.notes == ("shards of another split not used: 1",) and test.paths[0].startswith(
+        "set-validation-00.tar/"
+    )
+    assert {split_of(name) for name in ("a-train-b-test.tar", "trainer-1.tar", "000.tar")} == {None}
+    config = Config(
+        data=DataConfig(data=str(tmp_path), image_px=32), optim=OptimConfig(batch_size=8, epochs=1, warmup_epochs=0)
+    )
+    bank, queries = open_images(config)
+    assert (len(bank), bank.classes) == (20, ("apple", "pear"))
+    assert queries is not None and queries.labels.tolist() == [0] * 10
+    assert "queries from" in describe_split(config.data, bank, queries)
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).unlink()
+    assert len(open_source(tmp_path, cache_dir=tmp_path / ".c")) == 10, "the only split there is"
 
 
 # Lists
