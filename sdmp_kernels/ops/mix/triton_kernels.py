@@ -347,9 +347,9 @@ def _fill_box(
             taps = taps + (tl.load(base + (lower + before), mask=mask, other=0),)  # narrow: a tap
             taps = taps + (tl.load(base + (lower + behind), mask=mask, other=0),)  # narrow: a tap
         for c in tl.static_range(CHANNELS):
-            p00, p01 = taps[4 * c].to(tl.float32), taps[4 * c + 1].to(tl.float32)
-            p10, p11 = taps[4 * c + 2].to(tl.float32), taps[4 * c + 3].to(tl.float32)
-            patch = y.w_first * (x.w_first * p00 + x.w_second * p01) + y.w_second * (x.w_first * p10 + x.w_second * p11)
+            above = x.w_first * taps[4 * c].to(tl.float32) + x.w_second * taps[4 * c + 1].to(tl.float32)
+            below = x.w_first * taps[4 * c + 2].to(tl.float32) + x.w_second * taps[4 * c + 3].to(tl.float32)
+            patch = y.w_first * above + y.w_second * below
             pixels = _rounded(patch, work)
             # A channel known to the compiler: as where each has a plane of its own.
             pixels = _finished(pixels, where, first_plane, c, scaling, result, C, ALONE, 1, NORMALISE)
