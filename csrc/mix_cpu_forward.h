@@ -50,8 +50,8 @@ class Mixer {
   void add_member(int64_t index) {
     const int64_t partner = job_.plan.mirrored ? job_.n - 1 - index : job_.plan.partner[index];
     const bool itself = job_.own_partners && partner == index;
-    const Row row = read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index, job_.height,
-                             job_.width, itself);
+    const Row row = read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index,
+                             static_cast<int32_t>(job_.height), static_cast<int32_t>(job_.width), itself);
     if (row.rule == Rule::kResizeMix) {
       scratch_.x[members_].fill(row.right - row.left, job_.width, row.scale_x, g_.group);
     }

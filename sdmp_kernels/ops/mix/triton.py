@@ -223,9 +223,11 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def compiles(arch: str) -> list[Compile]:
     """Every kind of launch: kernel, dtypes, layout, normalisation, and both sizes of block."""
     u8, f16, bf16, f32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
+    # Four programs of 256 threads on a multiprocessor, and no waiting for each other while a box is filled.
+    free = (*_WIDE, "barriers<=1", *(("registers<=64",) if arch == "sm_90" else ()))
     return [
-        _forward(arch, "pair bf16", bf16),
-        _forward(arch, "pair bf16 channels_last", bf16, pixels=True),
+        _forward(arch, "pair bf16", bf16, facts=free),
+        _forward(arch, "pair bf16 channels_last", bf16, pixels=True, facts=free),
         _forward(arch, "pair bf16 without resizemix", bf16, rules=_ALL[:2]),
         _forward(arch, "pair fp16", f16),
         _forward(arch, "pair fp32", f32),
@@ -241,7 +243,8 @@ def compiles(arch: str) -> list[Compile]:
         _forward(arch, "pair uint8 to bf16 erased", u8, bf16, normalise=True, erase=True),
         _forward(arch, "pair uint8 to fp32 channels_last erased", u8, f32, pixels=True, normalise=True, erase=True),
         _forward(arch, "gather bf16 erased", bf16, mirrored=False, erase=True),
-        _forward(arch, "gather bf16", bf16, mirrored=False),
+        # The taps of a pixel's three channels.
+        _forward(arch, "gather bf16", bf16, mirrored=False, facts=(*_WIDE, "barriers<=1", "in_flight>=12")),
         _forward(arch, "gather fp32", f32, mirrored=False),
         _forward(arch, "gather uint8 to bf16 channels_last clean", u8, bf16, pixels=True, mirrored=False,
                  normalise=True, clean=True),
