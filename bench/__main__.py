@@ -29,6 +29,10 @@ python -m bench reproduce table5|map   is the method any good? Table 5, and wher
                          resumable, within --minutes
 python -m bench env      what this machine is, and which libraries there are to compare with
 python -m bench offline  carry wheels to a GPU host without a package registry
+
+Whole runs of views, mix, losses, step, train and gpu write bench/results/MACHINE-DATE.json, which `table` reads; short
+ones (--quick, --only, less than 3 --minutes) write what --json names. `reproduce` has bench/results/reproduce, `tune`
+sdmp_kernels/tables; all others write what --json names. Only `gpu` writes pages without --write.
 """
 
 

@@ -516,7 +516,7 @@ def table_of_presets() -> list[str]:
         *(line.rstrip() for line in lines),
         "",
         *ARITHMETIC,
-        "`presets NAME` says where each of its settings comes from.",
+        "`presets NAME` prints its settings as flags, with their values and where these come from.",
     ]
 
 
