@@ -147,9 +147,7 @@ def build_backbone(
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
 
 
-def make_model(
-    config: ModelConfig, name: str, arguments: dict[str, Any], device: str, classes: int = 0
-) -> nn.Module:
+def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device: str, classes: int = 0) -> nn.Module:
     """The model that `timm_arguments` describes, with its stem; with timm's classifier where there are `classes`."""
     from timm.models.resnet import ResNet
 
