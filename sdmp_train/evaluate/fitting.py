@@ -265,7 +265,7 @@ def shrunk(usual: int, optim: OptimConfig, images: int) -> list[str]:
         return []
     falls = "" if optim.min_lr < optim.lr else ", and stays there: the schedule's end is no lower"
     return [
-        f"batch    {usual:,} -> {batch}: there are {images:,} images to train on; the learning rate is "
+        f"batch    {usual:,} -> {batch}: there are {images:,} images to train on; the learning rate peaks at "
         f"{optim.base_lr:g} x {batch} / 256 = {optim.lr:.3g} in place of {optim.base_lr * usual / 256:.3g}{falls}. "
         f"An epoch is {images // batch} step{'s' * (images // batch > 1)}: for few images give --batch-size, --lr and "
         "--epochs (docs/evaluation.md)"

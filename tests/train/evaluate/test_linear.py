@@ -154,7 +154,7 @@ def test_what_is_printed_is_returned_and_kept(tiny: Config, tmp_path: Path, caps
     assert "the lowest of 2 cross-entropies" in printed and "chance level 1.099" in printed
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] == min(line["loss_lr_0.1"], line["loss_lr_1"]) for line in lines)
-    assert "batch    1,024 -> 29: there are 29 images to train on; the learning rate is 1 x 29 / 256" in printed
+    assert "batch    1,024 -> 29: there are 29 images to train on; the learning rate peaks at 1 x 29 / 256" in printed
     for head in found["sweep"]:
         assert f"linear {head['top1']:7.2%} top-1" in printed
     with pytest.raises(ConfigError, match=r"holds a training already; --resume .*--output OTHER"):
