@@ -31,10 +31,11 @@ MOST_POINTS = 2000
 COLUMNS, PANEL_INCHES = 3, (3.6, 2.5)
 LAM_STEPS, LAM_BINS = 200, 20
 NOT_CURVES = ("step", "epoch", "time")
+SHARE = "data_wait_fraction"
 SPEED = {
     "images_per_second": "images per second",
     "step_seconds": "seconds per step",
-    "data_wait_fraction": "share of the time spent waiting for data",
+    SHARE: "share of the time spent waiting for data",
     "memory_gib": "memory, GiB",
     "lost_images": "images that could not be decoded",
 }
@@ -110,14 +111,14 @@ def curves(records: Sequence[RunRecord], panels: Mapping[str, str]) -> Figure:
             values = [100 * value for value in values] if key in KNN else values
             # The mark keeps a run of a single line, or one that a gap surrounds, visible.
             panel.plot(epochs, values, color=colour(number), linewidth=1.1, marker=".", markersize=2.5)
-        top = end_of_axis([record.series(key)[1] for record in records]) if key in SPEED else None
+        top = end_of_axis([record.series(key)[1] for record in records]) if key in SPEED and key != SHARE else None
         if top is not None:
             panel.set_ylim(top=top)
             above = sum(value > top for record in records for value in record.series(key)[1])
             title += f" ({above} above)"
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_xlabel("epoch", fontsize=8)
-        if key == "data_wait_fraction":
+        if key == SHARE:
             panel.set_ylim(-0.02, 1.02)
     name_runs(figure, records)
     return figure

@@ -37,13 +37,18 @@ def test_a_runs_speed_is_apart_from_the_methods_numbers_and_an_outlier_does_not_
         for n in range(1, 8)
     ]
     rows.append({**rows[-1], "step": 8, "epoch": 2.0, "step_seconds": 50.0, "memory_gib": 2.5})
+    rows = [{**row, "data_wait_fraction": 0.9 * (row["step"] == 1)} for row in rows]
     record = read_record(write_run(tmp_path / "run", tiny, rows=[*rows, {"step": 8, "knn": 0.75, "time": 1.8e9}]))
     found = {name: figure for name, _, figure in figures([record])}
     titles = {name: [axes.get_title(loc="left") for axes in figure.axes] for name, figure in found.items()}
     assert titles["method"] == ["lam mean"]
-    assert titles["speed"] == ["seconds per step (1 above)", "memory, GiB"]
+    assert titles["speed"] == [
+        "seconds per step (1 above)",
+        "share of the time spent waiting for data",
+        "memory, GiB",
+    ]
     assert found["speed"].axes[0].get_ylim()[1] == pytest.approx(0.12)
-    assert found["speed"].axes[1].get_ylim()[1] > 2.5
+    assert found["speed"].axes[2].get_ylim()[1] > 2.5
     (panel,) = curves([record], {"knn": "kNN accuracy, %"}).axes
     assert np.array_equal(panel.lines[0].get_ydata(), [75])
 
