@@ -19,6 +19,7 @@ python -m bench losses   info_nce, soft_cross_entropy, distillation, beside lite
                          SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
 python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
 python -m bench labels   what mixing and its labels cost in timm's training loop, by timm and by us, on this CPU
+python -m bench small    a hundred images of 32 px on one thread: drawing and mixing beside timm's Mixup and eager forms
 python -m bench price    what SDMP adds to a step beyond its extra forward passes, MoCo v3 and DINO, on this CPU
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels.add_argument("--batch-size", type=int, default=128, help="images of a step (default 128)")
     labels.add_argument("--blocks", type=int, default=20, help="interleaved steps of every way (default 20)")
     labels.add_argument("--json", type=Path, help="also write the rows to this file")
+    small = commands.add_parser("small", help="a hundred images of 32 px, where the host's work counts")
+    small.add_argument("--seconds", type=float, default=3.0, help="timed seconds of each pair (default 3)")
+    small.add_argument("--json", type=Path, help="also write the rows to this file")
     price = commands.add_parser("price", help="what SDMP adds to a step")
     price.add_argument("--blocks", type=int, default=20, help="interleaved blocks (default 20)")
     price.add_argument("--seconds", type=float, default=1.0, help="timed seconds of each arm in a block (default 1)")
@@ -148,6 +152,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import labels
 
         return labels.run(args)
+    if args.command == "small":
+        from bench import small
+
+        return small.run(args)
     if args.command == "price":
         from bench import price
 
