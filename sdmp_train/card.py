@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .config import Config
 from .durable import write_durably
@@ -18,6 +19,30 @@ def how_to_load(config: Config, place: str) -> list[str]:
     if config.model.stem == "cifar":  # timm has no such stem
         return ["from sdmp_train.export import load_exported", f"backbone, _ = load_exported({place!r})"]
     return ["import timm", f"backbone = timm.create_model({'local-dir:' + place!r}, pretrained=True)"]
+
+
+def how_to_classify(description: Mapping[str, Any], place: str, image: str) -> tuple[list[str], list[str]]:
+    """The lines of Python that load the classifier in the folder `place`, and those that name an image's class.
+
+    description: its config.json. None of the second where Pillow opens no image of so many channels.
+    """
+    inside = description["num_classes"] > 0
+    if inside and description["stem"] == "imagenet":
+        load = ["import timm", f"model = timm.create_model({'local-dir:' + place!r}, pretrained=True).eval()"]
+        settings, names = "timm.data.resolve_model_data_config(model)", "model.pretrained_cfg['label_names']"
+    else:
+        load = ["import timm", "from sdmp_train.evaluate.classifier import load_classifier"]
+        load += [f"model, pixels, names = load_classifier({place!r})"]
+        settings, names = "timm.data.resolve_data_config(pretrained_cfg=pixels)", "names"
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(description["pretrained_cfg"]["input_size"][0])
+    if mode is None:
+        return load, []
+    return load, [
+        "from PIL import Image",
+        f"view = timm.data.create_transform(**{settings})",
+        f"logits = model(view(Image.open({image!r}).convert({mode!r}))[None])",
+        f"print({names}[int(logits.argmax())])",
+    ]
 
 
 def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
@@ -43,21 +68,76 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         "mean, std": f"{list(data.mean)}, {list(data.std)}",
         **numbers,
     }
+    return card_text(
+        f"{config.model.arch}, {config.method_name}",
+        f"A backbone without classifier, trained with `{config.method_name}` by `sdmp_train`.",
+        rows,
+        how_to_load(config, "."),
+        classifier,
+        library="timm" if timm_loads else "pytorch",
+        task="image-feature-extraction",
+        tag=config.method_name,
+    )
+
+
+def classifier_card(description: Mapping[str, Any], made: Mapping[str, Any], numbers: Mapping[str, str]) -> str:
+    """The card of an exported classifier: its backbone, how it was trained and measured, and how it is used.
+
+    description: its config.json. made: what that says of its making.
+    """
+    pixels, before = description["pretrained_cfg"], description.get("pretraining", {})
+    name = description.get("timm_architecture", description["architecture"])
+    load, predict = how_to_classify(description, ".", "IMAGE.jpg")
+    timm_loads = load[-1].startswith("model = timm")
+    rows = {
+        "weights before": printable(made["from"]),
+        **({"pretrained by": f"{before['preset']}, {before['steps']} steps"} if before else {}),
+        "image side": f"{shown_size(tuple(pixels['input_size'][1:]))} px",
+        "mean, std": f"{list(pixels['mean'])}, {list(pixels['std'])}",
+        **numbers,
+    }
+    remark = "The classes stand in `classes.json`, in the order of the logits" + (
+        "; `num_classes=10` beside `pretrained=True` gives a new classifier." if timm_loads else "."
+    )
+    return card_text(
+        f"{name}, {made['evaluation']}",
+        f"A classifier, trained with `eval {made['evaluation']}` by `sdmp_train` on a pretrained backbone.",
+        rows,
+        [*load, *predict],
+        remark,
+        library="timm" if timm_loads else "pytorch",
+        task="image-classification",
+        tag=made["evaluation"],
+    )
+
+
+def card_text(
+    title: str,
+    sentence: str,
+    rows: Mapping[str, str],
+    code: Sequence[str],
+    remark: str,
+    *,
+    library: str,
+    task: str,
+    tag: str,
+) -> str:
+    """A card in Hugging Face's layout."""
     lines = [
         "---",
-        *(["library_name: timm"] if timm_loads else ["library_name: pytorch"]),
+        f"library_name: {library}",
         "license: other",
         "license_name: not-stated",
-        "pipeline_tag: image-feature-extraction",
+        f"pipeline_tag: {task}",
         "tags:",
-        f"- {config.method_name}",
+        f"- {tag}",
         "- sdmp",
         "---",
         CARD_MARK,
         "",
-        f"# {config.model.arch}, {config.method_name}",
+        f"# {title}",
         "",
-        f"A backbone without classifier, trained with `{config.method_name}` by `sdmp_train`.",
+        sentence,
         "",
         "| | |",
         "|---|---|",
@@ -68,10 +148,10 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         "From within this folder (from elsewhere, put its path in place of the dot):",
         "",
         "```python",
-        *how_to_load(config, "."),
+        *code,
         "```",
         "",
-        classifier,
+        remark,
         "",
         "## Licence",
         "",

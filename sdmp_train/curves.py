@@ -17,7 +17,11 @@ FEWEST_LINES = 12
 EVERY_SECONDS = 60.0
 SHARE = 50
 """Of the time between two drawings, drawing takes at most one part in so many."""
-SHOWN = {"knn": "kNN accuracy", "lr": "learning rate", "data_wait_fraction": "share of the time spent waiting for data"}
+SHOWN = {
+    "knn": "kNN accuracy, %",
+    "lr": "learning rate",
+    "data_wait_fraction": "share of the time spent waiting for data",
+}
 
 
 class Curves:

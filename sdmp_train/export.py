@@ -2,7 +2,8 @@
 
     timm.create_model("local-dir:runs/.../exported", pretrained=True, num_classes=10)
 
-A ResNet with the CIFAR stem needs `load_exported` of this file, since timm has no such stem. `how_to_load` says which.
+A ResNet with the CIFAR stem needs `load_exported` of this file, since timm has no such stem: what config.json calls it
+makes timm refuse it in every call, where it would otherwise leave the stem untrained in some. `how_to_load` says which.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,6 +44,9 @@ STAGES, WIDEST = 4, 2**14
 """What `channels` of a ResNet may be: that many numbers, up to that."""
 SWITCHES = ("fc_norm",)
 """Arguments of timm's models that are true or false."""
+TIMM_NAME = "timm_architecture"
+"""Of a description: timm's name of the model, where `architecture` is none that timm knows."""
+MOST_CLASSES = 2**20
 
 
 def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int) -> None:
@@ -57,7 +61,7 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     arguments = {**arguments, **norm_arguments(backbone, name, arguments)}
     frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
     description = {
-        "architecture": name,
+        **named(name, config.model.stem),
         "num_classes": 0,
         "num_features": int(frozen.num_features),  # type: ignore[arg-type]
         "model_args": arguments,
@@ -72,6 +76,20 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
         "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
     write_export(frozen, description, folder, card=model_card(config, step, {}))
+
+
+def named(name: str, stem: str) -> dict[str, str]:
+    """What config.json calls a model: timm's name, or where timm lacks the stem, what its error shall say."""
+    if stem != "cifar":
+        return {"architecture": name}
+    # timm says "Unknown model (...)" before it builds anything or reads a weight.
+    reason = f"{name} with the CIFAR stem, which timm does not have: load it by sdmp_train.export.load_exported"
+    return {"architecture": reason, TIMM_NAME: name}
+
+
+def timm_name(description: Mapping[str, Any]) -> str:
+    """What timm calls the model that a checked description is of; `architecture` in exports of before."""
+    return description[TIMM_NAME if TIMM_NAME in description else "architecture"]
 
 
 def write_export(frozen: nn.Module, description: dict[str, Any], folder: Path, *, card: str | None = None) -> None:
@@ -124,8 +142,12 @@ def put_in_place(draft: Path, folder: Path) -> None:
     draft.rename(folder)
 
 
-def load_exported(folder: Path | str, *, drop_path: float = 0.0) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone in an exported folder, in eval mode on the CPU, and its description.
+def load_exported(
+    folder: Path | str, *, drop_path: float = 0.0, classifier: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in an exported folder, in eval mode on the CPU, and its description.
+
+    A backbone, (N, C, H, W) -> (N, D); with the classifier where the export has one, (N, K), unless told otherwise.
 
     The folder may be anybody's: only what `check_description` knows reaches timm, and no memory is taken for weights
     that the file does not hold. `drop_path`: as `build_backbone` has it; it takes effect in training mode.
@@ -141,21 +163,27 @@ def load_exported(folder: Path | str, *, drop_path: float = 0.0) -> tuple[nn.Mod
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
     stem: Literal["imagenet", "cifar"] = description.get("stem", "imagenet")
-    model = ModelConfig(arch=description["architecture"], stem=stem)
+    config = ModelConfig(arch=timm_name(description), stem=stem)
+    classes: int = description.get("num_classes", 0)
     with torch.random.fork_rng(devices=[]):
-        expected = make_model(model, model.arch, description["model_args"], "meta").state_dict()
+        expected = make_model(config, config.arch, description["model_args"], "meta", classes).state_dict()
         compare(str(folder / WEIGHTS), expected, tensors)
         arguments = {**description["model_args"], **({"drop_path_rate": drop_path} if drop_path else {})}
-        backbone = make_model(model, model.arch, arguments, "cpu")
-    backbone.load_state_dict(tensors)
-    return backbone.eval(), description
+        model = make_model(config, config.arch, arguments, "cpu", classes if classifier else 0)
+    model.load_state_dict({key: tensors[key] for key in model.state_dict()})
+    return model.eval(), description
 
 
 def check_description(description: dict[str, Any]) -> None:
     """Raise `ConfigError` unless a config.json says what `export_backbone` writes, with values within reason."""
-    name = description.get("architecture")
-    require(isinstance(name, str), "architecture", name, "the name of a timm model")
+    key = TIMM_NAME if TIMM_NAME in description else "architecture"
+    name = description.get(key)
+    require(isinstance(name, str), key, name, "the name of a timm model")
     check_name(cast(str, name))
+    classes = description.get("num_classes", 0)
+    require(
+        is_whole_number(classes, 0, MOST_CLASSES), "num_classes", classes, f"a whole number from 0 to {MOST_CLASSES}"
+    )
     require(
         description.get("stem", "imagenet") in ("imagenet", "cifar"), "stem", description.get("stem"), "a known one"
     )

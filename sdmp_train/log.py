@@ -115,6 +115,7 @@ class Log:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed_at = -math.inf
+        self._unfinished = False
         self.last_loss: float | None = None
         self.trackers: list[Tracker] = []
 
@@ -194,10 +195,19 @@ class Log:
             self._progress.update(self._task, description=line if live is None else live)
         elif time.monotonic() - self._printed_at >= PLAIN_SECONDS:
             self._printed_at = time.monotonic()
+            self._unfinished = True
+            self.console.print(line, markup=False)
+
+    def end_progress(self, line: str) -> None:
+        """Take the live line away; where plain lines were printed, the last word is `line`, that all is done."""
+        unfinished = self._unfinished
+        self.stop_progress()
+        if unfinished:
             self.console.print(line, markup=False)
 
     def stop_progress(self) -> None:
         """Take the live line away."""
+        self._unfinished = False
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -33,7 +33,8 @@ class Meter:
         """Add one step's numbers: loss, loss_<term>, the method's facts, grad_norm."""
         self._steps += 1
         terms = {f"loss_{name}": value for name, value in step.loss.terms.items()}
-        values = {"loss": step.loss.total, **terms, **step.loss.facts, "grad_norm": step.grad_norm}
+        shown = step.loss.total if step.loss.shown is None else step.loss.shown
+        values = {"loss": shown, **terms, **step.loss.facts, "grad_norm": step.grad_norm}
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1

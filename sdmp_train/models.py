@@ -96,12 +96,15 @@ def takes(name: str, argument: str, value: Any) -> bool:
     return True
 
 
-def create(name: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """`timm.create_model` without weights and classifier. On the device "meta" it takes no memory and no time."""
+def create(name: str, arguments: dict[str, Any], device: str, classes: int = 0) -> nn.Module:
+    """`timm.create_model` without weights, and without classifier unless there are `classes`.
+
+    On the device "meta" it takes no memory and no time.
+    """
     import timm
 
     with torch.device(device):
-        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        return timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
 
 
 def build_backbone(
@@ -144,12 +147,12 @@ def build_backbone(
     return backbone if isinstance(backbone, VisionTransformer) else backbone.to(memory_format=torch.channels_last)
 
 
-def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """The model that `timm_arguments` describes, with its stem."""
+def make_model(config: ModelConfig, name: str, arguments: dict[str, Any], device: str, classes: int = 0) -> nn.Module:
+    """The model that `timm_arguments` describes, with its stem; with timm's classifier where there are `classes`."""
     from timm.models.resnet import ResNet
 
     try:
-        backbone = create(name, arguments, device)
+        backbone = create(name, arguments, device, classes)
     except Exception as error:  # timm and its models raise whatever an assertion or a shape makes of it
         raise ConfigError(f"timm cannot build {name} with {arguments}: {one_line(error)}") from error
     if config.stem == "cifar":

@@ -58,7 +58,7 @@ def accuracies(
             scores = logits(standardise(batch.views[0], data.mean, data.std))
             scores = scores.unsqueeze(1) if scores.ndim == 2 else scores
             right = right + top_counts(scores, batch.labels.to(scores.device))
-        log.stop_progress()
+        step.end()
     sums = reduce_mean(right.to(world.device, torch.float64), world) * world.size
     return sums.cpu() / len(index)
 

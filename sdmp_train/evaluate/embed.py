@@ -51,6 +51,8 @@ class EmbedConfig(SubjectConfig):
     """Images per forward pass."""
     precision: Precision = "auto"
     """Autocast of the backbone; auto is bf16 on a GPU, fp32 elsewhere."""
+    overwrite: bool = False
+    """Write over features that lie in --output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +77,7 @@ def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:
         if config.output is None:
             raise ConfigError("output is missing; give --output DIR, a folder for the features")
         folder = Path(config.output)
+        check_free(folder, config)
         index = chosen_images(config, subject, log, stop)
         log.say(f"weights  {subject.name}")
         log.say(f"data     {index.summary()}")
@@ -102,6 +105,7 @@ def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:
                     images = standardise(batch.views[0], subject.data.mean, subject.data.std)
                     with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                         sink.add({name: read(images) for name, read in readers.items()})
+                step.end()
                 shapes = sink.finish()
             write_lists(folder, config, subject, index, shapes)
         except OSError as error:
@@ -109,6 +113,18 @@ def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:
         for name, shape in shapes.items():
             log.say(f"embed    {folder / file_name(name, config)}  {' x '.join(map(str, shape))} {config.dtype}")
         return shapes
+
+
+def check_free(folder: Path, config: EmbedConfig) -> None:
+    """Raise `ConfigError` where something would be written over that --overwrite does not allow."""
+    there = [
+        name for name in (*(file_name(n, config) for n in config.features), FILES, ABOUT) if (folder / name).exists()
+    ]
+    if there and not config.overwrite:
+        raise ConfigError(
+            f"{printable(folder)} holds {' '.join(there)} already; --overwrite writes over them, "
+            "--output OTHER writes elsewhere"
+        )
 
 
 def chosen_images(config: EmbedConfig, subject: Subject, log: Log, stop: StopRequest) -> Index:

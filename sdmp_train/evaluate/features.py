@@ -53,7 +53,10 @@ def check_depth(backbone: nn.Module) -> None:
     """Raise `ConfigError` where there are fewer blocks than `last4` reads."""
     depth = len(cast(Any, backbone).blocks)
     if depth < BLOCKS:
-        raise ConfigError(f"features is 'last4', and the backbone has {depth} blocks; expected at least {BLOCKS}")
+        raise ConfigError(
+            f"features is 'last4', and the backbone has {depth} blocks; expected at least {BLOCKS}, "
+            "or give --features output"
+        )
 
 
 def last_tokens(backbone: nn.Module, images: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:

@@ -30,10 +30,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MOST_POINTS = 2000
 COLUMNS, PANEL_INCHES = 3, (3.6, 2.5)
 LAM_STEPS, LAM_BINS = 200, 20
-NOT_CURVES = ("step", "epoch")
-SPEED = {"images_per_second": "images per second", "data_wait_fraction": "share of the time spent waiting for data"}
+NOT_CURVES = ("step", "epoch", "time")
+SHARE = "data_wait_fraction"
+SPEED = {
+    "images_per_second": "images per second",
+    "step_seconds": "seconds per step",
+    SHARE: "share of the time spent waiting for data",
+    "memory_gib": "memory, GiB",
+    "lost_images": "images that could not be decoded",
+}
 OPTIMISER = {"lr": "learning rate", "grad_norm": "norm of the gradient"}
 KNN = ("knn", "knn_raw_pixels")
+FAR = 3
+"""Times what nine tenths of the points keep below: a point of a run's speed beyond that is cut off."""
 
 
 def figures(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, Figure]]:
@@ -44,7 +53,7 @@ def figures(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, Figure]]:
     groups: dict[str, tuple[str, Mapping[str, str]]] = {
         "losses": ("The loss and each of its terms", {key: words(key) for key in losses}),
         "method": ("Other numbers that the method logs", {key: words(key) for key in keys if key not in known}),
-        "speed": ("How fast it went, and how much of the time it waited for data", SPEED),
+        "speed": ("How fast the run went, how much of the time it waited for data, and the memory it held", SPEED),
         "optimiser": ("Learning rate and gradient", OPTIMISER),
     }
     if "knn" in keys:
@@ -99,14 +108,27 @@ def curves(records: Sequence[RunRecord], panels: Mapping[str, str]) -> Figure:
     for panel, (key, title) in zip(axes, panels.items(), strict=True):
         for number, record in enumerate(records):
             epochs, values = thin(record.series(key))
+            values = [100 * value for value in values] if key in KNN else values
             # The mark keeps a run of a single line, or one that a gap surrounds, visible.
             panel.plot(epochs, values, color=colour(number), linewidth=1.1, marker=".", markersize=2.5)
+        top = end_of_axis([record.series(key)[1] for record in records]) if key in SPEED and key != SHARE else None
+        if top is not None:
+            panel.set_ylim(top=top)
+            above = sum(value > top for record in records for value in record.series(key)[1])
+            title += f" ({above} above)"
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_xlabel("epoch", fontsize=8)
-        if key == "data_wait_fraction":
+        if key == SHARE:
             panel.set_ylim(-0.02, 1.02)
     name_runs(figure, records)
     return figure
+
+
+def end_of_axis(series: Sequence[Sequence[float]]) -> float | None:
+    """Where an axis ends so that the few points at which a run did something else do not press the others flat."""
+    values = sorted(value for one in series for value in one if math.isfinite(value))
+    usual = values[9 * (len(values) - 1) // 10] if len(values) > 3 else 0.0
+    return 1.2 * usual if usual > 0 and values[-1] > FAR * usual else None
 
 
 def name_runs(figure: Figure, records: Sequence[RunRecord]) -> None:

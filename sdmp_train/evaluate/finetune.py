@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
-from safetensors.torch import save_file
 from torch import nn
 
 from sdmp_kernels import MixPlan, draw_plan
@@ -21,8 +20,6 @@ from sdmp_kernels import MixPlan, draw_plan
 from ..config import Config, OptimConfig
 from ..data import Batch, Index, LoaderName, RandAugmentErase, ViewRecipe, crop_flip_view
 from ..distributed import World, join_world
-from ..durable import replacing, write_durably
-from ..export import write_export
 from ..flags import arg
 from ..log import Log
 from ..methods.method import At, Group, Setup
@@ -33,7 +30,7 @@ from ..settings import between, require
 from ..stop import StopRequest
 from ..training import Training
 from .accuracy import accuracies
-from .classifier import CLASSES, HEAD, as_json
+from .classifier import export_classifier, lines_to_use
 from .fitting import FitConfig, Fitting, fitted, resolved_loader
 from .subject import (
     IMAGENET_CLASSES,
@@ -48,6 +45,7 @@ from .subject import (
 from .subset import some_images
 
 LEAST_LR = 1e-5
+USUAL_BATCH = 1024
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
@@ -218,12 +216,16 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
         with fitted(fitting, world, log, stop) as training:
             found = measure(training, train, test, log, stop)
             if world.is_first:
-                found["exported"] = str(export_classifier(training, subject, train, fitting.folder / EXPORTED))
-                keep_result(result_folder(subject, config.output), "finetune", subject, found)
+                found["exported"] = str(fitting.folder / EXPORTED)
+                export(training, subject, train, found)
+                keep_result(result_folder(subject, config.output), "finetune", subject, found, log.say)
         log.say(f"finetune {found['top1']:7.2%} top-1 {found['top5']:7.2%} top-5 on {len(test)} images")
         as_the_paper = (IMAGENET_CLASSES, recipe.epochs, recipe.fraction)
         if (len(train.classes), fitting.settings["epochs"], fraction) == as_the_paper:
             log.say(f"paper    {recipe.paper}")
+        if world.is_first:
+            for line in lines_to_use(Path(found["exported"]), test):
+                log.say(line)
         return found
 
 
@@ -231,7 +233,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     """The training, with the recipe's settings where none were given."""
     subject.digest  # noqa: B018  # kept from now on: of the weights as they come
     recipe = RECIPES[config.recipe]
-    batch_size = config.batch_size or max(2, min(1024, len(train)) // world.size * world.size)
+    batch_size = config.batch_size or max(2, min(USUAL_BATCH, len(train)) // world.size * world.size)
     epochs = config.epochs or recipe.epochs
     fraction = None if config.train_list else config.fraction or recipe.fraction
     whole = replace(config, epochs=epochs, batch_size=batch_size, fraction=fraction)
@@ -267,6 +269,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
         train,
         config.repeats,
         host if changes_views else None,
+        usual_batch=0 if config.batch_size else USUAL_BATCH,
     )
 
 
@@ -292,24 +295,23 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
     return {"top1": top1, "top5": top5, "test_images": len(test), "train_images": len(train), "settings": settings}
 
 
-def export_classifier(training: Training, subject: Subject, train: Index, folder: Path) -> Path:
-    """The fine-tuned backbone as an export, and beside it the last layer and the names of the classes.
+def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:
+    """The fine-tuned classifier in the folder `exported` of what was found, with its card.
 
     Raises:
         OSError: where it cannot be written.
     """
     method = cast(FineTuning, training.method)
-    backbone, head = method.classifier.backbone, method.classifier.head
-    device = training.world.device
-    made = {"evaluation": "finetune", "from": subject.name, "weights_sha256": subject.digest, "steps": training.step}
-    frozen = backbone.eval().cpu()
-    try:
-        write_export(frozen, {**subject.description, "finetuning": made}, folder)
-    finally:
-        backbone.train().to(device)
-    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in head.state_dict().items()}
-    with replacing(folder / HEAD) as draft:
-        save_file(tensors, draft)
-    (folder / HEAD).chmod((folder / "config.json").stat().st_mode)
-    write_durably(folder / CLASSES, as_json(train.classes))
-    return folder
+    optim = training.config.optim
+    export_classifier(
+        Path(found["exported"]),
+        subject,
+        method.classifier.backbone,
+        (method.classifier.head.weight, method.classifier.head.bias),
+        train,
+        evaluation="finetune",
+        steps=training.step,
+        interpolation="bicubic",
+        recipe=f"DeiT's, {optim.epochs} epochs, batch {optim.batch_size}, learning rate {optim.lr:.3g}",
+        found=found,
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .. import checkpoint, run_folder
-from ..config import Config, ConfigError, RunConfig
+from ..config import Config, ConfigError, OptimConfig, RunConfig
 from ..data import DataError, HostTransform, Index, LoaderName, choose_loader, make_loader, steps_per_epoch
 from ..distributed import World, together
 from ..durable import write_durably
@@ -96,6 +96,8 @@ class Fitting:
     repeats: int = 1
     host: HostTransform | None = None
     """As `make_loader` has them."""
+    usual_batch: int = 0
+    """Of the recipe, where the settings name none."""
 
     @property
     def folder(self) -> Path:
@@ -205,7 +207,7 @@ def check_free(folder: Path, mode: run_folder.Mode) -> None:
         if mode == "new" and run_folder.is_run_folder(folder):
             raise ConfigError(
                 f"{printable(folder)} holds a training already; --resume goes on with it (and measures again where it "
-                "has ended), --overwrite deletes it"
+                "has ended), --overwrite deletes it, --output OTHER trains in another folder"
             ) from error
         raise
 
@@ -256,6 +258,20 @@ def go_on(training: Training, fitting: Fitting) -> None:
     load_parts(training, parts, state["step"], path)
 
 
+def shrunk(usual: int, optim: OptimConfig, images: int) -> list[str]:
+    """A line where the batch is smaller than the recipe's, and what that does to the learning rate."""
+    batch = optim.batch_size
+    if batch >= usual or images >= usual:  # or smaller only to be shared evenly
+        return []
+    falls = "" if optim.min_lr < optim.lr else ", and stays there: the schedule's end is no lower"
+    return [
+        f"batch    {usual:,} -> {batch}: there are {images:,} images to train on; the learning rate peaks at "
+        f"{optim.base_lr:g} x {batch} / 256 = {optim.lr:.3g} in place of {optim.base_lr * usual / 256:.3g}{falls}. "
+        f"An epoch is {images // batch} step{'s' * (images // batch > 1)}: for few images give --batch-size, --lr and "
+        "--epochs (docs/evaluation.md)"
+    ]
+
+
 def versions_of() -> dict[str, Any]:
     """The software, for state.json."""
     return {"versions": versions()}
@@ -268,6 +284,7 @@ def describe(fitting: Fitting, training: Training) -> list[str]:
     return [
         f"weights  {fitting.subject.name}",
         f"data     {fitting.index.summary()}",
+        *shrunk(fitting.usual_batch, optim, len(fitting.index)),
         f"loss     {training.method.describe()}",
         f"steps    {training.steps_per_epoch} per epoch x {optim.epochs} epochs = {training.total_steps}, "
         f"batch {optim.batch_size}{began}",

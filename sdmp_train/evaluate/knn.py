@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -66,8 +66,8 @@ SAME_FEATURE = 1e-5
 class KnnConfig(SubjectConfig):
     """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
 
-    k: tuple[int, ...] = NEIGHBOURS
-    """Numbers of neighbours."""
+    k: tuple[int, ...] | None = None
+    """Numbers of neighbours; default: 10, 20, 100 and 200, as far as the bank has so many."""
     temperature: float = 0.07
     """Votes weigh exp(similarity / temperature)."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 256
@@ -81,7 +81,7 @@ class KnnConfig(SubjectConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.k) > 0 and min(self.k) >= 1, "k", self.k, "whole numbers from 1")
+        require(self.k is None or (len(self.k) > 0 and min(self.k) >= 1), "k", self.k, "whole numbers from 1")
         between("temperature", self.temperature, 0, 1e6, above=True)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         most = self.knn_max_images
@@ -114,6 +114,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
         bank_images, query_images = knn_images(train, test, max_images=most)
         for what, images in (("bank images", bank_images), ("query images", query_images)):
             require(len(images) > 0, f"the number of {what} of kNN", 0, "at least 1; give --data more images")
+        config = replace(config, k=neighbours_of(config, len(bank_images)))
         log.say(f"split    {describe_split(data, train, test)}")
         log.say(f"weights  {subject.name}, {precision}")
         log.say(f"images   {describe_shares(bank_images, query_images, train, test)}")
@@ -122,22 +123,25 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
         for name, model in (("backbone", subject.backbone), ("raw pixels", None)):
             if model is None and not config.raw_pixels:
                 continue
-            bank, queries = (
-                image_features(
-                    model,
-                    images,
-                    data,
-                    device=world.device,
-                    bf16=precision == "bf16",
-                    batch_size=config.batch_size,
-                    between=Steps(log, stop, len(images), config.batch_size, f"images of the {what}, {name}"),
+            measured = []
+            for what, images in (("bank", bank_images), ("queries", query_images)):
+                step = Steps(log, stop, len(images), config.batch_size, f"images of the {what}, {name}")
+                measured.append(
+                    image_features(
+                        model,
+                        images,
+                        data,
+                        device=world.device,
+                        bf16=precision == "bf16",
+                        batch_size=config.batch_size,
+                        between=step,
+                    )
                 )
-                for what, images in (("bank", bank_images), ("queries", query_images))
-            )
-            log.stop_progress()
+                step.end()
+            bank, queries = measured
             if (remark := collapse(bank)) is not None:
                 log.say(f"{name}: {remark}")
-            found[name] = weighted_knn(bank, queries, config.k, temperature=config.temperature, step=stop.check)
+            found[name] = weighted_knn(bank, queries, config.k or (), temperature=config.temperature, step=stop.check)
             for count, accuracy in found[name].items():
                 log.say(f"kNN {accuracy:6.2%}  {name}, k = {count}")
         if world.is_first:
@@ -147,8 +151,20 @@ def evaluate_knn(config: KnnConfig) -> dict[str, dict[int, float]]:
                 "test_images": len(query_images),
                 "settings": plain_settings(config, *PLACES),
             }
-            keep_result(result_folder(subject, config.output), "knn", subject, row)
+            keep_result(result_folder(subject, config.output), "knn", subject, row, log.say)
         return found
+
+
+def neighbours_of(config: KnnConfig, bank: int) -> tuple[int, ...]:
+    """The numbers of neighbours to measure at.
+
+    Raises:
+        ConfigError: a number was given that the bank does not have.
+    """
+    if config.k is None:
+        return tuple(k for k in NEIGHBOURS if k <= bank) or (bank,)
+    require(max(config.k) <= bank, "k", max(config.k), f"at most {bank:,}, the images of the bank")
+    return config.k
 
 
 def as_the_run_did(config: KnnConfig, subject: Subject, world: World) -> tuple[int, str]:

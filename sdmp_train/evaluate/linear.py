@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ from ..flags import arg
 from ..log import Log
 from ..methods.method import At, Group, Loss, Pass, Setup
 from ..models import feature_width
+from ..run_folder import EXPORTED
 from ..settings import DataConfig, between, require
 from ..stop import StopRequest
 from ..training import Training
 from .accuracy import accuracies
+from .classifier import export_classifier, lines_to_use
 from .features import FeatureName, feature_maker, standardise
 from .fitting import FitConfig, Fitting, fitted, resolved_loader
 from .subject import (
@@ -124,6 +127,15 @@ class LinearHeads(nn.Module):
         scores = linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
         return scores.unflatten(1, (len(self.weights), -1))
 
+    def plain(self, head: int) -> tuple[Tensor, Tensor]:
+        """Weight (K, F) and bias (K,) of one head on features as they come: the statistics of the norm worked in."""
+        weight, bias = self.weights[head].detach(), self.biases[head].detach()
+        if isinstance(self.norm, nn.Identity):
+            return weight, bias
+        mean, var = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)
+        scaled = weight * (var + NORM_EPS).rsqrt()
+        return scaled, bias - scaled @ mean
+
 
 class LinearProbe:
     """The method: a frozen backbone, and heads that each have a learning rate of their own."""
@@ -192,14 +204,18 @@ class LinearProbe:
         return self.logits(features)
 
     def loss(self, features: Tensor, plan: None, batch: Batch, at: At) -> Loss:
-        """The sum over the heads of each one's cross-entropy, so that none sees the others; `top1`: of the best."""
+        """The sum over the heads of each one's cross-entropy, so that none sees the others.
+
+        Shown are the lowest of them, and as `top1` the accuracy of the best: a rate that diverges says nothing of them.
+        """
         labels = batch.labels.to(features.device, non_blocking=True)
         rows, heads, _ = features.shape
         target = TwoHot.from_labels(labels.repeat_interleave(heads))
         losses = soft_cross_entropy(features.flatten(0, 1), target, reduction="none").view(rows, heads).mean(0)
         right = (features.detach().argmax(-1) == labels[:, None]).float().mean(0)
         terms = {f"lr_{rate:g}": loss for rate, loss in zip(self.config.rates, losses.detach(), strict=True)}
-        return Loss(losses.sum(), terms, {"top1": right.max()})
+        lowest = losses.detach().nan_to_num(nan=math.inf).min()
+        return Loss(losses.sum(), terms, {"top1": right.max()}, lowest)
 
     def groups(self) -> list[Group]:
         """One per head, at its rate."""
@@ -228,9 +244,9 @@ class LinearProbe:
         width = self.heads.weights[0].shape[1]
         norm = ", batch norm" if self.config.batch_norm else ""
         return (
-            f"sum of {len(rates)} cross-entropies of {classes} classes on {width} features "
+            f"the lowest of {len(rates)} cross-entropies of {classes} classes on {width} features "
             f"({self.config.features_of(self.backbone)}{norm}), lr {' '.join(f'{rate:g}' for rate in rates)}; "
-            f"chance level {len(rates)} x {math.log(classes):.3f}"
+            f"chance level {math.log(classes):.3f}"
         )
 
     def example(self, batch: Batch) -> list[tuple[str, Tensor, MixPlan]]:
@@ -260,9 +276,15 @@ def evaluate_linear(config: LinearConfig) -> dict[str, Any]:
                 raise RuntimeError("the backbone was to stay as it is, and has changed")
             found = measure(training, train, test, log, stop)
             if world.is_first:
-                keep_result(result_folder(subject, config.output), "linear", subject, found)
+                if found["settings"]["features"] == "output":
+                    found["exported"] = str(fitting.folder / EXPORTED)
+                    export(training, subject, train, found)
+                keep_result(result_folder(subject, config.output), "linear", subject, found, log.say)
         for line in lines_of(found):
             log.say(line)
+        if world.is_first and "exported" in found:
+            for line in lines_to_use(Path(found["exported"]), test):
+                log.say(line)
         return found
 
 
@@ -289,6 +311,7 @@ def linear_fitting(config: LinearConfig, subject: Subject, world: World, train: 
         loop,
         lambda setup: LinearProbe(whole, subject.backbone, setup),
         train,
+        usual_batch=0 if config.batch_size else recipe.batch_size,
     )
 
 
@@ -314,6 +337,28 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
     best = max(sweep, key=lambda row: row["top1"])
     settings = plain_settings(method.config, *PLACES)
     return {**best, "sweep": sweep, "test_images": len(test), "train_images": len(train), "settings": settings}
+
+
+def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:
+    """The best classifier in the folder `exported` of what was found: of the features that the backbone gives alone.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    method = cast(LinearProbe, training.method)
+    config, optim = method.config, training.config.optim
+    export_classifier(
+        Path(found["exported"]),
+        subject,
+        subject.backbone,
+        method.heads.plain(config.rates.index(found["lr"])),
+        train,
+        evaluation="linear",
+        steps=training.step,
+        interpolation=RECIPES[config.recipe].interpolation,
+        recipe=f"{config.recipe}, {optim.epochs} epochs, batch {optim.batch_size}, lr {found['lr']:g}",
+        found=found,
+    )
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 NAME = "report.html"
 PNG_DPI = 130
 NOT_MEASURED = "not measured"
-ACCURACY = re.compile(r"top\d|accura|knn")
+ACCURACY = re.compile(r"top\d|accura|knn|imagenet")
+MIXING = (
+    "What the run's mixing rules do to its own images, two of them for every rule: view a and view b (image, where the "
+    "method has one view), partner, and mixed, with lam, the share of the mixed image that is its own"
+)
 REMARKS = ("time", "versions", "weights", "weights_sha256", "settings")
 """Of an evaluation: what it was made with."""
 
@@ -257,8 +261,15 @@ def evaluations(record: RunRecord) -> str:
 def headline(found: dict[str, Any]) -> list[str]:
     """The accuracies of an evaluation and the other numbers at its top, in the order in which they were written."""
     numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
-    lines = list(plainly(numbers, accuracies=True))
+    lines = [*by_neighbours(found), *plainly(numbers, accuracies=True)]
     return lines or list(plainly({key: value for key, value in found.items() if key not in REMARKS}, accuracies=True))
+
+
+def by_neighbours(found: dict[str, Any]) -> Iterable[str]:
+    """Accuracies that an evaluation has for several k, by what was measured."""
+    for what, by_k in found.items():
+        if isinstance(by_k, dict) and by_k and all(k.isdecimal() and type(v) is float for k, v in by_k.items()):
+            yield f"{what} " + ", ".join(f"{100 * v:.2f} % (k = {k})" for k, v in by_k.items())
 
 
 def plainly(found: Any, prefix: str = "", *, accuracies: bool = False) -> Iterable[str]:
@@ -302,7 +313,7 @@ def pictures(record: RunRecord, *, named: bool) -> str:
     """The mixing, and what `eval pictures` has made."""
     found = {record.folder / PICTURES / name: caption for name, caption in record.pictures.items()}
     if (record.folder / "mix.png").is_file():
-        mixing = "What the run's mixing rules do to its own images: source, mixed, partner, for every rule"
+        mixing = MIXING
         found = {record.folder / "mix.png": mixing, **found}
     body = "\n".join(image(path.read_bytes(), "png", caption) for path, caption in found.items())
     return (f"<h3>{escape(record.name)}</h3>" if named and body else "") + body

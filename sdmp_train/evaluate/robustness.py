@@ -26,7 +26,7 @@ from ..splits import class_numbers, reporting, some
 from ..stop import StopRequest
 from ..text import printable
 from .accuracy import accuracies
-from .classifier import HEAD, load_classifier
+from .classifier import holds_classifier, load_classifier
 from .subject import (
     IMAGENET_CLASSES,
     PLACES,
@@ -214,7 +214,7 @@ def evaluate_robustness(config: RobustnessConfig) -> dict[str, Any]:
             log.say(f"paper    {PAPER}")
         if world.is_first:
             row = {**found, "settings": plain_settings(config, *PLACES)}
-            keep_result(result_folder(subject, config.output), "robustness", subject, row)
+            keep_result(result_folder(subject, config.output), "robustness", subject, row, log.say)
         return found
 
 
@@ -255,7 +255,7 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
         classes, description, place = imagenet_classes(model), describe_timm(name, model, pixels), weights
     else:
         given = run or weights or ""
-        folder = next((path for path in places(given) if (path / HEAD).exists()), Path(given))
+        folder = next(filter(holds_classifier, places(given)), Path(given))
         model, pixels, classes = load_classifier(folder)
         description, place = {}, str(folder)
     data = replace(data, image_px=tuple(pixels["input_size"][1:]), mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))

@@ -116,7 +116,7 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
         name, description = weights, describe_timm(architecture, backbone, pixels)
     else:
         exported = Path(weights) if weights is not None else Path(run or "") / EXPORTED
-        backbone, description = load_exported(exported, drop_path=drop_path)
+        backbone, description = load_exported(exported, drop_path=drop_path, classifier=False)
         pixels, name = description["pretrained_cfg"], str(exported)
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
     return Subject(backbone, name, Path(run) if run is not None else None, data, description)
@@ -227,8 +227,10 @@ class Steps:
         done = min(self._batches * self._batch_size, self._images)
         self._log.progress(f"{done:,} of {self._images:,} {self._what}")
         self._batches += 1
-        if self._batches * self._batch_size >= self._images:
-            self._log.stop_progress()
+
+    def end(self) -> None:
+        """All batches are done."""
+        self._log.end_progress(f"{self._images:,} of {self._images:,} {self._what}")
 
 
 def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "fp32"]:
@@ -258,13 +260,16 @@ def result_folder(subject: Subject, output: str | None) -> Path | None:
     return Path(output) if output is not None else subject.run
 
 
-def keep_result(folder: Path | None, protocol: str, subject: Subject, found: Mapping[str, Any]) -> None:
+def keep_result(folder: Path | None, protocol: str, subject: Subject, found: Mapping[str, Any], say: Say) -> None:
     """Add a line to the folder's `evaluations.jsonl`: what was measured, of which weights, when and by what.
+
+    Without a folder the result is printed only, which is said.
 
     Raises:
         ConfigError: where it cannot be written.
     """
     if folder is None:
+        say("kept     nowhere: an export alone has no run folder; --output DIR keeps results")
         return
     row = {
         "protocol": protocol,

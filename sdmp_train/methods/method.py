@@ -63,6 +63,8 @@ class Loss(NamedTuple):
     """Its summands, detached, logged as loss_<name>."""
     facts: Mapping[str, Tensor] = NOTHING
     """Other numbers worth logging, detached, under their own names."""
+    shown: Tensor | None = None
+    """What is logged as the loss, detached, where the total says little to people."""
 
 
 def mean_of(losses: Sequence[Loss]) -> Loss:
@@ -74,7 +76,9 @@ def mean_of(losses: Sequence[Loss]) -> Loss:
         return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
     total = torch.stack([loss.total for loss in losses]).mean()
-    return Loss(total, mean([loss.terms for loss in losses]), mean([loss.facts for loss in losses]))
+    terms, facts = mean([loss.terms for loss in losses]), mean([loss.facts for loss in losses])
+    shown = [loss.shown for loss in losses if loss.shown is not None]
+    return Loss(total, terms, facts, torch.stack(shown).mean() if shown else None)
 
 
 class Group(NamedTuple):

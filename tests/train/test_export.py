@@ -83,12 +83,27 @@ def test_a_folder_without_an_export_is_refused(tiny: Config, tmp_path: Path):
         load_exported(tmp_path / "exported")
 
 
-def test_a_narrow_resnet_comes_back(tiny_resnet: Config, tmp_path: Path):
-    config = replace(tiny_resnet, model=ModelConfig(arch="resnet10t", stem="cifar", width=8))
-    export_backbone(trained(config), config, tmp_path / "narrow", step=8)
-    loaded, description = load_exported(tmp_path / "narrow")
-    assert description["model_args"]["channels"] == [8, 16, 32, 64]
-    assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+@pytest.mark.parametrize("width", [None, 8])
+def test_plain_timm_refuses_a_cifar_stem_in_every_call_and_ours_loads_it(
+    width: int | None, tiny_resnet: Config, tmp_path: Path
+):
+    """timm would load the narrow one with another classifier, and leave its stem at random weights."""
+    arch = "resnet10t" if width else "test_resnet"
+    config = replace(tiny_resnet, model=ModelConfig(arch=arch, stem="cifar", width=width))
+    backbone = trained(config)
+    export_backbone(backbone, config, tmp_path / "net", step=8)
+    for options in ({}, {"num_classes": 3}, {"in_chans": 1}, {"features_only": True}):
+        for pretrained in (True, False):
+            with pytest.raises(RuntimeError, match=f"{arch} with the CIFAR stem, .*sdmp_train.export.load_exported"):
+                timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=pretrained, **options)
+    description = load_exported(tmp_path / "net")[1]
+    assert description["timm_architecture"] == arch
+    of_before = {key: value for key, value in description.items() if key != "timm_architecture"}
+    (tmp_path / "net" / "config.json").write_text(json.dumps({**of_before, "architecture": arch}))
+    loaded, description = load_exported(tmp_path / "net")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in backbone.state_dict().items())
+    assert description["model_args"].get("channels") == ([8, 16, 32, 64] if width else None)
+    assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, 64 if width else 96)
 
 
 class Bomb:
@@ -139,6 +154,11 @@ def test_a_description_cannot_make_timm_open_a_file(key: str, exported: Path, tm
         ({"architecture": None}, "architecture is None"),
         ({"architecture": ["resnet18"]}, "architecture is"),
         ({"architecture": "resnet18"}, "does not fit this model|timm cannot build"),
+        ({"timm_architecture": "local-dir:/tmp"}, "plain name"),
+        ({"timm_architecture": None}, "timm_architecture is None"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"num_classes": 10**9}, "num_classes is 1000000000"),
+        ({"num_classes": 5}, "does not fit this model"),
         ({"stem": "paper"}, "stem is 'paper'"),
         ({"stem": {}}, "stem is"),
         ({"stem": "cifar"}, "expected a ResNet"),

@@ -155,6 +155,16 @@ def test_names_chosen_by_others_reach_terminal_and_file_as_escapes(tmp_path: Pat
     assert (tmp_path / "train.log").read_text()[21:] == screen.getvalue()
 
 
+def test_progress_that_was_printed_is_ended():
+    screen = io.StringIO()
+    with Log(console=Console(file=screen, width=80)) as log:
+        log.end_progress("7 of 7")
+        log.progress("0 of 9")
+        log.progress("4 of 9")  # not within five seconds of another
+        log.end_progress("9 of 9")
+    assert screen.getvalue() == "0 of 9\n9 of 9\n"
+
+
 def test_the_live_line_fits_eighty_columns(tmp_path: Path):
     screen = io.StringIO()
     with Log(console=Console(file=screen, force_terminal=True, width=80)) as log:

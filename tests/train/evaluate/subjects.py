@@ -22,6 +22,15 @@ def export(config: Config, folder: Path, model: ModelConfig | None = None) -> st
     return str(folder)
 
 
+def run_lines(printed: str, capsys: Any) -> str:
+    """What the code prints that an evaluation's lines `load` and `predict` hold."""
+    code = [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith(("load ", "predict "))]
+    assert len(code) == 2
+    capsys.readouterr()
+    exec("\n".join(code), {})
+    return capsys.readouterr().out.strip()
+
+
 def results(folder: Path) -> list[dict[str, Any]]:
     """The lines of `evaluations.jsonl`."""
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]

@@ -55,12 +55,14 @@ def test_safetensors_of_half_precision_and_a_resnet(tiny: Config, tmp_path: Path
     net = export(tiny, tmp_path / "resnet", RESNET)
     write_embeddings(settings(tiny, tmp_path, weights=net, format="safetensors", dtype="float16"))
     halves = load_file(tmp_path / "out" / "output.safetensors")["output"]
-    write_embeddings(settings(tiny, tmp_path, weights=net))
+    with pytest.raises(ConfigError, match=r"holds files\.jsonl embeddings\.json already; --overwrite"):
+        write_embeddings(settings(tiny, tmp_path, weights=net))
+    write_embeddings(settings(tiny, tmp_path, weights=net, overwrite=True))
     assert halves.dtype == np.float16 and np.array_equal(
         halves, np.load(tmp_path / "out" / "output.npy").astype(np.float16)
     )
     with pytest.raises(ConfigError, match="features is 'patches', which takes a ViT's tokens"):
-        write_embeddings(settings(tiny, tmp_path, weights=net, features=("patches",)))
+        write_embeddings(settings(tiny, tmp_path, weights=net, features=("patches",), overwrite=True))
 
 
 def test_knn_of_what_is_written_is_what_eval_knn_measures(tiny: Config, tmp_path: Path):

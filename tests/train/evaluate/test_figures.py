@@ -12,7 +12,7 @@ from tiny_runs import at_step, build_method, with_mixing
 from written_runs import write_run
 
 from sdmp_train.config import Config
-from sdmp_train.evaluate.figures import MOST_POINTS, NAMES, drawn_lams, figures, thin
+from sdmp_train.evaluate.figures import MOST_POINTS, NAMES, curves, drawn_lams, figures, thin
 from sdmp_train.evaluate.record import read_record
 
 
@@ -29,6 +29,28 @@ def test_every_logged_number_has_its_panel(tiny: Config, tmp_path: Path):
     assert np.array_equal(line.get_xdata(), [0.5, 1.0]) and np.array_equal(line.get_ydata(), [2.0, 1.0])
     knn = found["knn"].axes[0].lines
     assert np.array_equal(knn[0].get_ydata(), [25, 75]) and knn[1].get_ydata()[0] == pytest.approx(100 / 3)
+
+
+def test_a_runs_speed_is_apart_from_the_methods_numbers_and_an_outlier_does_not_hide_it(tiny: Config, tmp_path: Path):
+    rows = [
+        {"step": n, "epoch": n / 4, "loss": 1.0, "lam_mean": 0.5, "step_seconds": 0.1, "memory_gib": 2.0, "time": 1.7e9}
+        for n in range(1, 8)
+    ]
+    rows.append({**rows[-1], "step": 8, "epoch": 2.0, "step_seconds": 50.0, "memory_gib": 2.5})
+    rows = [{**row, "data_wait_fraction": 0.9 * (row["step"] == 1)} for row in rows]
+    record = read_record(write_run(tmp_path / "run", tiny, rows=[*rows, {"step": 8, "knn": 0.75, "time": 1.8e9}]))
+    found = {name: figure for name, _, figure in figures([record])}
+    titles = {name: [axes.get_title(loc="left") for axes in figure.axes] for name, figure in found.items()}
+    assert titles["method"] == ["lam mean"]
+    assert titles["speed"] == [
+        "seconds per step (1 above)",
+        "share of the time spent waiting for data",
+        "memory, GiB",
+    ]
+    assert found["speed"].axes[0].get_ylim()[1] == pytest.approx(0.12)
+    assert found["speed"].axes[2].get_ylim()[1] > 2.5
+    (panel,) = curves([record], {"knn": "kNN accuracy, %"}).axes
+    assert np.array_equal(panel.lines[0].get_ydata(), [75])
 
 
 def test_runs_without_a_number_have_no_figure_of_it(tiny: Config, tmp_path: Path):

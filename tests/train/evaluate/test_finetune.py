@@ -8,19 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from subjects import DEEP_VIT, export, results
+from subjects import DEEP_VIT, RESNET, export, results, run_lines
 from tiny_runs import as_batch, random_views
 
 from sdmp_kernels import Rule
-from sdmp_train.config import Config, ConfigError
+from sdmp_train.config import Config, ConfigError, ModelConfig
 from sdmp_train.data import open_folder
 from sdmp_train.distributed import World
 from sdmp_train.evaluate import fitting as fitting_module
 from sdmp_train.evaluate.classifier import load_classifier
 from sdmp_train.evaluate.finetune import RECIPES, FinetuneConfig, FineTuning, evaluate_finetune, finetuning
 from sdmp_train.evaluate.subject import labelled_images, open_subject
+from sdmp_train.evaluate.subset import some_images
+from sdmp_train.export import load_exported
 from sdmp_train.loop import step
 from sdmp_train.methods.method import At
 from sdmp_train.stop import Stopped, StopRequest
@@ -107,6 +110,24 @@ def test_the_optimiser_is_deits(tiny: Config, tmp_path: Path):
     assert method.views(None)[0].interpolation == "bicubic"
 
 
+def test_a_batch_that_shrinks_is_said_with_what_it_does_to_the_rate(tiny: Config, tmp_path: Path):
+    """The schedule's end is never above its peak, whatever the rate."""
+    for lr, share in ((2.5e-4, 1.0), (2.5e-4, 0.2), (1e-6, 1.0)):
+        config = settings(tiny, tmp_path, batch_size=None, lr=lr, fraction=share)
+        subject = open_subject(config, "finetune")
+        train = some_images(labelled_images(subject.data)[0], share, None, 0)[0]
+        wanted = finetuning(config, subject, CPU, train)
+        optim = wanted.config.optim
+        assert optim.min_lr == min(1e-5, lr * len(train) / 256) <= optim.lr
+        (line,) = fitting_module.shrunk(wanted.usual_batch, optim, len(train))
+        assert f"1,024 -> {len(train)}: there are {len(train)} images" in line
+        assert f"{lr:g} x {len(train)} / 256 = {lr * len(train) / 256:.3g} in place of {4 * lr:g}" in line
+        assert ("stays there" in line) == (optim.lr <= 1e-5)
+    given = settings(tiny, tmp_path, batch_size=8)
+    wanted = finetuning(given, open_subject(given, "finetune"), CPU, train)
+    assert fitting_module.shrunk(wanted.usual_batch, wanted.config.optim, 29) == []
+
+
 def test_every_weight_is_trained(tiny: Config, tmp_path: Path):
     training, method = built(settings(tiny, tmp_path))
     before = {name: p.detach().clone() for name, p in method.classifier.named_parameters()}
@@ -136,6 +157,53 @@ def test_what_is_exported_has_the_accuracy_that_is_kept(tiny: Config, tmp_path: 
         right / len(test), abs=1 / len(test) + 1e-9
     )  # Pillow rounds between its passes
     assert found["train_images"] == 9 + 9 + 8  # of 10, 10 and 9
+
+
+@pytest.mark.parametrize("model", [DEEP_VIT, RESNET], ids=["vit", "cifar_stem"])
+def test_the_classifier_is_used_as_printed(model: ModelConfig, tiny: Config, tmp_path: Path, capsys):
+    """Plain timm loads it with its classifier; the lines that are printed name the class that the logits say."""
+    export(tiny, tmp_path / "net", model)
+    evaluate_finetune(settings(tiny, tmp_path, epochs=1))
+    answer = run_lines(capsys.readouterr().out, capsys)
+    exported = tmp_path / "out" / "exported"
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md",
+        "classes.json",
+        "config.json",
+        "model.safetensors",
+    ]
+    ours, pixels, classes = load_classifier(exported)
+    assert (pixels["num_classes"], classes) == (3, ("bars", "checks", "dots"))
+    if model is DEEP_VIT:
+        theirs = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+        assert theirs.num_classes == 3 and theirs.pretrained_cfg["label_names"] == list(classes)
+        images = torch.randn(4, 3, 32, 32)
+        assert torch.equal(theirs(images), ours(images))
+        assert timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=5)(images).shape == (4, 5)
+        transform = timm.data.resolve_model_data_config(theirs)
+        assert (transform["crop_pct"], transform["interpolation"]) == (1.0, "bicubic")
+    else:
+        with pytest.raises(RuntimeError, match="with the CIFAR stem"):
+            timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=3)
+    test = labelled_images(open_subject(settings(tiny, tmp_path), "finetune").data)[1]
+    image = torch.from_numpy(np.array(Image.open(test.path(0)).resize((32, 32), Image.Resampling.BICUBIC)))
+    mean, std = (torch.tensor(pixels[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = ours(((image.permute(2, 0, 1) / 255 - mean) / std)[None])
+    assert answer == classes[int(expected.argmax())]
+    card = (exported / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "on 7 test images" in card
+    assert load_exported(exported, classifier=False)[0](torch.zeros(1, 3, 32, 32)).shape[1] > 3
+
+
+def test_a_model_with_two_heads_keeps_its_last_layer_beside_it(tiny: Config, tmp_path: Path, capsys):
+    """And so does what earlier versions have written."""
+    model = ModelConfig(arch="deit_tiny_distilled_patch16_224", patch_px=16, width=16, depth=1, heads=1)
+    export(tiny, tmp_path / "net", model)
+    evaluate_finetune(settings(tiny, tmp_path, epochs=1, randaugment=None, repeats=1))
+    answer = run_lines(capsys.readouterr().out, capsys)
+    assert (tmp_path / "out" / "exported" / "classifier.safetensors").exists()
+    model, _, classes = load_classifier(tmp_path / "out" / "exported")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3) and answer in classes
 
 
 def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(tiny: Config, tmp_path: Path, monkeypatch):

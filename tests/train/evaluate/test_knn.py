@@ -137,11 +137,20 @@ def test_eval_gives_the_accuracies_that_it_prints(tiny: Config, tmp_path: Path, 
     config = KnnConfig(weights=str(exported), data=tiny.data.data, k=(1, 5), device="cpu", workers=0, batch_size=16)
     found = evaluate_knn(config)
     assert {what: list(by_k) for what, by_k in found.items()} == {"backbone": [1, 5], "raw pixels": [1, 5]}
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kNN")]
+    said = capsys.readouterr().out
+    assert "kept     nowhere: an export alone has no run folder; --output DIR keeps results" in said
+    assert "0 of 29 images of the bank, backbone\n29 of 29 images of the bank, backbone\n" in said
+    printed = [line for line in said.splitlines() if line.startswith("kNN")]
     assert printed == [
         f"kNN {accuracy:6.2%}  {what}, k = {k}" for what, by_k in found.items() for k, accuracy in by_k.items()
     ]
     assert evaluate_knn(replace(config, raw_pixels=False)) == {"backbone": found["backbone"]}
+    with pytest.raises(ConfigError, match="k is 30; expected at most 29, the images of the bank"):
+        evaluate_knn(replace(config, k=(5, 30)))
+    capsys.readouterr()
+    by_default = evaluate_knn(replace(config, k=None, output=str(tmp_path / "out")))
+    assert list(by_default["backbone"]) == [10, 20]  # 100 and 200 are more than the bank has
+    assert results(tmp_path / "out")[0]["settings"]["k"] == [10, 20] and "nowhere" not in capsys.readouterr().out
 
 
 def test_a_run_and_eval_give_the_same_number_for_the_same_weights(tiny: Config, tmp_path: Path, capsys):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from subjects import DEEP_VIT, RESNET, export, results
+from safetensors.torch import load_file
+from subjects import DEEP_VIT, RESNET, export, results, run_lines
 from tiny_runs import as_batch, random_views
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
@@ -20,6 +23,7 @@ from sdmp_train.evaluate import fitting
 from sdmp_train.evaluate.features import feature_maker
 from sdmp_train.evaluate.linear import RECIPES, LinearConfig, LinearProbe, evaluate_linear
 from sdmp_train.evaluate.subject import weights_digest
+from sdmp_train.export import load_exported
 from sdmp_train.loop import step
 from sdmp_train.models import build_backbone
 from sdmp_train.stop import Stopped, StopRequest
@@ -140,19 +144,46 @@ def settings(tiny: Config, tmp_path: Path, **changes) -> LinearConfig:
 
 
 def test_what_is_printed_is_returned_and_kept(tiny: Config, tmp_path: Path, capsys):
-    found = evaluate_linear(settings(tiny, tmp_path))
+    found = evaluate_linear(settings(tiny, tmp_path, batch_size=None))
     (row,) = results(tmp_path / "out")
     assert row["protocol"] == "linear" and row["weights"].endswith("net") and len(row["weights_sha256"]) == 64
     assert {name: row[name] for name in found} == found
     assert (found["test_images"], found["train_images"]) == (7, 29)
     assert found["top1"] == max(head["top1"] for head in found["sweep"])
     printed = capsys.readouterr().out
+    assert "the lowest of 2 cross-entropies" in printed and "chance level 1.099" in printed
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == min(line["loss_lr_0.1"], line["loss_lr_1"]) for line in lines)
+    assert "batch    1,024 -> 29: there are 29 images to train on; the learning rate peaks at 1 x 29 / 256" in printed
     for head in found["sweep"]:
         assert f"linear {head['top1']:7.2%} top-1" in printed
-    with pytest.raises(ConfigError, match="holds a training already; --resume"):
-        evaluate_linear(settings(tiny, tmp_path))
-    assert evaluate_linear(settings(tiny, tmp_path, resume=True)) == found  # measured again
+    with pytest.raises(ConfigError, match=r"holds a training already; --resume .*--output OTHER"):
+        evaluate_linear(settings(tiny, tmp_path, batch_size=None))
+    assert evaluate_linear(settings(tiny, tmp_path, batch_size=None, resume=True)) == found  # measured again
     assert len(results(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(("features", "batch_norm"), [("output", False), ("output", True), ("last4", False)])
+def test_the_best_classifier_is_used_as_printed(features, batch_norm: bool, tiny: Config, tmp_path: Path, capsys):
+    """Of the features that timm's model gives by itself; the norm's statistics are worked into the last layer."""
+    export(tiny, tmp_path / "net", DEEP_VIT)
+    config = settings(tiny, tmp_path, features=features, batch_norm=batch_norm, lr=(0.5, 30.0))
+    found = evaluate_linear(config)
+    printed = capsys.readouterr().out
+    assert ("exported" in found) == (tmp_path / "out" / "exported").exists() == (features == "output")
+    if features != "output":
+        return
+    assert run_lines(printed, capsys) in ("bars", "checks", "dots")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out' / 'exported'}", pretrained=True).eval()
+    assert loaded.default_cfg["interpolation"] == "bilinear" and loaded.num_classes == 3
+    parts = load_file(tmp_path / "out" / "checkpoints" / "step-000006" / "heads.safetensors")
+    images = torch.randn(4, 3, 32, 32)
+    features = load_exported(tmp_path / "net")[0](images)
+    if batch_norm:
+        features = (features - parts["norm.running_mean"]) / (parts["norm.running_var"] + 1e-6).sqrt()
+    best = (0.5, 30.0).index(found["lr"])
+    expected = features @ parts[f"weights.{best}"].T + parts[f"biases.{best}"]
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_bits(tiny: Config, tmp_path: Path, monkeypatch):
@@ -216,7 +247,7 @@ def test_settings_are_checked_before_anything_is_read(changes: dict, message: st
     [
         ({"output": None}, "output is missing"),
         ({"batch_size": 64}, "batch_size is 64; expected at most the 29 images"),
-        ({"features": "last4"}, "the backbone has 2 blocks"),
+        ({"features": "last4"}, "the backbone has 2 blocks; expected at least 4, or give --features output"),
         ({"data": None}, "data is missing"),
         ({"weights": None}, "eval linear needs a backbone"),
     ],

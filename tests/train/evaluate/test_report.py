@@ -167,5 +167,14 @@ def test_entries_as_written():
     assert list(plainly(found)) == ["accuracy.20 0.5123", "queries 10", "split val"]
     sweep = {"sweep": [{"lr": 0.3, "top1": 0.5}, {"lr": 1.0, "top1": 0.25}]}
     assert list(plainly(sweep)) == ["sweep.0.lr 0.3", "sweep.0.top1 0.5", "sweep.1.lr 1", "sweep.1.top1 0.25"]
-    assert headline({"protocol": "knn", "accuracy": {"20": 0.51234}, "time": "now"}) == ["accuracy.20 51.23 %"]
+    assert headline({"protocol": "knn", "accuracy": {"20": 0.51234}, "time": "now"}) == ["accuracy 51.23 % (k = 20)"]
+    measured = {
+        "backbone": {"10": 0.3, "20": 0.25},
+        "raw pixels": {"10": 0.2},
+        "bank_images": 5,
+        "settings": {"k": [10]},
+    }
+    shown = ["backbone 30.00 % (k = 10), 25.00 % (k = 20)", "raw pixels 20.00 % (k = 10)", "bank_images 5"]
+    assert headline({"protocol": "knn", **measured}) == shown
+    assert headline({"protocol": "robustness", "imagenet_r": 0.2}) == ["imagenet_r 20.00 %"]
     assert headline({"top1": 0.8765, "lr": 0.3, "settings": {"lr": [1]}, "time": "now"}) == ["top1 87.65 %", "lr 0.3"]

@@ -75,11 +75,13 @@ def test_digests_tell_weights_apart(tiny: Config):
 def test_a_result_that_cannot_be_kept_is_said(tiny: Config, tmp_path: Path):
     subject = open_subject(SubjectConfig(weights=export(tiny, tmp_path / "net"), data="x"), "knn")
     (tmp_path / "file").write_text("")
+    said: list[str] = []
     with pytest.raises(ConfigError, match="the result cannot be written"):
-        keep_result(tmp_path / "file", "knn", subject, {"top1": 1.0})
-    keep_result(None, "knn", subject, {"top1": 1.0})  # nowhere asked for
+        keep_result(tmp_path / "file", "knn", subject, {"top1": 1.0}, said.append)
+    keep_result(None, "knn", subject, {"top1": 1.0}, said.append)  # nowhere asked for
+    assert len(said) == 1 and "--output DIR keeps results" in said[0]
     for _ in range(2):
-        keep_result(tmp_path / "made", "knn", subject, {"top1": 1.0})
+        keep_result(tmp_path / "made", "knn", subject, {"top1": 1.0}, said.append)
     assert [row["top1"] for row in results(tmp_path / "made")] == [1.0, 1.0]
 
 
