@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
+from .advice import elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
 from .stop import EndedElsewhere, Stopped, StopRequest
@@ -260,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
         argv = ["pretrain", "--preset", "quickstart"]
     name, *rest = argv
     if name in ("-h", "--help"):
-        print(ABOUT, end="")
+        print("\n".join([ABOUT.rstrip("\n"), *elsewhere()]))
         return DONE
     if name == "--version":
         print(f"sdmp-kernels {version('sdmp-kernels')}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
+import os
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
+from .advice import command
 from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
 from .curves import Curves
@@ -56,6 +57,11 @@ class Run:
     def __post_init__(self) -> None:
         self.curves = Curves(self.folder, self.log)
         self.saver = Saver(self.training, self.folder / CHECKPOINTS, self.log, self.state)
+
+    @property
+    def place(self) -> str:
+        """The absolute path of the folder, for commands."""
+        return os.path.abspath(self.folder)
 
     def before_training(self) -> None:
         """The picture of the mixing, a first checkpoint, kNN of pixels and of the untrained backbone.
@@ -120,7 +126,7 @@ class Run:
 
     def say_how_to_go_on(self) -> None:
         """The command."""
-        self.log.say(f"go on with: python -m sdmp_train pretrain --resume {shlex.quote(str(self.folder.absolute()))}")
+        self.log.say(f"go on with: {command('sdmp_train', 'pretrain', '--resume', self.place)}")
 
     def after_training(self) -> None:
         """The exported backbone, kNN, and what to do next.
@@ -223,18 +229,18 @@ class Run:
         gpu = self.training.world.device.type == "cuda"
         own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
-        first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
-        folder = shlex.quote(str(self.folder.absolute()))
+        yours = ("pretrain", "--preset", own, "--data", "YOUR_IMAGES")
+        first, *others = how_to_load(self.training.config, os.path.join(self.place, EXPORTED))
         written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
         logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         return [
             f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
             *([f"kNN      {known}"] if known else []),
-            f"run      {self.folder}  (config.yaml {logs} checkpoints/ exported/)",
+            f"run      {os.path.normpath(self.folder)}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),
-            f"measure  python -m sdmp_train eval knn --run {folder}",
-            f"report   python -m sdmp_train report {folder}",
-            *([f"yours    python -m sdmp_train pretrain --preset {own} --data YOUR_IMAGES"] if embedded else []),
+            f"measure  {command('sdmp_train', 'eval', 'knn', '--run', self.place)}",
+            f"report   {command('sdmp_train', 'report', self.place)}",
+            *([f"yours    {command('sdmp_train', *yours)}"] if embedded else []),
         ]

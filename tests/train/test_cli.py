@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sdmp_train import advice
+from sdmp_train.advice import install
 from sdmp_train.checkpoint import save_checkpoint
 from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
@@ -370,11 +372,15 @@ def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path):
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, monkeypatch):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
     done = program(tmp_path, "presets")
     assert done.returncode == 2
-    assert done.stderr == "error: tyro is not installed, which sdmp_train needs: pip install 'sdmp-kernels[train]'\n"
+    monkeypatch.chdir(tmp_path)
+    assert (
+        done.stderr
+        == f"error: tyro is not installed, which sdmp_train needs: {install('train')}{advice.own_environment('sdmp_train')}\n"
+    )
 
 
 def test_an_error_reaches_the_terminal_without_control_characters(capsys):
@@ -456,7 +462,7 @@ def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_pa
     exec("\n".join(line[9:] for line in lines[at : at + 2]), names)
     assert names["backbone"].num_features == 32
     command = shlex.split(next(line for line in lines if line.startswith("measure"))[9:])
-    assert command[:3] == ["python", "-m", "sdmp_train"]
+    assert command[:3] == [sys.executable if advice.elsewhere() else "python", "-m", "sdmp_train"]
     assert main([*command[3:], "--device", "cpu", "-j", "0", "--k", "1"]) == 0
     card = (tmp_path / "my run" / "exported" / "README.md").read_text()
     assert "| kNN (k = 20), trained backbone | " in card
