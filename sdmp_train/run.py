@@ -68,6 +68,7 @@ class Run:
 
         Raises:
             Stopped: asked for meanwhile. Done again by a run that goes on from step 0.
+            DataError: the images of kNN cannot be decoded.
         """
         if not self.training.world.is_first:
             return
@@ -75,8 +76,12 @@ class Run:
         self.saver.save()  # first of all: a disk that is too small is found now
         self.stop.check()
         if self.measures():
-            self.say_knn("raw pixels", "knn_raw_pixels", None)
-            self.say_knn("untrained backbone", "knn", self.training.method.backbone)
+            try:
+                self.say_knn("raw pixels", "knn_raw_pixels", None)
+                self.say_knn("untrained backbone", "knn", self.training.method.backbone)
+            except DataError:
+                self.say_nothing_trained()
+                raise
         elif self.training.config.run.knn_max_images > 0:
             self.log.say(f"kNN      not measured: {self.no_knn}")
 
@@ -118,11 +123,18 @@ class Run:
         if outcome is Outcome.STOPPED:
             self.log.say(f"stopped on request after step {step} of {total}")
         if outcome is Outcome.FAILED:
-            self.log.say(f"the images of step {step + 1} of {total} cannot be had; what was trained is saved")
+            saved = "; what was trained is saved" if step else ""
+            self.log.say(f"the images of step {step + 1} of {total} cannot be had{saved}")
         if outcome is Outcome.LOST_IMAGES:
             self.log.say(f"too many images cannot be decoded: stopped after step {step} of {total}")
+        if step == 0:
+            self.say_nothing_trained()
         if outcome in (Outcome.STOPPED, Outcome.FAILED, Outcome.LOST_IMAGES):
             self.say_how_to_go_on()
+
+    def say_nothing_trained(self) -> None:
+        """What a run leaves behind that has failed before its first step."""
+        self.log.say(f"no step was made: {self.place} holds the start alone, and may be deleted (--overwrite does)")
 
     def say_how_to_go_on(self) -> None:
         """The command."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -276,8 +277,35 @@ def test_too_many_bad_images_exit_with_four(image_folder: Path, tmp_path: Path, 
     (folder / "bad.jpg").write_text("no image")
     words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run")]
     assert main([*words, "--bad-images", "skip"]) == 4
-    assert "more than the 1.0% " in capsys.readouterr().err
+    advice = capsys.readouterr().err
+    assert "more than the 1.0% " in advice
+    assert "--max-bad-frac 0.05 " in advice
     assert main(words) == 2
+    assert capsys.readouterr().err.rstrip().endswith("leave it out with --bad-images skip --max-bad-frac 0.05")
+    assert main(["plan", str(folder), *TINY, "--bad-images", "skip", "--max-bad-frac", "0.05"]) == 0
+
+
+def test_a_start_that_fails_says_what_it_left_and_how_to_leave_out_the_file(image_folder: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    cut = folder / "dots" / "5.jpg"
+    cut.write_bytes(cut.read_bytes()[:-40])  # its header is whole
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert f"no step was made: {tmp_path / 'run'} holds the start alone" in printed.out
+    assert "--bad-images skip --max-bad-frac 0.05, which" in printed.err
+    assert main([*words, "--overwrite", "--bad-images", "skip", "--max-bad-frac", "0.05"]) == 0
+
+
+def test_channels_that_no_image_has_are_the_flags_fault_before_anything_is_written(tmp_path: Path, capsys):
+    folder = make_folder(tmp_path / "images", 20)
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run"), "--channels", "4"]
+    assert main([*words, "--mean", *["0.5"] * 4, "--std", *["0.2"] * 4]) == 2
+    printed = capsys.readouterr()
+    assert "--channels is 4, and none of 20 images under" in printed.err
+    assert "epair" not in printed.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path, tmp_path: Path, capsys):
