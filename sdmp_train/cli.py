@@ -17,6 +17,7 @@ from . import run_folder
 from .advice import elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
+from .settings import with_channels
 from .stop import EndedElsewhere, Stopped, StopRequest
 from .text import printable_lines
 
@@ -116,7 +117,7 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     """Preset, then config file (or the resumed run's), then flags."""
     argv = fill_resume(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--method", "--config", "--resume", "--output"):
+    for flag in ("--preset", "--method", "--config", "--resume", "--output", "--channels"):
         early.add_argument(flag, nargs="?")  # without its value it is tyro that complains
     first = early.parse_known_args(argv)[0]
     base = get_preset(first.preset or "custom")
@@ -130,6 +131,9 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
         base = replace(base, run=replace(base.run, preset=first.preset))
     if first.method:
         base = with_method(base, first.method)
+    if first.channels and first.channels.isdecimal():
+        # A preset's mean of three colours says nothing of other channels.
+        base = replace(base, data=with_channels(base.data, int(first.channels)))
     arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from .flags import arg
@@ -109,6 +109,13 @@ class DataConfig:
     def size_px(self) -> tuple[int, int]:
         """Height and width of the views."""
         return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
+
+
+def with_channels(data: DataConfig, channels: int) -> DataConfig:
+    """`data` for images of so many channels; mean and std, where those are others than before, are the defaults."""
+    if channels == data.channels:
+        return data
+    return replace(data, channels=channels, mean=RGB_MEAN, std=RGB_STD)
 
 
 @dataclass(frozen=True)
