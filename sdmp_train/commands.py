@@ -116,6 +116,8 @@ def pretrain(
             log.say(f"split    {describe_split(config.data, index, test_index)}")
         lost = lost_images(training, index)
         run = Run(training, index, test_index, folder, run_id, log, stop, lost)
+        if training.step:
+            run.recall()
         with asking_to_go_on(run):
             if training.step == 0:
                 with together(world):
@@ -224,6 +226,8 @@ def with_loader(config: Config, name: str) -> Config:
 def loader_choice(training: Training, index: Index, asked: Config, *, measure: bool) -> Choice:
     """The loader of a run, and why; the first rank measures where that is left to it."""
     name, world = training.config.data.loader, training.world
+    if training.step:
+        return Choice(name, f"this run began with {name}")
     if asked.data.loader != "auto":
         return choose_loader(name, world.device, index.channels)
     if not measure:

@@ -21,6 +21,7 @@ from .curves import Curves
 from .data import DataError, Index
 from .data.images import DECODE_ERRORS
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
+from .evaluate.record import read_lines
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
@@ -37,6 +38,11 @@ from .training import Training, backbone_place, versions
 KNN_K = 20
 PICTURED = 16
 """Images that mix.png chooses from."""
+
+
+def after_epoch(epoch: int) -> str:
+    """What the backbone is called after so many epochs."""
+    return f"backbone after epoch {epoch}" if epoch else "untrained backbone"
 
 
 @dataclass
@@ -78,12 +84,29 @@ class Run:
         if self.measures():
             try:
                 self.say_knn("raw pixels", "knn_raw_pixels", None)
-                self.say_knn("untrained backbone", "knn", self.training.method.backbone)
+                self.say_knn(after_epoch(0), "knn", self.training.method.backbone)
             except DataError:
                 self.say_nothing_trained()
                 raise
         elif self.training.config.run.knn_max_images > 0:
             self.log.say(f"kNN      not measured: {self.no_knn}")
+
+    def recall(self) -> None:
+        """What was measured before a resume, from metrics.jsonl, so that the last lines and the card have it too."""
+        if not self.training.world.is_first:
+            return
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):
+            rows = read_lines(self.folder / "metrics.jsonl")
+        names = {"knn_raw_pixels": lambda epoch: "raw pixels", "knn": after_epoch}
+        for row in rows:
+            for key in names.keys() & row.keys():
+                step, accuracy = row.get("step"), row[key]
+                if type(step) is not int or type(accuracy) is not float or not 0 <= step < self.training.last_step:
+                    continue
+                epoch, within = divmod(step, self.training.steps_per_epoch)
+                if within == 0:
+                    self.accuracies[names[key](epoch)] = accuracy
 
     def after_step(self, training: Training) -> None:
         """Checkpoint and kNN, at the epochs that the settings name; checkpoints also by the clock.
@@ -104,7 +127,7 @@ class Run:
     def measure_meanwhile(self, epoch: int) -> None:
         """kNN between two steps: what keeps it from being measured does not end the training."""
         try:
-            self.say_knn(f"backbone after epoch {epoch}", "knn", self.training.method.backbone)
+            self.say_knn(after_epoch(epoch), "knn", self.training.method.backbone)
         except Stopped:
             self.log.say(f"kNN      not measured after epoch {epoch}: stopping")
         except DataError as error:
@@ -173,6 +196,7 @@ class Run:
             "run": self.run_id,
             "config": to_dict(self.training.config),
             "images": self.index.fingerprint,
+            "total_steps": self.training.total_steps,
             "world_size": self.training.world.size,
             "lost_images": self.lost.before(self.training.step),
             "versions": versions(),

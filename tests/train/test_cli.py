@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -231,12 +232,15 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
     assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
-    assert "already in use" in capsys.readouterr().err
-    capsys.readouterr()
+    said = "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on, --overwrite deletes it"
+    assert said in capsys.readouterr().err
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
     assert "resume   after step 3 of 5\n" in capsys.readouterr().out
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
-    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in printed
+    assert re.search(r"^kNN      .*% raw pixels, .*% untrained backbone, .*% trained backbone$", printed, re.MULTILINE)
+    assert re.search(r"^loader   \w+: this run began with ", printed, re.MULTILINE)
     assert main(["pretrain", "--output", "run", "--resume", "--max-steps", "6"]) == 0
     assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
     assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err
