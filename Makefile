@@ -45,8 +45,11 @@ format: setup
 bench: setup
 	$(PY) -m bench
 
+# The proof, then the trainings; each goes on where it was cut: make gpu, make gpu PART=train MINUTES=20
+PART    ?= proof
+MINUTES ?= 10
 gpu: setup
-	$(PY) -m bench gpu --minutes 10
+	$(PY) -m bench gpu --minutes $(MINUTES) --part $(PART)
 
 # The pages of docs/ with the API reference, into build/site; in an environment of its own, since only this needs them.
 DOCS := $(VENV)-docs

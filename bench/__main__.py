@@ -24,6 +24,7 @@ python -m bench labels   what mixing and its labels cost in timm's training loop
 python -m bench price    what SDMP adds to a step beyond its extra forward passes, MoCo v3 and DINO, on this CPU
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
+python -m bench train    CIFAR-10 by `cifar10-r18` and by its SDMP twin, in turns, within --minutes; resumable
 python -m bench tune     measure the launch tables of the Triton kernels for this GPU
 python -m bench table    the tables of README and docs/results, from the newest results of every machine
 python -m bench reproduce table5|map   is the method any good? Table 5, and where the gain begins: whole trainings,
@@ -75,8 +76,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
     gpu.add_argument("--dry-run", action="store_true", help="the same code on tiny sizes, interpreted, without a GPU")
     gpu.add_argument("--json", type=Path, help="where the results go (default bench/results/<gpu>-<date>.json)")
-    gpu.add_argument("--part", choices=("proof",), help="proof: every stage, and `tune` of the contrastive loss")
+    gpu.add_argument(
+        "--part",
+        choices=("proof", "train"),
+        help="proof: every stage, and `tune` of the contrastive loss; train: CIFAR-10, plain and with SDMP",
+    )
     gpu.add_argument("--stages", help="only these stages, separated by commas")
+    gpu.add_argument("--again", action="store_true", help="also stages that this commit has finished already")
+    gpu.add_argument("--folder", type=Path, help="part train: run folders (default runs/gpu)")
+    train = commands.add_parser("train", help="CIFAR-10 on this device, plain and with SDMP")
+    train.add_argument("--data", type=Path, help="CIFAR-10 as train/CLASS and test/CLASS (default: the shared archive)")
+    train.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on later")
+    train.add_argument("--epochs", type=int, help="of each run (default: what --minutes allow, at most the preset's)")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: GPU if any)")
+    train.add_argument("--folder", type=Path, help="run folders (default runs/gpu)")
+    train.add_argument("--again", action="store_true", help="begin anew where there are runs already")
+    train.add_argument("--tiny", action="store_true", help="a narrow net on drawn pictures, for a trial")
+    train.add_argument("--json", type=Path, help="where the results go (default bench/results/<machine>-<date>.json)")
     tune = commands.add_parser("tune", help="measure launch tables")
     tune.add_argument("--op", action="append", help="only this op (may be given more than once)")
     tune.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default 10)")
@@ -88,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = commands.add_parser("reproduce", help="the paper's Table 5, and where the gain begins")
     _reproducing(again)
     check = commands.add_parser("check", help="one of the checks that `gpu` runs")
-    check.add_argument("name", choices=("ceilings", "large", "nosync"))
+    check.add_argument("name", choices=("ceilings", "large", "nosync", "small"))
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     check.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
     check.add_argument("--json", type=Path, required=True, help="the results file to write into")
@@ -146,6 +162,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import gpu
 
         return gpu.run(args)
+    if args.command == "train":
+        from bench import train
+
+        return train.run(args)
     if args.command == "tune":
         from bench import tune
 

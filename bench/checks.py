@@ -3,6 +3,7 @@
 ceilings: what a copy and a matrix product reach here, in this run.
 large: tensors of more than 2^31 elements, first, middle and last rows compared with the reference.
 nosync: no op and no training step makes the host wait for the GPU.
+small: every op once on little, for compute-sanitizer.
 
 Each takes `tiny`, which runs the same code at sizes for the interpreter.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import losses, mix, step
+from bench import augment, losses, mix, step
 from bench.clock import clock_of
 from bench.harness import (
     EXIT_ABSENT,
@@ -39,7 +42,7 @@ from sdmp_kernels import _backends
 
 def run(name: str, device: torch.device, *, tiny: bool, results: Results) -> int:
     """Run one check and write its outcome; returns the exit code."""
-    return {"ceilings": ceilings, "large": large, "nosync": no_sync}[name](device, tiny, results)
+    return {"ceilings": ceilings, "large": large, "nosync": no_sync, "small": small}[name](device, tiny, results)
 
 
 def outcome_of(error: Exception) -> tuple[str, str]:
@@ -116,6 +119,26 @@ def _compiled_backends(op: str, device: torch.device) -> list[str]:
     return [b for b in names if _backends.unavailable(b, device.type) is None]
 
 
+# Every op once, on little: for compute-sanitizer, under which each kernel takes a hundred times as long.
+
+
+def small(device: torch.device, tiny: bool, results: Results) -> int:
+    """Every compiled arm of the tiny settings, run once and waited for; `tiny` changes nothing."""
+    statuses = []
+    for name, bind in _calls(device, mix, losses, augment):
+        started = time.monotonic()
+        try:
+            bind()()
+            clock_of(device.type).wait()
+            status, detail = "passed", "ran"
+        except Exception as error:
+            status, detail = outcome_of(error)
+        statuses.append(status)
+        results.check(f"small {name}", status, detail, time.monotonic() - started)
+    print(f"  {statuses.count('passed')} of {len(statuses)} calls ran")
+    return exit_code(statuses)
+
+
 # No host synchronisation.
 
 
@@ -140,12 +163,17 @@ def no_sync(device: torch.device, tiny: bool, results: Results) -> int:
     return exit_code(statuses)
 
 
-def _no_sync_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
-    """(name, function that binds it) of our compiled arms of every tiny setting, and of a training step."""
-    for setting in (*mix.settings(device, "tiny"), *losses.settings(device, "tiny")):
+def _calls(device: torch.device, *questions: Any) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
+    """(name, function that binds it) of our compiled arms of these questions' tiny settings."""
+    for setting in itertools.chain.from_iterable(question.settings(device, "tiny") for question in questions):
         for arm in setting.arms:
             if arm.kind == "ours" and not arm.graph and "reference" not in arm.name:
                 yield f"{setting.name}, {arm.name}", functools.partial(_bound, arm, setting)
+
+
+def _no_sync_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
+    """Those of mixing and the losses, and a training step."""
+    yield from _calls(device, mix, losses)
     setting = step.step_setting(device, "tiny", 4)
     yield "training step", functools.partial(_bound, setting.arms[0], setting)
 

@@ -1,8 +1,9 @@
-"""The whole proof on a GPU in ten minutes: `python -m bench gpu`, or `make gpu`.
+"""The whole proof on a GPU in ten minutes, and two trainings in ten more: `python -m bench gpu`, or `make gpu`.
 
 Every stage is a process of its own, bounded in time, that writes what it finds as it finds it: a run cut short, a
 kernel that kills its context or a stage that hangs cost only themselves. First what must be right, then what is
-fastest to tell, most valuable first. `--dry-run` walks the same path at tiny sizes through Triton's interpreter.
+fastest to tell, most valuable first. Given again, the command goes on with the stages that are not finished.
+`--dry-run` walks the same path at tiny sizes through Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ import torch
 
 from bench import environment, goals, matrix, plots, table
 from bench.harness import EXIT_ABSENT
+from bench.reproduced import WRITTEN
 from bench.results import FOLDER, Results, default_path
 from sdmp_train.advice import command
+from sdmp_train.stop import Stopped
 
+LARGEST_BYTES = 16 * 2**20
+"""Of a file that this writes: what may be carried away from a machine that is lent."""
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -41,8 +46,11 @@ class Run:
         device: "cuda", or "cpu" in a dry run.
         dry: tiny sizes through the interpreter.
         ends: time.monotonic() at which it must be over.
+        again: also what is finished already.
+        folder: of trainings, where not the usual one.
         failed: names of what failed.
         absent: names of what could not run here for want of something, and of what.
+        cut: names of what ran out of time.
         children: the processes that run now.
     """
 
@@ -50,8 +58,11 @@ class Run:
     device: str
     dry: bool
     ends: float
+    again: bool = False
+    folder: Path | None = None
     failed: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -83,14 +94,16 @@ class Run:
         return self.child(sys.executable, "-m", "bench", *words, "--json", str(self.path), seconds=seconds)
 
     def note(self, name: str, status: str, detail: str, seconds: float, **facts: object) -> None:
-        """Record a check, and remember it where it failed or is absent."""
+        """Record a check, and remember it where it did not pass."""
         self.told(name, status, detail)
         Results(self.path).check(name, status, detail, seconds, **facts)
 
     def told(self, name: str, status: str, detail: str) -> None:
-        """Print the outcome of a check that is recorded, and remember it where it failed or is absent."""
+        """Print the outcome of a check that is recorded, and remember it where it did not pass."""
         if status == "failed":
             self.failed.append(name)
+        if status == "out of time":
+            self.cut.append(name)
         if status == "absent":
             self.absent.append(f"{name} ({detail})")
         print(f"  {name}: {status} ({detail})")
@@ -110,6 +123,8 @@ class Stage:
     name: str
     weight: float
     run: Callable[[Run, float], None]
+    always: bool = False
+    """Whether it runs again where it is finished: it is made of what the others have found."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,10 +136,11 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         path = args.json or (Path(scratch) / "dry-run.json" if args.dry_run else default_path())
         path = path.resolve()
-        state = Run(path, "cpu" if args.dry_run else "cuda", args.dry_run, time.monotonic() + 60 * args.minutes)
+        ends = time.monotonic() + 60 * args.minutes
+        state = Run(path, "cpu" if args.dry_run else "cuda", args.dry_run, ends, args.again, args.folder)
         print(environment.line())
         Results(path, dry_run=args.dry_run).begin("gpu", threads=torch.get_num_threads(), allocator="default")
-        stages = PROOF if args.part == "proof" else STAGES
+        stages = PARTS[args.part]
         wanted = args.stages.split(",") if args.stages else [stage.name for stage in stages]
         unknown = set(wanted) - {stage.name for stage in stages}
         if unknown:
@@ -138,8 +154,8 @@ def run(args: argparse.Namespace) -> int:
             for process in list(state.children):
                 end(process)
         Results(path, dry_run=args.dry_run).finish("gpu")
-        if not args.dry_run:
-            print(f"results in {path.relative_to(environment.ROOT) if environment.ROOT in path.parents else path}")
+        for place in written(state):
+            print(f"wrote {place.relative_to(environment.ROOT) if environment.ROOT in place.parents else place}")
     if state.absent:
         print(f"absent: {'; '.join(state.absent)}")
     print(f"failed: {', '.join(state.failed)}" if state.failed else "nothing failed")
@@ -151,14 +167,32 @@ def run_stages(state: Run, stages: list[Stage]) -> None:
 
     A dry run, which proves no time, takes a minute where nothing else runs, and may take longer elsewhere.
     """
+    # A tree that differs from its commit may be another one the next time. What `tune` wrote came after the timing.
+    commit, dirty = environment.commit(*WRITTEN, "sdmp_kernels/tables")
     for number, stage in enumerate(stages):
+        known = Results(state.path).document.get("stages", {}).get(stage.name)
+        if known and known["commit"] == commit and not (dirty or state.again or stage.always):
+            print(f"\n== {stage.name}: finished at {known['finished']}; --again repeats it")
+            continue
         share = state.left if state.dry else state.left * stage.weight / sum(later.weight for later in stages[number:])
         print(f"\n== {stage.name} (up to {share:.0f} s)")
         if share < 1:
             print("  no time left")
             Results(state.path).skip("gpu", stage.name)
             continue
+        begun, wrong = time.monotonic(), len(state.failed) + len(state.cut)
         stage.run(state, share)
+        if len(state.failed) + len(state.cut) == wrong:
+            Results(state.path).stage(stage.name, commit, time.monotonic() - begun)
+
+
+def written(state: Run) -> list[Path]:
+    """The files of this run that say what came of it; one that is too large to be carried away is a failure."""
+    files = sorted(place for place in state.path.parent.glob(f"{state.path.stem}*") if place.is_file())
+    for place in files:
+        if place.stat().st_size > LARGEST_BYTES:
+            state.failed.append(f"{place.name} has {place.stat().st_size / 2**20:.0f} MiB")
+    return files
 
 
 def build(state: Run, seconds: float) -> None:
@@ -270,8 +304,22 @@ def tune_losses(state: Run, seconds: float) -> None:
     _judge(state, "tune info_nce", state.child(*words, seconds=seconds), time.monotonic() - started, {})
 
 
+def train(state: Run, seconds: float) -> None:
+    """CIFAR-10, plain and with SDMP in turns, for as long as there is; the next time it goes on."""
+    started = time.monotonic()
+    size = ["--tiny"] if state.dry else ["--minutes", f"{0.95 * seconds / 60:.2f}"]
+    folder = state.folder or (state.path.parent / "runs" if state.dry else None)
+    place = ["--folder", str(folder)] if folder is not None else []
+    anew = ["--again"] if state.again else []
+    code = state.bench("train", "--device", state.device, *size, *place, *anew, seconds=seconds)
+    if code == Stopped.exit_code:
+        return state.note("train", "out of time", "the same command goes on", time.monotonic() - started)
+    absent = Results(state.path).document["runs"].get("train", {}).get("absent", {})
+    return _judge(state, "train", code, time.monotonic() - started, absent)
+
+
 def sanitizer(state: Run, seconds: float) -> None:
-    """compute-sanitizer over the value tests of every op's small cases, on the compiled GPU backends."""
+    """compute-sanitizer over every op's smallest calls, on the compiled GPU backends."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return state.note("compute-sanitizer", "absent", "compute-sanitizer is not installed", 0)
@@ -280,26 +328,20 @@ def sanitizer(state: Run, seconds: float) -> None:
     for tool in SANITIZER_TOOLS:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            journal = Path(folder) / "journal.jsonl"
-            chosen = "test_values and (triton-cuda or cuda-cuda) and (float32 or bfloat16 or uint8)"
-            code = state.child(
-                program,
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "99",
-                *matrix.command(journal, "-k", chosen, "--place", "cuda"),
-                seconds=seconds / len(SANITIZER_TOOLS),
-                # Tensors of their own allocations, so that a read past one is seen.
-                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            passed = sum(tally.outcomes["passed"] for tally in matrix.read(journal).values())
+            told = Path(folder) / "small.json"
+            call = (sys.executable, "-m", "bench", "check", "small", "--device", "cuda", "--json", str(told))
+            # Tensors of their own allocations, so that a read past one is seen.
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            options = ("--tool", tool, "--target-processes", "all", "--error-exitcode", "99")
+            code = state.child(program, *options, *call, seconds=seconds / len(SANITIZER_TOOLS), env=alone)
+            passed = sum(check["status"] == "passed" for check in Results(told).document["checks"].values())
         taken = time.monotonic() - started
         if code is None:
-            state.note(f"compute-sanitizer {tool}", "out of time", f"{passed} cases had no error, then ended", taken)
+            state.note(f"compute-sanitizer {tool}", "out of time", f"{passed} calls had no error, then ended", taken)
         else:
-            found = "errors found" if code == 99 else f"{passed} cases, exit code {code}"
-            state.note(f"compute-sanitizer {tool}", "passed" if code == 0 else "failed", found, taken)
+            found = "errors found" if code == 99 else f"{passed} calls, exit code {code}"
+            clean = code in (0, EXIT_ABSENT) and passed > 0
+            state.note(f"compute-sanitizer {tool}", "passed" if clean else "failed", found, taken)
     return None
 
 
@@ -337,8 +379,9 @@ STAGES = (
     Stage("losses", 20, question("losses")),
     Stage("step", 10, question("step")),
     Stage("sanitizer", 10, sanitizer),
-    Stage("pictures", 2, pictures),
+    Stage("pictures", 2, pictures, always=True),
 )
 
 # What a lent machine is asked first. The tables are tuned after everything is timed with the present ones.
 PROOF = (*STAGES[:-2], Stage("tune", 14, tune_losses), *STAGES[-2:])
+PARTS = {None: STAGES, "proof": PROOF, "train": (Stage("train", 1, train),)}

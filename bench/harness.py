@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import roofline
 from bench.clock import Clock, DeviceClock, Timing, clock_of, lead
 from bench.memory import extra_peak
 from sdmp_kernels import _backends, use_backend
@@ -120,6 +121,7 @@ class Setting:
         model: what a call must move and compute, or None where nobody counted.
         paced: whether what the host does belongs to the time, as in a whole training step. Otherwise a GPU is timed
             with the calls waiting in its queue (bench/clock.py), and what the host takes is a number of its own.
+        predicted: whether what each arm should take is counted, operator by operator (bench/roofline.py).
     """
 
     op: str
@@ -133,6 +135,7 @@ class Setting:
     arms: Sequence[Arm]
     model: Model | None = None
     paced: bool = False
+    predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,10 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         else:
             say(f"    {arm.name}: {entry['status']} ({entry['reason']})")
     del truth, plain
+    if setting.predicted:
+        machine = roofline.machine_of(device)
+        for runner in runners:
+            told[runner.arm.name]["predicted"] = roofline.asked_by(runner.calls[0].run, machine).told(machine)
     time_rounds(runners, clock_of(device.type), budget)
     runners = [runner for runner in runners if not _broke(runner, told, say)]
     weighed = {runner.arm.name: weigh(runner, runners, setting, device) for runner in runners}

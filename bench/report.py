@@ -33,6 +33,7 @@ def row(entry: dict[str, Any]) -> str:
     bound = "copy" if any("share_of_copy" in arm for arm in entry["arms"]) else "matmul"
     images = any("images_per_s" in arm for arm in entry["arms"])
     hosts = any("host_us" in arm for arm in entry["arms"])
+    predicted = [arm for arm in entry["arms"] if "predicted" in arm and arm["status"] == "ok"]
     heads = [
         "arm",
         "p20",
@@ -42,6 +43,7 @@ def row(entry: dict[str, Any]) -> str:
         "x ours",
         "extra memory",
         *(["host"] if hosts else []),
+        *(["predicted"] if predicted else []),
         "launches",
         "error",
     ]
@@ -59,6 +61,7 @@ def row(entry: dict[str, Any]) -> str:
                 ratio(times_ours["p50"]) if times_ours else "",
                 size(arm["extra_peak_bytes"]) if "extra_peak_bytes" in arm else "",
                 *([_host(arm)] if hosts else []),
+                *([_predicted(arm)] if predicted else []),
                 str(arm["launches"]) if arm.get("launches") is not None else "",
                 f"{max((e['vs_float64'] for e in arm['errors']), default=0.0):.1e}" if arm.get("errors") else "",
             ]
@@ -68,6 +71,12 @@ def row(entry: dict[str, Any]) -> str:
     for line in lines:
         cells = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
         shown.append("    " + "  ".join(cells).rstrip())
+    if predicted:
+        asked = predicted[0]["predicted"]
+        shown.append(
+            f"    predicted of {predicted[0]['name']}: {asked['launches']} operators, {size(asked['bytes'])}, "
+            f"{asked['flops'] / 1e9:.3g} GFLOP, on {asked['machine']}"
+        )
     return "\n".join(shown)
 
 
@@ -75,6 +84,14 @@ def _rate(arm: dict[str, Any], share: dict[str, float] | None) -> str:
     if "images_per_s" in arm:
         return f"{arm['images_per_s']:.0f}"
     return f"{100 * share['p50']:.0f} %" if share and arm["kind"] != "ceiling" else ""
+
+
+def _predicted(arm: dict[str, Any]) -> str:
+    """What it should take, and how many times that it took."""
+    if "predicted" not in arm:
+        return ""
+    expected = arm["predicted"]["seconds"]
+    return f"{seconds(expected)} ({ratio(arm['seconds']['p50'] / expected)}x)"
 
 
 def _host(arm: dict[str, Any]) -> str:

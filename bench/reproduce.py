@@ -336,13 +336,17 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
-def train(config: Config, folder: Path, stop: Any, *, quiet: bool) -> int:
-    """Begin a cell's run or go on with it; the exit code of `pretrain`. `quiet`: its lines go to its log alone."""
+def train(
+    config: Config, folder: Path, stop: Any, *, quiet: bool, certified: bool = False, overwrite: bool = False
+) -> int:
+    """Begin a run or go on with it; the exit code of `pretrain`. `quiet`: its lines go to its log alone."""
     from sdmp_train.commands import pretrain
     from sdmp_train.stop import Stopped
 
     try:
-        return pretrain(config, folder, resume=True, or_start=True, log=cell_log() if quiet else None, stop=stop)
+        log = cell_log() if quiet else None
+        mode: dict[str, bool] = {"overwrite": True} if overwrite else {"resume": True, "or_start": True}
+        return pretrain(config, folder, **mode, certified=certified, log=log, stop=stop)
     except Stopped as stopped:
         return stopped.exit_code
 

@@ -28,6 +28,8 @@ DOCUMENT: dict[str, tuple[type, ...]] = {
     "checks": (dict,),
     "ceilings": (dict,),
     "goals?": (list,),
+    "trainings?": (dict,),
+    "stages?": (dict,),
 }
 RUN: dict[str, tuple[type, ...]] = {
     "command": TEXT,
@@ -79,7 +81,27 @@ ARM: dict[str, tuple[type, ...]] = {
     "host_us?": NUMBER,
     "queued?": (bool,),
     "images_per_s?": NUMBER,
+    "predicted?": (dict,),
 }
+TRAINING: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "epochs": (int,),
+    "epochs_done": NUMBER,
+    "batch_size": (int,),
+    "precision": TEXT,
+    "loader": TEXT,
+    "images_per_s": (*NUMBER, MAYBE),
+    "memory_gib": (*NUMBER, MAYBE),
+    "data_wait_fraction": (*NUMBER, MAYBE),
+    "stall": (dict,),
+    "knn": (list,),
+    "knn_raw_pixels": (*NUMBER, MAYBE),
+    "loss": (list,),
+    "commit": (str, MAYBE),
+    "dirty": (bool, MAYBE),
+    "date": TEXT,
+}
+STAGE: dict[str, tuple[type, ...]] = {"finished": TEXT, "commit": (str, MAYBE), "seconds": NUMBER}
 CHECK: dict[str, tuple[type, ...]] = {"status": TEXT, "detail": TEXT, "seconds": NUMBER, "facts?": (dict,)}
 STATUSES = ("ok", "wrong", "failed", "absent")
 CHECK_STATUSES = ("passed", "failed", "absent", "out of time")
@@ -146,6 +168,12 @@ class Results:
         """Record the outcome of a correctness check."""
         entry = {"status": status, "detail": detail, "seconds": round(seconds, 1)}
         self.document["checks"][name] = entry | ({"facts": facts} if facts else {})
+        self.write()
+
+    def stage(self, name: str, commit: str | None, seconds: float) -> None:
+        """Mark a stage of `gpu` as finished, by what stood at this commit."""
+        entry = {"finished": environment.now(), "commit": commit, "seconds": round(seconds, 1)}
+        self.document.setdefault("stages", {})[name] = entry
         self.write()
 
     def finish(self, question: str) -> None:
@@ -223,6 +251,10 @@ def validate(document: Any) -> list[str]:
         problems += _fields(check, CHECK, f"checks.{name}")
         if check.get("status") not in CHECK_STATUSES:
             problems.append(f"checks.{name}.status: {check.get('status')!r}, expected one of {CHECK_STATUSES}")
+    for name, training in document.get("trainings", {}).items():
+        problems += _fields(training, TRAINING, f"trainings.{name}")
+    for name, stage in document.get("stages", {}).items():
+        problems += _fields(stage, STAGE, f"stages.{name}")
     for number, row in enumerate(document["rows"]):
         problems += _row(row, f"rows[{number}]")
     return problems

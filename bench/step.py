@@ -146,6 +146,11 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
             plain_class,
         ),
     ]
+    if device.type == "cuda" and size != "tiny":
+        compiled = "sdmp_train with --compile: the same step, its backbones by torch.compile"
+        arms.append(
+            _step_arm("MoCo v3 + SDMP, compiled", compiled, "compile", device, size, batch, "sdmp", None, compiled=True)
+        )
     return Setting(
         op="step",
         name=f"training step, {words}, batch {batch}",
@@ -157,6 +162,7 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
         dtype=torch.float32,
         arms=arms,
         paced=True,
+        predicted=True,
     )
 
 
@@ -178,9 +184,12 @@ def _step_arm(
     batch: int,
     mixing: str,
     method_class: Callable[[], type[MoCoV3]] | None,
+    *,
+    compiled: bool = False,
 ) -> Arm:
     def bind(inputs: Inputs) -> Call:
         config = config_of(mixing, device, size, batch)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile=compiled))
         training = make_training(config, device, method_class() if method_class else None)
         return Call(lambda: [one_step(training, inputs["batch"])])
 

@@ -42,7 +42,7 @@ from sdmp_train.advice import command
 
 Constants = dict[str, Any]
 WORTH = 1.02
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5)}
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "programs": (1, 65536)}
 
 
 class Table(dict[str, Constants]):
@@ -211,8 +211,10 @@ def best(
 
 
 def neighbours(name: str, value: Any) -> list[Any]:
-    """Values to try beside a constant's present one; none for what is not a plain positive number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """Values to try beside a constant's present one: the other boolean; none for what is no positive number."""
+    if isinstance(value, bool):
+        return [not value]
+    if not isinstance(value, int) or value < 1:
         return []
     if name == "num_stages":
         candidates = [value - 1, value + 1]

@@ -141,8 +141,8 @@ struct Row {
   SDMP_FN bool boxed() const { return rule == Rule::kCutMix || rule == Rule::kResizeMix; }
 };
 
-SDMP_FN int32_t clamp(int64_t value, int64_t low, int64_t high) {
-  return static_cast<int32_t>(value < low ? low : value > high ? high : value);
+SDMP_FN int32_t clamp(int32_t value, int32_t low, int32_t high) {
+  return value < low ? low : value > high ? high : value;
 }
 
 // torch.nn.functional.interpolate computes the scale in float32 from the two sizes.
@@ -150,19 +150,29 @@ SDMP_FN float resize_scale(int32_t extent, int32_t target) {
   return target > 0 ? static_cast<float>(extent) / static_cast<float>(target) : 1.0f;
 }
 
-SDMP_FN Row read_row(uint8_t rule, float lam, const int32_t* box, int64_t height, int64_t width, bool itself) {
-  Row row;
+// A row without `scale_y` and `scale_x`, which RESIZEMIX alone needs and which take two divisions.
+SDMP_FN Row read_row_unscaled(uint8_t rule, float lam, const int32_t* box, int32_t height, int32_t width, bool itself) {
+  Row row = {};
   row.rule = rule <= static_cast<uint8_t>(kLastRule) ? static_cast<Rule>(rule) : Rule::kKeep;
   row.own = lam;
   row.other = 1.0f - lam;
   row.top = clamp(box[0], 0, height);
   row.left = clamp(box[1], 0, width);
-  row.bottom = clamp(static_cast<int64_t>(row.top) + box[2], row.top, height);
-  row.right = clamp(static_cast<int64_t>(row.left) + box[3], row.left, width);
-  row.scale_y = resize_scale(static_cast<int32_t>(height), row.bottom - row.top);
-  row.scale_x = resize_scale(static_cast<int32_t>(width), row.right - row.left);
+  row.bottom = row.top + clamp(box[2], 0, height - row.top);
+  row.right = row.left + clamp(box[3], 0, width - row.left);
   const bool empty = row.top == row.bottom || row.left == row.right;
   if ((row.rule == Rule::kMixup && (lam == 1.0f || itself)) || (row.boxed() && empty)) row.rule = Rule::kKeep;
+  return row;
+}
+
+SDMP_FN void set_scales(Row& row, int32_t height, int32_t width) {
+  row.scale_y = resize_scale(height, row.bottom - row.top);
+  row.scale_x = resize_scale(width, row.right - row.left);
+}
+
+SDMP_FN Row read_row(uint8_t rule, float lam, const int32_t* box, int32_t height, int32_t width, bool itself) {
+  Row row = read_row_unscaled(rule, lam, box, height, width, itself);
+  set_scales(row, height, width);
   return row;
 }
 

@@ -21,6 +21,7 @@ struct MixJob {
   int64_t n, channels, height, width;
   View images, partners, mixed, clean;
   PlanView plan;
+  ErasureView erasure;
   bool own_partners;    // partner indexes `images` itself
   bool pairs;           // mirrored: a task owns rows i and n-1-i, reads both once and writes both
   bool in_place;        // `mixed` is `images`

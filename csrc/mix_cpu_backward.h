@@ -47,7 +47,8 @@ class Gradient {
  private:
   Row plan_row(int64_t index) const {
     const int64_t partner = job_.plan.mirrored ? job_.n - 1 - index : job_.plan.partner[index];
-    return read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index, job_.height, job_.width,
+    return read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index,
+                    static_cast<int32_t>(job_.height), static_cast<int32_t>(job_.width),
                     job_.own_partners && partner == index);
   }
 

@@ -18,6 +18,7 @@ class Mixer {
     const Scaled kind = job.scale == nullptr ? Scaled::kNo : g_.interleaved ? Scaled::kPeriod : Scaled::kPlane;
     write_ = writer_for(job.in, job.out, kind);
     blend_ = blender_for(job.in, job.out, kind);
+    write_fill_ = writer_for(Type::kFloat, job.out, Scaled::kNo);
     copies_ = kind == Scaled::kNo && job.in == job.out;
     plain_float_ = kind == Scaled::kNo && job.out == Type::kFloat;
     if (kind == Scaled::kPeriod) scaling_ = repeat(job.centre, job.scale, g_.group, scratch_.periodic);
@@ -37,6 +38,7 @@ class Mixer {
   struct Member {
     int64_t index, partner;
     Row row;
+    Boxes erased;  // none where no box of it has a pixel
   };
 
   // A tile of a source image, in its own type and, once asked for, in float32.
@@ -48,12 +50,13 @@ class Mixer {
   void add_member(int64_t index) {
     const int64_t partner = job_.plan.mirrored ? job_.n - 1 - index : job_.plan.partner[index];
     const bool itself = job_.own_partners && partner == index;
-    const Row row = read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index, job_.height,
-                             job_.width, itself);
+    const Row row = read_row(job_.plan.rule[index], job_.plan.lam[index], job_.plan.box + 4 * index,
+                             static_cast<int32_t>(job_.height), static_cast<int32_t>(job_.width), itself);
     if (row.rule == Rule::kResizeMix) {
       scratch_.x[members_].fill(row.right - row.left, job_.width, row.scale_x, g_.group);
     }
-    member_[members_++] = Member{index, partner, row};
+    const Boxes erased{job_.erasure.boxes + 5 * job_.erasure.count * index, job_.erasure.count};
+    member_[members_++] = Member{index, partner, row, erased.any() ? erased : Boxes{}};
   }
 
   void tile(const Run& run) {
@@ -82,7 +85,8 @@ class Mixer {
   void write_both() {
     const Place first = place(job_.mixed, g_, job_.out, member_[0].index, plane_, run_.row, run_.x);
     const Place second = place(job_.mixed, g_, job_.out, member_[1].index, plane_, run_.row, run_.x);
-    if (copies_ && first.step == 1) {
+    const bool erases = member_[0].erased.count + member_[1].erased.count > 0;
+    if (copies_ && first.step == 1 && !erases) {
       if (plain_float_ && both(Rule::kMixup)) {
         blend_both(reinterpret_cast<float*>(first.at), reinterpret_cast<float*>(second.at));
         return;
@@ -194,8 +198,9 @@ class Mixer {
 
   void write_mixed(int m) {
     const Row& row = member_[m].row;
+    const Boxes& erased = member_[m].erased;
     Output out = output(job_.mixed, member_[m].index);
-    if (row.rule == Rule::kCutMix && copies_) {
+    if (row.rule == Rule::kCutMix && copies_ && erased.count == 0) {
       if (char* lines = out.lines(run_.count)) {
         CutWriter cut(source_[m].raw, source_[1 - m].raw, lines);
         each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
@@ -205,35 +210,70 @@ class Mixer {
         return;
       }
     }
-    const bool untouched = job_.in_place && copies_ && out.direct();  // own pixels are where they belong
     each_part(row, g_, run_, [&](Part part, int64_t from, int64_t n) {
-      if (part == Part::kOwn && untouched) {
-        out.skip(n);
-      } else if (part == Part::kOwn) {
-        copy_part(out, m, from, n);
-      } else if (part == Part::kOther) {
-        copy_part(out, 1 - m, from, n);
-      } else if (part == Part::kBlend) {
-        const float* own = values(m) + from;
-        const float* other = values(1 - m) + from;
-        char* lines = plain_float_ ? out.lines(n) : nullptr;
-        if (lines != nullptr) {
-          stream_blend(own, row.own, other, row.other, n, lines);
-        } else {
-          blend_(own, row.own, other, row.other, n, scaling_, out.piece());
-          out.made(n);
-        }
-      } else {
-        resize_part(m, run_.begin + from, n);
-        if (plain_float_) {
-          out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
-        } else {
-          write_(scratch_.sum, n, scaling_, out.piece());
-          out.made(n);
-        }
+      if (erased.count == 0) {
+        write_part(out, m, part, from, n);
+        return;
       }
+      each_erased(erased, g_, run_, from, n, [&](int64_t box, int64_t at, int64_t count) {
+        if (box == kNone) {
+          write_part(out, m, part, at, count);
+        } else {
+          fill_part(out, erased, box, at, count);
+        }
+      });
     });
     out.finish();
+  }
+
+  void write_part(Output& out, int m, Part part, int64_t from, int64_t n) {
+    const Row& row = member_[m].row;
+    if (part == Part::kOwn && job_.in_place && copies_ && out.direct()) {
+      out.skip(n);  // own pixels are where they belong
+    } else if (part == Part::kOwn) {
+      copy_part(out, m, from, n);
+    } else if (part == Part::kOther) {
+      copy_part(out, 1 - m, from, n);
+    } else if (part == Part::kBlend) {
+      const float* own = values(m) + from;
+      const float* other = values(1 - m) + from;
+      char* lines = plain_float_ ? out.lines(n) : nullptr;
+      if (lines != nullptr) {
+        stream_blend(own, row.own, other, row.other, n, lines);
+      } else {
+        blend_(own, row.own, other, row.other, n, scaling_, out.piece());
+        out.made(n);
+      }
+    } else {
+      resize_part(m, run_.begin + from, n);
+      if (plain_float_) {
+        out.copy(reinterpret_cast<const char*>(scratch_.sum), n, kLine);  // followed by more scratch
+      } else {
+        write_(scratch_.sum, n, scaling_, out.piece());
+        out.made(n);
+      }
+    }
+  }
+
+  // `n` elements of an erased box, all in one row.
+  void fill_part(Output& out, const Boxes& boxes, int64_t box, int64_t from, int64_t n) {
+    const int64_t at = run_.begin + from, y = at / g_.length, column = (at - y * g_.length) / g_.group;
+    const bool each = job_.erasure.per_pixel;
+    const int64_t pixel = each ? (y - boxes.top(box)) * boxes.width(box) + column - boxes.left(box) : 0;
+    const float* colours = job_.erasure.fill + (boxes.row_of_fill(box) + pixel) * job_.channels;
+    const float* values = colours;  // of interleaved channels a row of colours is what a row of pixels is
+    if (g_.group == 1) {
+      const int64_t step = each ? job_.channels : 0;
+      for (int64_t k = 0; k < n; ++k) scratch_.sum[k] = colours[plane_ + k * step];
+      values = scratch_.sum;
+    } else if (!each) {
+      for (int64_t k = 0; k < n; k += g_.group) {
+        for (int64_t c = 0; c < g_.group; ++c) scratch_.sum[k + c] = colours[c];
+      }
+      values = scratch_.sum;
+    }
+    write_fill_(values, n, Scaling{}, out.piece());
+    out.made(n);
   }
 
   // Pixels taken over as they are: bit for bit where nothing is converted.
@@ -299,7 +339,7 @@ class Mixer {
   const Geometry& g_;
   Scratch scratch_;
   int64_t in_size_, out_size_;
-  Writer write_;
+  Writer write_, write_fill_;
   Blender blend_;
   bool copies_, plain_float_;
   Scaling scaling_;

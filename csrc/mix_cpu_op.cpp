@@ -70,7 +70,8 @@ bool has_rule(const PlanView& plan, int64_t n, Rule rule) {
 
 void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const Tensor& rule, const Tensor& partner,
              const Tensor& lam, const Tensor& box, bool mirrored, const std::optional<std::vector<double>>& mean,
-             const std::optional<std::vector<double>>& std, Tensor mixed, std::optional<Tensor> clean) {
+             const std::optional<std::vector<double>>& std, Tensor mixed, std::optional<Tensor> clean,
+             const std::optional<Tensor>& boxes, const std::optional<Tensor>& fill, bool per_pixel) {
   check_images(images, partners, mixed, clean);
   MixJob job;
   job.n = images.size(0);
@@ -86,6 +87,7 @@ void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const 
   job.mixed = view_of(mixed);
   job.clean = view_of(clean);
   job.plan = plan_of(rule, partner, lam, box, mirrored, job.n);
+  job.erasure = erasure_of(boxes, fill, per_pixel, images);
   const int64_t partner_rows = job.own_partners ? job.n : partners->size(0);
   STD_TORCH_CHECK(!mirrored || partner_rows == job.n, "a mirrored plan needs ", job.n, " partners");
   check_plan_values(job.plan, job.n, partner_rows);
@@ -151,7 +153,7 @@ void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::option
 }  // namespace sdmp
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
-  m.def("mix_cpu" SDMP_MIX_SCHEMA);
+  m.def("mix_cpu" SDMP_MIX_ERASE_SCHEMA);
   m.def("mix_backward_cpu" SDMP_MIX_BACKWARD_SCHEMA);
 }
 

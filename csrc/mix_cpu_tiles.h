@@ -136,6 +136,55 @@ void each_part(const Row& row, const Geometry& g, const Run& run, Visit visit) {
   go_to(Part::kOwn, run.end());
 }
 
+// The boxes of one image that are erased.
+struct Boxes {
+  const int32_t* at = nullptr;  // (count, 5)
+  int64_t count = 0;
+
+  int64_t top(int64_t k) const { return at[5 * k]; }
+  int64_t left(int64_t k) const { return at[5 * k + 1]; }
+  int64_t bottom(int64_t k) const { return top(k) + at[5 * k + 2]; }
+  int64_t width(int64_t k) const { return at[5 * k + 3]; }
+  int64_t right(int64_t k) const { return left(k) + width(k); }
+  int64_t row_of_fill(int64_t k) const { return at[5 * k + 4]; }
+
+  bool any() const {
+    for (int64_t k = 0; k < count; ++k) {
+      if (top(k) < bottom(k) && width(k) > 0) return true;
+    }
+    return false;
+  }
+};
+
+constexpr int64_t kNone = -1;
+
+// Cuts elements [from, from + n) of a run where erased boxes begin and end: visit(the box that lies on top there or
+// kNone, elements from the run's begin, elements). A stretch of a box is in one row.
+template <class Visit>
+void each_erased(const Boxes& boxes, const Geometry& g, const Run& run, int64_t from, int64_t n, Visit visit) {
+  const int64_t stop = from + n;
+  for (int64_t at = from; at < stop;) {
+    const int64_t y = (run.begin + at) / g.length, line = y * g.length - run.begin, x = at - line;
+    int64_t on_top = kNone, next = g.rows;
+    bool near = false;
+    for (int64_t k = 0; k < boxes.count; ++k) {
+      if (y < boxes.top(k)) next = smaller(next, boxes.top(k));
+      if (y < boxes.top(k) || y >= boxes.bottom(k)) continue;
+      near = true;
+      if (x >= boxes.left(k) * g.group && x < boxes.right(k) * g.group) on_top = k;
+    }
+    int64_t end = line + (near ? 1 : next - y) * g.length;
+    if (on_top != kNone) end = line + boxes.right(on_top) * g.group;
+    for (int64_t k = on_top + 1; near && k < boxes.count; ++k) {
+      const bool here = y >= boxes.top(k) && y < boxes.bottom(k) && boxes.width(k) > 0;
+      if (here && boxes.left(k) * g.group > x) end = smaller(end, line + boxes.left(k) * g.group);
+    }
+    end = smaller(end, stop);
+    visit(on_top, at, end - at);
+    at = end;
+  }
+}
+
 // A tile of a result, made piece by piece from left to right: where it belongs if its elements are neighbours there
 // (or past the cache), else in scratch and then spread.
 class Output {

@@ -25,6 +25,7 @@ struct GpuMix {
   bool copies;       // stored values go over unchanged: one type, not normalised
   Type in, out;
   int64_t units, chunks;
+  bool planar;  // a thread's vectors are of one place of three planes, else they follow each other
   Constants64 constants;
 };
 

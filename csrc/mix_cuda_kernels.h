@@ -1,9 +1,10 @@
 // The CUDA kernels of `mix` and the choice between them. No torch and no launch syntax in here: mix_cuda.cu launches, and
 // the tests compile this file with a C++ compiler and run the same kernels, thread by thread, on the CPU.
 //
-// Two kernels for each direction. The vector kernel serves dense images: a thread owns 16 bytes of every result, so
-// that all stores are 128-bit and coalesced, and of both images of a mirrored pair. What is resized, it computes
-// element by element, neighbouring threads on neighbouring elements. The scalar kernel serves the rest.
+// Two kernels for each direction. The vector kernel serves dense images: a thread owns vectors of 16 bytes of every
+// result (forward: three, where an image has three planes one of each), so that all stores are 128-bit and coalesced,
+// and of both images of a mirrored pair. It asks for all that it reads before it looks at the plan. What is resized, it
+// computes element by element, neighbouring threads on neighbouring elements. The scalar kernel serves the rest.
 #pragma once
 
 #include "mix.h"
@@ -13,6 +14,8 @@ namespace sdmp {
 namespace SDMP_ISA {
 
 constexpr int kThreads = 256;
+constexpr int kVectors = 3;  // of a thread of the forward kernel
+
 // ---- 16 bytes at a time, kept in registers as words ----
 
 template <int kBytes>
@@ -86,6 +89,16 @@ __device__ __forceinline__ uint32_t encode(Half out, float value) {
 __device__ __forceinline__ uint32_t encode(Bf16 out, float value) {
   store(value, out);
   return out.bits;
+}
+
+template <class In, class Out>
+__device__ __forceinline__ constexpr bool same_type(In, Out) {
+  return false;
+}
+
+template <class T>
+__device__ __forceinline__ constexpr bool same_type(T, T) {
+  return true;
 }
 
 // One stored value of a tensor whose type is known at run time only.
@@ -167,19 +180,35 @@ __device__ __forceinline__ Row row_of(const Job& job, int64_t row, int64_t partn
                   job.own_partners && partner == row);
 }
 
+// A row as it is before its scales, which RESIZEMIX alone needs.
+template <class Job>
+__device__ __forceinline__ Row unscaled_row_of(const Job& job, int64_t row, int64_t partner) {
+  return read_row_unscaled(job.plan.rule[row], job.plan.lam[row], job.plan.box + 4 * row, job.height, job.width,
+                           job.own_partners && partner == row);
+}
+
 // ---- forward ----
 
-// A pixel of the box: four pixels of the partner's image, its rows blended first and then its columns.
-template <class Read>
-__device__ __forceinline__ float resized(const GpuMix& job, const Row& row, const Spot& spot, int64_t partner,
-                                         Read read) {
+// A pixel of the box looks at four pixels of the partner's image: where they are, and what they weigh.
+struct Taps {
+  int64_t at[4];  // upper left, lower left, upper right, lower right
+  float upper, lower, left, right;
+};
+
+__device__ __forceinline__ Taps taps_of(const GpuMix& job, const Row& row, const Spot& spot, int64_t partner) {
   const Tap y = resize_tap(spot.y - row.top, row.bottom - row.top, job.height, row.scale_y);
   const Tap x = resize_tap(spot.x - row.left, row.right - row.left, job.width, row.scale_x);
   const int64_t at = offset_of(job.partners, partner, spot.c, y.first, x.first);
   const int64_t down = y.step * job.partners.h, right = x.step * job.partners.w;
-  const float left = blend(read(at), y.w0, read(at + down), y.w1);
-  const float other = blend(read(at + right), y.w0, read(at + down + right), y.w1);
-  return blend(left, x.w0, other, x.w1);
+  return Taps{{at, at + down, at + right, at + down + right}, y.w0, y.w1, x.w0, x.w1};
+}
+
+// Its rows blended first and then its columns; read(k) is the k-th of the four.
+template <class Read>
+__device__ __forceinline__ float blend_taps(const Taps& taps, Read read) {
+  const float left = blend(read(0), taps.upper, read(1), taps.lower);
+  const float right = blend(read(2), taps.upper, read(3), taps.lower);
+  return blend(left, taps.left, right, taps.right);
 }
 
 // The constants of a vector's elements: element k has those of k % 3. All three are one channel's but for three
@@ -232,41 +261,152 @@ __device__ __forceinline__ uint32_t finish(const Job& job, float value, float ce
   return encode(Out{}, job.scaled ? normalise(value, centre, scale) : value);
 }
 
-// A vector of a result: own pixels, those of `other` where the mask has a bit, or the blend of both.
-template <class In, class Out, int kBytes>
-__device__ __forceinline__ Words<16> make_vector(const GpuMix& job, const Part& part, const Words<kBytes>& own,
-                                                 const Words<kBytes>& other, const Scales& scales) {
-  const bool blended = part.rule == Rule::kMixup;
-  Words<16> out;
+// Where a vector lies: its row of pixels, its first element in that row, and that one's channel.
+struct Place {
+  int32_t y, begin, c;
+};
+
+// `element` counts within a plane where the job is planar, else within an image.
+__device__ __forceinline__ Place place_of(const GpuMix& job, int32_t element) {
+  const uint32_t length = static_cast<uint32_t>(job.width) * (job.interleaved ? job.channels : 1);
+  const uint32_t at = static_cast<uint32_t>(element), row = at / length;
+  Place place = {static_cast<int32_t>(row), static_cast<int32_t>(at - row * length), 0};
+  if (job.interleaved) {
+    if (job.scaled) place.c = place.begin % 3;  // `whole_vectors`
+  } else if (!job.planar) {
+    place.c = place.y / job.height;
+    place.y -= place.c * job.height;
+  }
+  return place;
+}
+
+// One bit for every one of a vector's elements that is in the row's box.
+__device__ __forceinline__ uint32_t bits_in_box(const GpuMix& job, const Row& row, const Place& place, int elements) {
+  if (!row.boxed() || place.y < row.top || place.y >= row.bottom) return 0;
+  const int32_t group = job.interleaved ? job.channels : 1;
+  const auto bits_below = [&place, elements](int32_t end) {
+    const int32_t count = end - place.begin < elements ? end - place.begin : elements;
+    return count <= 0 ? 0u : (1u << count) - 1u;
+  };
+  return bits_below(row.right * group) & ~bits_below(row.left * group);
+}
+
+// The elements of `other` where the mask has a bit, and those of `own` elsewhere.
+template <class In, int kBytes>
+__device__ __forceinline__ Words<kBytes> pick(const Words<kBytes>& own, const Words<kBytes>& other, uint32_t mask) {
+  constexpr int kPer = 4 / sizeof(In);
+  constexpr uint32_t kAll = (1u << (kBytes / sizeof(In))) - 1u;
+  if (mask == 0) return own;
+  if (mask == kAll) return other;
+  Words<kBytes> picked;
 #pragma unroll
-  for (int k = 0; k < static_cast<int>(16 / sizeof(Out)); ++k) {
-    const uint32_t a = get<In>(own, k), b = get<In>(other, k), taken = part.mask >> k & 1u ? b : a;
-    float value = decode(In{}, taken);
-    if (blended) value = blend(decode(In{}, a), part.own, decode(In{}, b), part.other);
-    const uint32_t made = finish<In, Out>(job, value, scales.centre[k % 3], scales.scale[k % 3]);
-    put<Out>(out, k, job.copies && !blended ? taken : made);
+  for (int w = 0; w < kBytes / 4; ++w) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+      const uint32_t each = kPer == 1 ? 0xffffffffu : (1u << (32 / kPer)) - 1u;
+      if (mask >> (w * kPer + k) & 1u) bits |= each << (32 / kPer * (kPer == 1 ? 0 : k));
+    }
+    picked.word[w] = (own.word[w] & ~bits) | (other.word[w] & bits);
+  }
+  return picked;
+}
+
+// Stored values as they go into a result: unchanged, converted, or normalised too.
+template <class In, class Out, int kBytes>
+__device__ __forceinline__ Words<16> converted(const GpuMix& job, const Words<kBytes>& pixels, const Scales& scales) {
+  constexpr int kElements = 16 / sizeof(Out);
+  Words<16> out = {};
+  if (job.scaled) {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      const float value = decode(In{}, get<In>(pixels, k));
+      put<Out>(out, k, encode(Out{}, normalise(value, scales.centre[k % 3], scales.scale[k % 3])));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      const uint32_t bits = get<In>(pixels, k);  // one type: unchanged, whatever NaN it is
+      put<Out>(out, k, same_type(In{}, Out{}) ? bits : encode(Out{}, decode(In{}, bits)));
+    }
   }
   return out;
 }
 
-// Whether the vector around an element meets the box: such vectors of a RESIZEMIX row are made element by element.
-template <class In, class Out>
-__device__ __forceinline__ void resize_element(const GpuMix& job, const Row& row, int64_t index, int64_t partner,
-                                               int64_t element) {
+template <class In, class Out, int kBytes>
+__device__ __forceinline__ Words<16> blended(const GpuMix& job, const Row& row, const Words<kBytes>& own,
+                                             const Words<kBytes>& other, const Scales& scales) {
   constexpr int kElements = 16 / sizeof(Out);
-  const Type type = sizeof(In) == 4 ? Type::kFloat : sizeof(In) == 2 ? Type::kHalf : Type::kUint8;
-  if (mask_of(job, row, spot_of(job, element / kElements * kElements), kElements) == 0) return;
-  const Spot spot = spot_of(job, element);
-  const char* partners = job.partners.data;
-  const auto read = [partners, type](int64_t at) { return decode(In{}, read_bits(type, partners, at)); };
-  uint32_t bits = read_bits(type, job.images.data, index * job.images.n + element);
-  if (!job.copies || inside(row, spot)) {
-    const float value = inside(row, spot) ? resized(job, row, spot, partner, read) : decode(In{}, bits);
-    const int32_t channel = job.scaled ? spot.c : 0;
-    bits = finish<In, Out>(job, value, job.constants.centre[channel], job.constants.scale[channel]);
+  Words<16> out = {};
+  const auto value = [&](int k) {
+    return blend(decode(In{}, get<In>(own, k)), row.own, decode(In{}, get<In>(other, k)), row.other);
+  };
+  if (job.scaled) {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      put<Out>(out, k, encode(Out{}, normalise(value(k), scales.centre[k % 3], scales.scale[k % 3])));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) put<Out>(out, k, encode(Out{}, value(k)));
   }
+  return out;
+}
+
+// Whether the vector that holds an element of this place meets the box: of a RESIZEMIX row, such vectors are made
+// element by element.
+template <int kElements>
+__device__ __forceinline__ bool in_boxed_vector(const GpuMix& job, const Row& row, Place place) {
+  place.begin -= place.begin % kElements;
+  return bits_in_box(job, row, place, kElements) != 0;
+}
+
+// An element of a RESIZEMIX row whose vector meets the box, in one plane or at the same place of three.
+template <class In, class Out, int kPlanes>
+__device__ __forceinline__ void resize_element(const GpuMix& job, const Row& row, int64_t index, int64_t partner,
+                                               int32_t element) {
+  const Place place = place_of(job, element);
+  if (!in_boxed_vector<16 / sizeof(Out)>(job, row, place)) return;
+  Spot spot = {place.c, place.y, place.begin};
+  if (job.interleaved) {
+    spot.x = place.begin / job.channels;
+    spot.c = place.begin - spot.x * job.channels;
+  }
+  const Type type = sizeof(In) == 4 ? Type::kFloat : sizeof(In) == 2 ? Type::kHalf : Type::kUint8;
   const Type out = sizeof(Out) == 4 ? Type::kFloat : sizeof(Out) == 2 ? Type::kHalf : Type::kUint8;
-  write_bits(out, job.mixed.data, index * job.mixed.n + element, bits);
+  uint32_t bits[kPlanes];
+  const bool pasted = inside(row, spot);
+  if (pasted) {
+    const Taps taps = taps_of(job, row, spot, partner);
+    uint32_t read[kPlanes][4];
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+      for (int tap = 0; tap < 4; ++tap) {
+        read[p][tap] = read_bits(type, job.partners.data, taps.at[tap] + p * job.partners.c);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      const float value = blend_taps(taps, [&read, p](int tap) { return decode(In{}, read[p][tap]); });
+      const int32_t channel = job.scaled ? spot.c + p : 0;
+      bits[p] = finish<In, Out>(job, value, job.constants.centre[channel], job.constants.scale[channel]);
+    }
+  } else {
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      bits[p] = read_bits(type, job.images.data, index * job.images.n + p * job.images.c + element);
+      const int32_t channel = job.scaled ? spot.c + p : 0;
+      if (!job.copies) {
+        bits[p] = finish<In, Out>(job, decode(In{}, bits[p]), job.constants.centre[channel],
+                                  job.constants.scale[channel]);
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    write_bits(out, job.mixed.data, index * job.mixed.n + p * job.mixed.c + element, bits[p]);
+  }
 }
 
 template <class T>
@@ -276,54 +416,94 @@ __device__ __forceinline__ void exchange(T& a, T& b) {
   b = c;
 }
 
+// A thread's vectors of one image: its own pixels, those of its partner, and where it goes.
+template <class In, class Out, int kBytes>
+__device__ __forceinline__ void store_image(const GpuMix& job, const Row& row, int64_t index, const Words<kBytes>* own,
+                                            const Words<kBytes>* other, int32_t element, int32_t stride,
+                                            int32_t elements) {
+  constexpr int kElements = 16 / sizeof(Out);
+  char* mixed = job.mixed.data + index * job.mixed.n * sizeof(Out);
+  char* clean = job.clean.data == nullptr ? nullptr : job.clean.data + index * job.clean.n * sizeof(Out);
+  Place place = place_of(job, element);
+  uint32_t mask = bits_in_box(job, row, place, kElements);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int32_t at = element + v * stride;
+    if (v > 0 && !job.planar) {
+      if (at >= elements) return;
+      place = place_of(job, at);
+      mask = bits_in_box(job, row, place, kElements);
+    }
+    const Scales scales = scales_of(job, job.planar ? v : place.c);
+    const int64_t bytes = static_cast<int64_t>(at) * sizeof(Out);
+    if (clean != nullptr) store_words(clean + bytes, converted<In, Out>(job, own[v], scales));
+    if (row.rule == Rule::kResizeMix && mask != 0) continue;
+    store_words(mixed + bytes,
+                row.rule == Rule::kMixup
+                    ? blended<In, Out>(job, row, own[v], other[v], scales)
+                    : converted<In, Out>(job, pick<In>(own[v], other[v], mask), scales));
+  }
+}
+
+// What of a RESIZEMIX row meets its box, within the chunk of a block.
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads, 3) mix_vector_kernel(const __grid_constant__ GpuMix job) {
+__device__ __forceinline__ void resize_chunk(const GpuMix& job, Row row, int64_t index, int64_t partner, int32_t chunk,
+                                             int32_t elements) {
+  constexpr int kElements = 16 / sizeof(Out);
+  set_scales(row, job.height, job.width);
+  const int32_t each = job.planar ? kElements : kVectors * kElements;
+#pragma unroll 1
+  for (int32_t k = 0; k < each; ++k) {
+    const int32_t at = chunk + k * kThreads + static_cast<int32_t>(threadIdx.x);
+    if (at >= elements) return;
+    if (job.planar) {
+      resize_element<In, Out, kVectors>(job, row, index, partner, at);
+    } else {
+      resize_element<In, Out, 1>(job, row, index, partner, at);
+    }
+  }
+}
+
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, sizeof(In) > sizeof(Out) || sizeof(Out) == 1 ? 2 : 3)
+mix_vector_kernel(const __grid_constant__ GpuMix job) {
   constexpr int kElements = 16 / sizeof(Out);
   constexpr int kBytes = kElements * sizeof(In);
   constexpr int32_t kChunk = kThreads * kElements;
   const uint32_t blocks = static_cast<uint32_t>(job.chunks);  // per unit
-  const int64_t unit = blockIdx.x / blocks, mate = partner_of(job, unit);
-  const int32_t chunk = static_cast<int32_t>(blockIdx.x % blocks) * kChunk;
+  const int64_t unit = blockIdx.x / blocks;
+  // Elements of a plane, or of an image; the vectors of a thread are in the planes, or a block's width apart.
+  const int32_t elements = job.planar ? job.height * job.width : static_cast<int32_t>(job.elements);
+  const int32_t stride = job.planar ? elements : kChunk;
+  const int32_t chunk = static_cast<int32_t>(blockIdx.x % blocks) * (job.planar ? kChunk : kVectors * kChunk);
   const int32_t element = chunk + static_cast<int32_t>(threadIdx.x) * kElements;
-  const int members = job.pairs && mate != unit ? 2 : 1;
-  if (element < job.elements) {
-    const Spot spot = spot_of(job, element);
-    Part part = part_of(job, unit, mate, spot, kElements);
-    Part back = members == 2 ? part_of(job, mate, unit, spot, kElements) : part;
-    Words<kBytes> own = load_words<kBytes>(job.images.data + (unit * job.images.n + element) * sizeof(In));
-    Words<kBytes> other = own;
-    if (members == 2 || part.rule == Rule::kMixup || part.rule == Rule::kCutMix) {
-      other = load_words<kBytes>(job.partners.data + (mate * job.partners.n + element) * sizeof(In));
-    }
-    const Scales scales = scales_of(job, spot.c);
-    // Both members of a pair by the same code: what is the one's own is the other's partner.
-#pragma unroll 1
-    for (int member = 0; member < members; ++member) {
-      const int64_t index = member == 0 ? unit : mate;
-      if (job.clean.data != nullptr) {
-        store_words(job.clean.data + (index * job.clean.n + element) * sizeof(Out),
-                    make_vector<In, Out>(job, Part{}, own, own, scales));
+  Words<kBytes> own[kVectors] = {}, other[kVectors] = {};
+  const auto load_image = [&](Words<kBytes>* words, const View& view, int64_t index) {
+    const char* image = view.data + index * view.n * sizeof(In);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int32_t at = element + v * stride;
+      if (job.planar ? element < elements : at < elements) {
+        words[v] = load_words<kBytes>(image + static_cast<int64_t>(at) * sizeof(In));
       }
-      if (part.rule != Rule::kResizeMix || part.mask == 0) {
-        store_words(job.mixed.data + (index * job.mixed.n + element) * sizeof(Out),
-                    make_vector<In, Out>(job, part, own, other, scales));
-      }
-      exchange(own, other);
-      exchange(part, back);
     }
+  };
+  // Loads first: of a mirrored pair both images are needed whatever the plan says.
+  load_image(own, job.images, unit);
+  const bool paired = job.pairs && job.n - 1 - unit != unit;
+  if (paired) load_image(other, job.images, job.n - 1 - unit);
+  const int64_t mate = partner_of(job, unit);
+  const Row row = unscaled_row_of(job, unit, mate);
+  const Row back = paired ? unscaled_row_of(job, mate, unit) : Row{};
+  if (!paired && (row.rule == Rule::kMixup || row.rule == Rule::kCutMix)) load_image(other, job.partners, mate);
+  if (element < elements) {
+    store_image<In, Out>(job, row, unit, own, other, element, stride, elements);
+    // What is the one's own is the other's partner.
+    if (paired) store_image<In, Out>(job, back, mate, other, own, element, stride, elements);
   }
   // Once more for what is resized; nothing of the vectors is kept until here.
-#pragma unroll 1
-  for (int member = 0; member < members; ++member) {
-    const int64_t index = member == 0 ? unit : mate, partner = member == 0 ? mate : unit;
-    const Row row = row_of(job, index, partner);
-    if (row.rule != Rule::kResizeMix) continue;
-#pragma unroll 1
-    for (int k = 0; k < kElements; ++k) {
-      const int32_t at = chunk + k * kThreads + static_cast<int32_t>(threadIdx.x);
-      if (at < job.elements) resize_element<In, Out>(job, row, index, partner, at);
-    }
-  }
+  if (row.rule == Rule::kResizeMix) resize_chunk<In, Out>(job, row, unit, mate, chunk, elements);
+  if (paired && back.rule == Rule::kResizeMix) resize_chunk<In, Out>(job, back, mate, unit, chunk, elements);
 }
 
 // One element of a row: any strides, any types.
@@ -336,8 +516,9 @@ __device__ __forceinline__ uint32_t mixed_bits(const GpuMix& job, const Row& row
   if (row.rule == Rule::kMixup) return finish(blend(decode(job.in, own), row.own, decode(job.in, other), row.other));
   const bool pasted = row.boxed() && inside(row, spot);
   if (pasted && row.rule == Rule::kResizeMix) {
-    const auto read = [&job](int64_t offset) { return decode(job.in, read_bits(job.in, job.partners.data, offset)); };
-    return finish(resized(job, row, spot, partner, read));
+    const Taps taps = taps_of(job, row, spot, partner);
+    const auto read = [&](int tap) { return decode(job.in, read_bits(job.in, job.partners.data, taps.at[tap])); };
+    return finish(blend_taps(taps, read));
   }
   const uint32_t bits = pasted ? other : own;
   return job.copies ? bits : finish(decode(job.in, bits));
@@ -375,7 +556,7 @@ __global__ void __launch_bounds__(kThreads) mix_scalar_kernel(const __grid_const
 
 // The first of `target` positions whose taps may reach source pixel `pixel`; taps ascend.
 __device__ __forceinline__ int32_t first_reaching(int32_t pixel, int32_t target, int32_t extent, float scale) {
-  int32_t k = clamp(static_cast<int64_t>((static_cast<float>(pixel) - 0.5f) / scale - 0.5f), 0, target - 1);
+  int32_t k = clamp(static_cast<int32_t>((static_cast<float>(pixel) - 0.5f) / scale - 0.5f), 0, target - 1);
   while (k > 0 && resize_tap(k - 1, target, extent, scale).first >= pixel - 1) --k;
   while (k < target && resize_tap(k, target, extent, scale).first < pixel - 1) ++k;
   return k;
@@ -505,7 +686,7 @@ __global__ void __launch_bounds__(kThreads, 3) mix_backward_vector_kernel(const 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) mix_backward_scalar_kernel(const __grid_constant__ GpuGrad job) {
+__global__ void __launch_bounds__(kThreads, 4) mix_backward_scalar_kernel(const __grid_constant__ GpuGrad job) {
   const auto read = [&job](int64_t offset) { return decode(job.in, read_bits(job.in, job.grad_mixed.data, offset)); };
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t unit = at / job.elements;
@@ -621,9 +802,10 @@ struct GradVector {
   }
 };
 
+// Blocks of a unit whose threads own `vectors` vectors each.
 template <class Job>
-int64_t chunks_of(const Job& job) {
-  const int64_t chunk = kThreads * 16 / bytes_of(job.out);
+int64_t chunks_of(const Job& job, int vectors) {
+  const int64_t chunk = vectors * kThreads * 16 / bytes_of(job.out);
   return (job.elements + chunk - 1) / chunk;
 }
 
@@ -632,7 +814,8 @@ auto run_mix(GpuMix job, Launch launch) {
   if (!vectorised(job)) {
     return launch(mix_scalar_kernel, (job.units * job.elements + kThreads - 1) / kThreads, job);
   }
-  job.chunks = chunks_of(job);
+  job.planar = !job.interleaved && job.channels == kVectors;
+  job.chunks = chunks_of(job, kVectors);
   return with_types(job.in, job.out, MixVector<Launch>{launch, job});
 }
 
@@ -642,7 +825,7 @@ auto run_mix_backward(GpuGrad job, Launch launch) {
     job.units = job.n + (job.own_partners ? 0 : job.partner_rows);  // a thread owns one pixel of one image
     return launch(mix_backward_scalar_kernel, (job.units * job.elements + kThreads - 1) / kThreads, job);
   }
-  job.chunks = chunks_of(job);
+  job.chunks = chunks_of(job, 1);
   return with_types(job.in, job.out, GradVector<Launch>{launch, job});
 }
 

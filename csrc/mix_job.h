@@ -23,4 +23,12 @@ struct PlanView {
   bool mirrored;
 };
 
+// What is written over boxes of the mixed images (`Erasure` in sdmp_kernels/ops/mix/arguments.py); all contiguous.
+struct ErasureView {
+  const int32_t* boxes = nullptr;  // (n, count, 5): top, left, height, width, row of `fill`; null where nothing is
+  int64_t count = 0;               // erased
+  const float* fill = nullptr;     // (rows, channels)
+  bool per_pixel = false;
+};
+
 }  // namespace sdmp

@@ -10,9 +10,13 @@
 
 #include "mix_job.h"
 
-#define SDMP_MIX_SCHEMA                                                                                               \
-  "(Tensor images, Tensor? partners, Tensor rule, Tensor partner, Tensor lam, Tensor box, bool mirrored, "            \
-  "float[]? mean, float[]? std, Tensor(a!) mixed, Tensor(b!)? clean) -> ()"
+#define SDMP_MIX_ARGUMENTS                                                                                            \
+  "Tensor images, Tensor? partners, Tensor rule, Tensor partner, Tensor lam, Tensor box, bool mirrored, "             \
+  "float[]? mean, float[]? std, Tensor(a!) mixed, Tensor(b!)? clean"
+#define SDMP_MIX_SCHEMA "(" SDMP_MIX_ARGUMENTS ") -> ()"
+// With what is erased, which the CPU kernels alone do.
+#define SDMP_MIX_ERASE_SCHEMA \
+  "(" SDMP_MIX_ARGUMENTS ", Tensor? boxes=None, Tensor? fill=None, bool per_pixel=False) -> ()"
 #define SDMP_MIX_BACKWARD_SCHEMA                                                                                      \
   "(Tensor? grad_mixed, Tensor? grad_clean, Tensor rule, Tensor partner, Tensor lam, Tensor box, bool mirrored, "     \
   "Tensor? order, Tensor? starts, float[]? std, Tensor(a!) grad_images, Tensor(b!)? grad_partners) -> ()"
@@ -67,6 +71,33 @@ inline PlanView plan_of(const Tensor& rule, const Tensor& partner, const Tensor&
   check_vector(box, "box", ScalarType::Int, rows, 4);
   return PlanView{static_cast<const uint8_t*>(rule.data_ptr()), static_cast<const int64_t*>(partner.data_ptr()),
                   static_cast<const float*>(lam.data_ptr()), static_cast<const int32_t*>(box.data_ptr()), mirrored};
+}
+
+// The boxes of an erasure, all of them within the image, and what fills them.
+inline ErasureView erasure_of(const std::optional<Tensor>& boxes, const std::optional<Tensor>& fill, bool per_pixel,
+                              const Tensor& images) {
+  if (!boxes.has_value()) return ErasureView{};
+  const int64_t rows = images.size(0);
+  STD_TORCH_CHECK(boxes->dim() == 3 && boxes->size(0) == rows && boxes->size(2) == 5 && boxes->is_contiguous() &&
+                      boxes->scalar_type() == ScalarType::Int,
+                  "boxes must be contiguous int32 of shape (", rows, ", R, 5)");
+  STD_TORCH_CHECK(fill.has_value() && fill->dim() == 2 && fill->size(1) == images.size(1) && fill->is_contiguous() &&
+                      fill->scalar_type() == ScalarType::Float,
+                  "fill must be contiguous float32 of shape (F, ", images.size(1), ")");
+  const ErasureView view{static_cast<const int32_t*>(boxes->data_ptr()), boxes->size(1),
+                         static_cast<const float*>(fill->data_ptr()), per_pixel};
+  for (int64_t k = 0; k < rows * view.count; ++k) {
+    const int32_t* box = view.boxes + 5 * k;
+    const int64_t area = static_cast<int64_t>(box[2]) * box[3];
+    const int64_t used = per_pixel || area == 0 ? area : 1;
+    STD_TORCH_CHECK(box[0] >= 0 && box[1] >= 0 && box[2] >= 0 && box[3] >= 0 &&
+                        static_cast<int64_t>(box[0]) + box[2] <= images.size(2) &&
+                        static_cast<int64_t>(box[1]) + box[3] <= images.size(3),
+                    "box ", k % view.count, " of row ", k / view.count, " does not lie within the image");
+    STD_TORCH_CHECK(box[4] >= 0 && box[4] + used <= fill->size(0), "box ", k % view.count, " of row ", k / view.count,
+                    " needs ", box[4] + used, " rows of fill, which has ", fill->size(0));
+  }
+  return view;
 }
 
 inline void check_shape(const Tensor& tensor, const Tensor& images, const char* name, bool any_rows) {

@@ -16,11 +16,13 @@ from sdmp_kernels.ops.augment.arguments import FlatImages
 from sdmp_kernels.ops.distillation import distillation
 from sdmp_kernels.ops.info_nce import info_nce
 from sdmp_kernels.ops.mix import mix
+from sdmp_kernels.ops.mix.arguments import Erasure
 from sdmp_kernels.ops.soft_cross_entropy import soft_cross_entropy
 from sdmp_kernels.plan import MixPlan, Rule, TwoHot, draw_plan, make_plan
 from sdmp_kernels.views import ViewDraws, ViewRecipe, byol_views, dino_views, draw_views
 
 __all__ = [
+    "Erasure",
     "FlatImages",
     "MixPlan",
     "Rule",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import sys
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 from sdmp_kernels._checks import check_choice
@@ -85,6 +87,15 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def _interpreter_fails() -> str | None:
+    """Why Triton's interpreter cannot run: that of 3.6 makes loop bounds of arrays by `int`, as numpy 2.4 forbids."""
+    source = inspect.getsource(importlib.import_module("triton.runtime.interpreter"))
+    if "int(self.handle.data)" not in source or tuple(map(int, np.__version__.split(".")[:2])) < (2, 4):
+        return None
+    return f"the interpreter of triton {_triton_version()} fails with numpy {np.__version__}; pip install 'numpy<2.4'"
+
+
+@functools.cache
 def native_library(device_type: str) -> str | None:
     """Load the compiled kernels of a device type; None once loaded, else the reason why they are not there."""
     name = {"cpu": "_native_cpu", "cuda": "_native_cuda"}[device_type]
@@ -130,6 +141,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
             return "triton compiles for GPUs only (its interpreter is off)"
         if device_type == "cuda" and interpreting():
             return "triton is in interpreter mode, which is for tensors on the CPU"
+        if device_type == "cpu":
+            return _interpreter_fails()
     if backend == "cpp":
         return native_library("cpu") if device_type == "cpu" else "cpp runs on the CPU only"
     if backend == "cuda":

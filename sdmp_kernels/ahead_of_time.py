@@ -36,7 +36,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 2324
 FACTS = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma")
 _TENSOR_CORE = re.compile(r"\b(HMMA|IMMA|QMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
 _WARPGROUP: dict[str, str | tuple[str, ...]] = {"sm_90": ("HGMMA", "QGMMA"), "sm_100": "UTC"}
-_REGISTERS = "registers<="
+_REGISTERS, _BARRIERS, _IN_FLIGHT = "registers<=", "barriers<=", "in_flight>="
+_LOAD = re.compile(r"LDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)*\s+R(\d+),")
 
 
 @dataclass
@@ -51,6 +52,9 @@ class Report:
         narrow: source lines ("triton_kernels.py:31") whose tensor accesses are under 128 bits and not excused.
         tensor_cores: tensor-core instructions by name.
         waits: instructions that wait for a warpgroup's products (sm_90).
+        barriers: instructions at which the warps of a program wait for each other.
+        instructions: of the whole kernel, as they stand in it.
+        in_flight: the most loads of global memory that are asked for before the first of them is used.
         failed: the declared facts that do not hold, in words; empty where all is well.
         seconds: what compiling took.
     """
@@ -68,6 +72,9 @@ class Report:
     narrow: dict[str, list[str]] = field(default_factory=dict)
     tensor_cores: dict[str, int] = field(default_factory=dict)
     waits: int = 0
+    barriers: int = 0
+    instructions: int = 0
+    in_flight: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     triton: str = ""
@@ -97,9 +104,13 @@ def check(item: Compile, arch: str) -> Report:
     Raises:
         ValueError: for an unknown fact, or where Triton is in interpreter mode.
     """
-    unknown = [fact for fact in item.facts if fact not in FACTS and not re.fullmatch(_REGISTERS + r"\d+", fact)]
+    limits = rf"({_REGISTERS}|{_BARRIERS}|{_IN_FLIGHT})\d+"
+    unknown = [fact for fact in item.facts if fact not in FACTS and not re.fullmatch(limits, fact)]
     if unknown:
-        raise ValueError(f"{item.name} declares the unknown facts {unknown}; expected some of {FACTS}, registers<=N")
+        raise ValueError(
+            f"{item.name} declares the unknown facts {unknown}; expected some of {FACTS}, registers<=N, barriers<=N, "
+            "in_flight>=N"
+        )
     report = Report(item.name, arch, item.num_warps, item.num_stages)
     begin = time.perf_counter()
     compiled = _compile(item, arch)
@@ -148,7 +159,27 @@ def _read_machine_code(cubin: bytes, report: Report) -> None:
     report.shared = int(usage[3])
     report.spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
     report.tensor_cores = dict(Counter(_TENSOR_CORE.findall(text)))
+    report.barriers = len(re.findall(r"\bBAR\.SYNC\b", text))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^;]*);", text, re.MULTILINE)
+    report.instructions, report.in_flight = len(lines), _loads_in_flight(lines)
     report.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text))
+
+
+def _loads_in_flight(lines: Sequence[str]) -> int:
+    """The most loads in a row of which none is used by an instruction between them, as the code stands."""
+    waiting: set[int] = set()
+    loads = most = 0
+    for line in lines:
+        load = _LOAD.search(line)
+        read = line[load.end() :] if load else line
+        if waiting & {int(register) for register in re.findall(r"\bR(\d+)\b", read)}:
+            waiting, loads = set(), 0
+        if load:
+            first, words = int(load[2]), int(load[1] or 32) // 32
+            waiting |= set(range(first, first + words))
+            loads += 1
+            most = max(most, loads)
+    return most
 
 
 def _scalar_lines(ttgir: str) -> set[tuple[str, int]]:
@@ -240,9 +271,13 @@ def failures(item: Compile, arch: str, report: Report) -> list[str]:
     products = report.tensor_cores.get("HGMMA", 0)
     if "warpgroup_mma" in item.facts and arch == "sm_90" and report.waits > products / 2:
         failed.append(f"warpgroup_mma: {report.waits} waits for {products} instructions, which run one by one")
-    bound = min((int(f.removeprefix(_REGISTERS)) for f in item.facts if f.startswith(_REGISTERS)), default=255)
-    if report.registers > bound:
-        failed.append(f"registers: {report.registers} per thread, expected at most {bound}")
+    for fact, found, words in ((_REGISTERS, report.registers, " per thread"), (_BARRIERS, report.barriers, "")):
+        bound = min((int(f.removeprefix(fact)) for f in item.facts if f.startswith(fact)), default=found)
+        if found > bound:
+            failed.append(f"{fact.removesuffix('<=')}: {found}{words}, expected at most {bound}")
+    least = max((int(f.removeprefix(_IN_FLIGHT)) for f in item.facts if f.startswith(_IN_FLIGHT)), default=0)
+    if report.in_flight < least:
+        failed.append(f"in_flight: {report.in_flight} loads before the first is used, expected at least {least}")
     return failed
 
 

@@ -402,7 +402,9 @@ class MixPlan:
         if len(labels) != len(self):
             raise ValueError(f"labels has {len(labels)} rows but the plan has {len(self)}; give one label per row")
         self._check_partner_below(len(others), "labels" if partner_labels is None else "partner_labels")
-        return TwoHot(labels, others[self.partner.to(others.device)], self.lam.to(labels.device))
+        same = self.mirrored and len(others) == len(self)
+        second = others.flip(0) if same else others[self.partner.to(others.device)]
+        return TwoHot(labels, second, self.lam.to(labels.device))
 
     def _check_partner_below(self, rows: int, what: str) -> None:
         if self.mirrored and len(self) <= rows:
@@ -611,7 +613,7 @@ def flipped_plan(
     lam = count_lam(rule, drawn, boxes, size[0] * size[1])
     return _trusted(
         rule=torch.from_numpy(rule),
-        partner=torch.arange(len(rule) - 1, -1, -1),
+        partner=torch.from_numpy(np.arange(len(rule) - 1, -1, -1)),
         lam=torch.from_numpy(lam),
         partner_lam=torch.from_numpy(lam[::-1].copy()),
         box=torch.from_numpy(boxes),

@@ -217,6 +217,8 @@ class RunConfig:
     """Where to train."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the encoders; auto is bf16 on a GPU, fp32 elsewhere. Losses are always fp32."""
+    compile: bool = False
+    """torch.compile of the backbones; steps are faster on a GPU, after a minute or more of compiling, in other bits."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every_epochs: int = 10

@@ -125,6 +125,9 @@ def assemble(
         build_backbone, config.model, config.data.image_px, config.run.seed, channels=config.data.channels
     )
     method = (method_class or config.method_class)(config.method, backbone, setup)
+    if config.run.compile:
+        for module in method.backbones:
+            module.compile()  # in place: parameters keep their names
     optimizer = make_optimizer(config.optim, method.groups())
     return Training(config, world, method, optimizer, BufferGuard(method.state), steps_per_epoch)
 

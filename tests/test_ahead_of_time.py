@@ -16,7 +16,7 @@ import pytest
 from oldest_triton import OLDEST, Unavailable, unpacked
 
 from sdmp_kernels._launch import Compile
-from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT, Report, failures
+from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT, Report, _loads_in_flight, failures
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -168,6 +168,28 @@ def test_each_element_is_read_and_written_as_often_as_the_model_says(
 
 def tiles_of(op: str, arch: str) -> list[Any]:
     return importlib.import_module(f"sdmp_kernels.ops.{op}.triton").compiles(arch)
+
+
+def test_loads_in_flight_are_counted_up_to_the_first_use() -> None:
+    lines = [
+        "LDG.E.U16 R4, desc[UR4][R2.64]",
+        "LDG.E.128 R8, desc[UR4][R2.64+0x10]",
+        "IMAD R20, R21, R22, RZ",
+        "LDG.E.CONSTANT R12, desc[UR4][R2.64]",
+        "FADD R30, R11, R31",  # the last register of the wide one
+        "LDG.E R5, desc[UR4][R30.64]",
+    ]
+    assert _loads_in_flight(lines) == 3
+    assert _loads_in_flight(lines[3:]) == 2
+    # One whose address was loaded uses that.
+    assert _loads_in_flight(["LDG.E.64 R2, desc[UR4][R6.64]", "LDG.E R4, desc[UR4][R2.64]"]) == 1
+
+
+def test_limits_are_held() -> None:
+    item = Compile(None, {}, {}, (), 8, 2, ("registers<=64", "barriers<=1", "in_flight>=12"), "mix")
+    assert failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=64, barriers=1, in_flight=12)) == []
+    found = failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=65, barriers=2, in_flight=11))
+    assert [fact.split(":")[0] for fact in found] == ["registers", "barriers", "in_flight"]
 
 
 def test_bad_facts_are_found(tmp_path: Path) -> None:

@@ -155,3 +155,26 @@ def test_a_wheel_that_a_clone_shadows_is_named(tmp_path: Path, monkeypatch):
     (wheel / "_native_cpu.abi3.so").touch()
     assert _backends._hidden_package("_native_cpu", clone) == wheel
     assert _backends._hidden_package("_native_cpu", wheel) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "numpy_version", "fails"),
+    [
+        ("lambda self: int(self.handle.data)", "2.4.0", True),
+        ("lambda self: int(self.handle.data)", "2.3.5", False),
+        ("lambda self: int(self.handle.data.squeeze())", "2.10.1", False),
+    ],
+)
+def test_an_interpreter_that_numpy_breaks_is_said(monkeypatch, line, numpy_version, fails):
+    """Triton 3.6's, with numpy 2.4 and newer: `backends` and the op matrix name the reason and the pin."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(_backends.inspect, "getsource", lambda module: line)
+    monkeypatch.setattr(_backends.np, "__version__", numpy_version)
+    monkeypatch.setattr(_backends, "interpreting", lambda: True)
+    _backends._interpreter_fails.cache_clear()
+    try:
+        why = _backends.unavailable("triton", "cpu")
+    finally:
+        _backends._interpreter_fails.cache_clear()
+    assert (why is not None) is fails
+    assert not fails or "pip install 'numpy<2.4'" in why

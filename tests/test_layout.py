@@ -37,6 +37,7 @@ SUITES = {
     "ops/test_loss_native.py": "csrc: the losses",
     "ops/test_mix_native.py": "csrc/mix",
     "ops/test_mix_triton.py": "sdmp_kernels/ops/mix/triton.py",
+    "timm/test_train_script.py": "the training script of timm's repository, where it is given",
     "train/test_convergence.py": "curves of whole trainings",
     "train/test_kill_run.py": "whole runs, killed: kill_run.py",
     "train/test_pretrain.py": "whole runs: commands.py, run.py, run_folder.py, training.py",

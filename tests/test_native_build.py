@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
@@ -227,13 +228,14 @@ def test_cuda_kernels_spill_nothing(cuda_binary: Path, cuobjdump: str) -> None:
     assert len(found) >= 20
     for name, registers, stack, local in found:
         assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= 85, name  # three blocks of 256 threads on a multiprocessor
+        # Three blocks of 256 threads on a multiprocessor; two where a thread holds twice as many bytes, or 16 elements.
+        assert int(registers) <= (128 if re.search(r"17mix_vector_kernelI(hhE|fN)", name) else 85), name
 
 
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda_binary: Path, cuobjdump: str) -> None:
     """Vector kernels store the results 16 bytes at a time, and load as much of an image as that takes.
 
-    Besides these, one narrow store and some narrow loads belong to what is resized, element by element.
+    Besides these, some narrow stores and loads belong to what is resized, element by element.
     """
     half = r"N\w*?4(?:Half|Bf16)E"
     pattern = re.compile(rf"Function : \w*?(mix(?:_backward)?_vector_kernel)I(h|f|{half})(h|f|{half}|S\d?_)E")
@@ -254,11 +256,80 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_binary: Path, cuobjdump: str)
         narrow = {1: "STG.E.U8", 2: "STG.E.U16", 4: "STG.E"}[bytes_out]
         assert {access for access in counts if access.startswith("STG")} == {"STG.E.128", narrow}
         assert counts["STG.E.128"] >= results, (name, source, result)
-        assert counts[narrow] == 1, (name, source, result)
+        # Forward of both images of a pair: at one place of three planes, or of one element.
+        assert counts[narrow] == (2 * (3 + 1) if name == "mix_vector_kernel" else 1), (name, source, result)
         width = min(16, 16 * bytes_in // bytes_out)
         if width in WIDTHS:
             assert counts[WIDTHS[width]] >= 2, (name, source, result)
         assert not counts["LDL"] + counts["STL"]
+
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def instructions(sass: str, function: str) -> list[tuple[int, bool, str, str]]:
+    """(address, whether predicated, name, operands) of the function whose mangled name holds `function`."""
+    part = next(part for part in sass.split("Function : ")[1:] if function in part.splitlines()[0])
+    found = (INSTRUCTION.match(line) for line in part.splitlines())
+    return [(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m]
+
+
+def fewest_instructions(code: list[tuple[int, bool, str, str]], stores: int, products: int, sums: int) -> int:
+    """From a kernel's first to an EXIT, with so many wide stores, so many products at least and so many sums at most.
+
+    A lower bound: jumps are taken as they suit. What is predicated off counts, as it is issued. By Dijkstra, over blocks without a jump."""
+    place = {address: i for i, (address, *_) in enumerate(code)}
+    jumps = {i: place[int(args.split("0x")[1], 16)] for i, (_, _, op, args) in enumerate(code) if op == "BRA"}
+    starts = sorted({0, *jumps.values(), *(i + 1 for i, c in enumerate(code) if c[2] in ("BRA", "EXIT"))} - {len(code)})
+    ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))
+    names = {start: [c[2] for c in code[start:end]] for start, end in ends.items()}
+    cost = {
+        start: tuple(sum(n.startswith(what) for n in ops) for what in ("STG.E.128", "FMUL", "FADD"))
+        for start, ops in names.items()
+    }
+
+    def onward(start: int) -> list[int]:
+        last = ends[start] - 1
+        _, guarded, op, args = code[last]
+        falls = op not in ("BRA", "EXIT", "RET.REL.NODEC") or guarded or bool(re.match(r"\s*!?U?P\w+,", args))
+        targets = [jumps[last]] if op == "BRA" else [-1] if op == "EXIT" else []
+        return targets + ([ends[start]] if falls and ends[start] < len(code) else [])
+
+    first = (0, 0, 0, 0)
+    best = {first: 0}
+    heap = [(0, first)]
+    while heap:
+        spent, state = heapq.heappop(heap)
+        at, *done = state
+        if at == -1:
+            if done[:2] == [stores, products]:
+                return spent
+            continue
+        if spent > best[state]:
+            continue
+        gained = [a + b for a, b in zip(done, cost[at], strict=True)]
+        if gained[0] > stores or gained[2] > sums:
+            continue
+        for to in onward(at):
+            after = (to, gained[0], min(gained[1], products), gained[2])
+            if spent + len(names[at]) < best.get(after, 10**9):
+                best[after] = spent + len(names[at])
+                heapq.heappush(heap, (spent + len(names[at]), after))
+    raise AssertionError("no such way")
+
+
+def test_a_mixed_pair_of_three_planes_costs_few_instructions(cuda_binary: Path, cuobjdump: str) -> None:
+    """bfloat16, both images of a Mixup pair: 48 results of two products and a sum each, in six stores.
+
+    With one vector a thread it took 503 for 16 results; Triton's kernel has 568 for 48. And whatever the plan says, the
+    six loads are asked for before anything of it is.
+    """
+    code = instructions(
+        run([cuobjdump, "-sass", "-arch", "sm_90", str(cuda_binary)]), "17mix_vector_kernelINS0_4Bf16ES2_E"
+    )
+    assert 300 < fewest_instructions(code, 6, 96, 52) <= 700
+    loads = [name for _, _, name, _ in code if name.startswith("LDG")]
+    assert loads[:6] == ["LDG.E.128"] * 6 and {"LDG.E.U8", "LDG.E"} <= set(loads[6:])
 
 
 def test_backends_say_what_runs() -> None:

@@ -1,6 +1,6 @@
-"""timm's random erasing of a batch: boxes drawn on the host for all rows at once, filled by a few launches in all.
+"""timm's random erasing of a batch: boxes and colours drawn for all rows at once, written by `mix` in its one pass.
 
-Letters: N images, C channels, H W pixels, R boxes per image at most, S pixels erased.
+Letters: N images, C channels, H W pixels, R boxes per image at most.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import Draws
+from sdmp_kernels._drop_in import Draws, keep_plan
+from sdmp_kernels._memory import moved
+from sdmp_kernels.ops.mix import mix
+from sdmp_kernels.ops.mix.arguments import Erasure
 
 _MODES = ("const", "rand", "pixel")
 _IMAGES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,10 +95,25 @@ class RandomErasing:
             self(images[None])
             return images
         check_tensor("images", images, dtypes=_IMAGES, ndim=4, shape="(N, C, H, W)")
-        rng = self._draws.next()
-        boxes = self.draw(rng, len(images), (images.shape[2], images.shape[3]))
-        erase(images, boxes, self.mode, int(rng.integers(2**63)))
+        size = (images.shape[2], images.shape[3])
+        erased = self.erasure(len(images), images.shape[1], size, images.device)
+        mix(images, keep_plan(len(images), size).to(images.device), erase=erased, out=images)
         return images
+
+    def erasure(self, n: int, channels: int, size: tuple[int, int], device: torch.device) -> Erasure:
+        """Draw what a call would erase of n images, for `mix` to do in the pass that mixes and normalises them.
+
+        Args:
+            n: number of images, 0 or more.
+            channels: C.
+            size: (H, W) in pixels.
+            device: where the images are.
+
+        Returns:
+            An `Erasure` of n rows, on the device.
+        """
+        rng = self._draws.next()
+        return filled(self.draw(rng, n, size), channels, self.mode, int(rng.integers(2**63)), device)
 
     def draw(self, rng: np.random.Generator, n: int, size: tuple[int, int]) -> np.ndarray:
         """(n, R, 4) int64 boxes of top, left, height, width; of no height where nothing is erased."""
@@ -121,41 +139,29 @@ class RandomErasing:
         )
 
 
-def erase(images: Tensor, boxes: np.ndarray, mode: str, seed: int) -> None:
-    """Fill boxes of images in place: as many launches for a batch as for one image, and no wait for the device.
+def filled(boxes: np.ndarray, channels: int, mode: str, seed: int, device: torch.device) -> Erasure:
+    """Boxes with what a mode fills them with, on a device: as many launches for a batch as for one image, and no wait.
 
     Args:
-        images: (N, C, H, W) floating, any strides.
         boxes: (N, R, 4) int64 of top, left, height, width inside the image; later ones lie over earlier ones.
+        channels: C.
         mode: "const", "rand" or "pixel", as in `RandomErasing`.
         seed: of the normal numbers.
+        device: where the images are.
+
+    Raises:
+        ValueError: for 2**31 pixels to erase, or more.
     """
-    normal = torch.Generator(images.device).manual_seed(seed) if mode != "const" else None
-    for k in range(boxes.shape[1]):  # one after another: within one write the boxes of an image must not meet
-        rows = np.flatnonzero(boxes[:, k, 2] * boxes[:, k, 3])
-        if len(rows):
-            _fill(images, rows, boxes[rows, k], mode, normal)
-
-
-def _fill(images: Tensor, rows: np.ndarray, boxes: np.ndarray, mode: str, normal: torch.Generator | None) -> None:
-    """One box for each of `rows`, which are distinct."""
-    areas = boxes[:, 2] * boxes[:, 3]
-    facts = np.column_stack([rows, boxes, np.cumsum(areas) - areas])  # row, top, left, height, width, first pixel
-    count, channels = int(areas.sum()), images.shape[1]
-    table = torch.from_numpy(facts)
-    if images.device.type == "cuda":
-        table = table.pin_memory().to(images.device, non_blocking=True)
-    else:
-        table = table.to(images.device)
-    box = torch.arange(len(facts), device=images.device)
-    box = box.repeat_interleave(table[:, 3] * table[:, 4], output_size=count)
-    row, top, left, _, width, begin = table[box].unbind(1)
-    pixel = torch.arange(count, device=images.device) - begin
-    where = (row, top + pixel // width, left + pixel % width)
+    areas = boxes[..., 2] * boxes[..., 3]
+    used = areas if mode == "pixel" else (areas > 0).astype(np.int64)  # rows of colours of each box
+    rows = int(used.sum())
+    if rows >= 2**31:
+        raise ValueError(f"{rows} pixels would be erased, but 2**31 - 1 at most can be; take smaller batches")
     if mode == "const":
-        colour = images.new_zeros(())
+        first, fill = np.zeros_like(used), torch.zeros(1, channels, device=device)
     else:
-        shape = (len(facts) if mode == "rand" else count, channels)
-        colour = torch.randn(shape, generator=normal, device=images.device, dtype=torch.float32).to(images.dtype)
-        colour = colour[box] if mode == "rand" else colour
-    images.permute(0, 2, 3, 1).index_put_(where, colour)
+        first = (np.cumsum(used) - used.ravel()).reshape(used.shape)
+        normal = torch.Generator(device).manual_seed(seed)
+        fill = torch.randn(max(rows, 1), channels, generator=normal, device=device, dtype=torch.float32)
+    table = torch.from_numpy(np.concatenate([boxes, first[..., None]], axis=-1).astype(np.int32))
+    return Erasure(table if device.type == "cpu" else moved([table], device)[0], fill, mode == "pixel")

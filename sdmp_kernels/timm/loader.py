@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sdmp_kernels._drop_in import keep_plan
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, TwoHot, make_plan
+from sdmp_kernels.plan import MixPlan, TwoHot
 from sdmp_kernels.timm.erasing import RandomErasing
 from sdmp_kernels.timm.mixup import Mixup
 
@@ -72,6 +73,10 @@ class FastCollateMixup(Mixup):
         plan, lam = self._draw(len(images), (images.shape[2], images.shape[3]), enabled=True)
         return Collated(images, target, plan, lam)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned workers get a copy, and have no use for a plan that may lie on a GPU.
+        return self.__dict__ | {"last_plan": None}
+
     def finish(self, batch: Collated) -> tuple[MixPlan | None, Tensor | TwoHot]:
         """The plan to mix a batch by (None: not at all), and its target, where the batch is.
 
@@ -90,8 +95,8 @@ class FastCollateMixup(Mixup):
 class PrefetchLoader:
     """timm's `PrefetchLoader`: batches of bytes go to the device ahead of time and come out as a model takes them.
 
-    Normalising and mixing are one fused pass that reads the bytes and writes `img_dtype`; random erasing by timm's laws
-    then writes its boxes and nothing else. On a GPU both run on a stream of their own, while the step before computes.
+    Mixing, normalising and then random erasing by timm's laws are one fused pass, which reads the bytes and writes
+    `img_dtype`. On a GPU it runs on a stream of its own, while the step before computes.
 
     Args:
         loader: of `Collated` batches, from a `FastCollateMixup`, or of (images, target) with (N, C, H, W) uint8.
@@ -172,9 +177,12 @@ class PrefetchLoader:
             raise TypeError(f"images of the loader must be uint8, or floats of 0 to 255, got {images.dtype}")
         if images.dtype != torch.uint8:
             images = images / 255
-        used = keep_plan(len(images), (images.shape[2], images.shape[3])).to(self.device) if plan is None else plan
-        images = cast(Tensor, mix(images, used, mean=self.mean, std=self.std, dtype=self.img_dtype))
-        return images if self.random_erasing is None else self.random_erasing(images), target, plan
+        n, channels, size = len(images), images.shape[1], (images.shape[2], images.shape[3])
+        used = keep_plan(n, size).to(images.device) if plan is None else plan
+        erasing = self.random_erasing
+        erased = None if erasing is None else erasing.erasure(n, channels, size, images.device)
+        images = cast(Tensor, mix(images, used, mean=self.mean, std=self.std, dtype=self.img_dtype, erase=erased))
+        return images, target, plan
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -249,11 +257,6 @@ def create_loader(*args: Any, **options: Any) -> Any:
         re_count=asked["re_count"],
         re_num_splits=0 if erasing is None else erasing.num_splits,
     )
-
-
-def keep_plan(n: int, size: tuple[int, int]) -> MixPlan:
-    """The plan that mixes nothing."""
-    return make_plan("keep", torch.ones(n), size)
 
 
 def _per_channel(values: Sequence[float] | float, channels: int) -> tuple[float, ...]:

@@ -41,10 +41,11 @@ class SoftTargetCrossEntropy(nn.Module):
             target: a `TwoHot` of N rows, (N,) class numbers, or (N, K) rows.
 
         Returns:
-            () float32, or of the dtype that timm's has for a dense target.
+            () float32, or of the dtype that timm's has for a dense target. Half logits with float32 targets are taken
+            to float32 first, also where autocast does not do that (bfloat16 on a CPU).
         """
         if isinstance(target, Tensor) and target.shape == x.shape:
-            return -(target * F.log_softmax(x, dim=-1)).sum(-1).mean()
+            return -(target * F.log_softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, target.dtype))).sum(-1).mean()
         return soft_cross_entropy(
             x,
             _two_hot(target, x, self.ignore_index),
@@ -101,10 +102,10 @@ class BinaryCrossEntropy(nn.Module):
             target: a `TwoHot` of N rows, (N,) class numbers, or (N, K) rows.
 
         Returns:
-            (), or (N, K) with reduction "none"; float32 for half logits and two-hot targets.
+            (), or (N, K) with reduction "none"; float32 for half logits, unless dense targets are half too.
         """
         if isinstance(target, Tensor) and target.shape == x.shape:
-            losses = self._dense(x, target)
+            losses = self._dense(x.to(torch.promote_types(x.dtype, target.dtype)), target)
         else:
             losses = self._sparse(x if x.dtype == torch.float64 else x.float(), _two_hot(target, x))
         if self.sum_classes:

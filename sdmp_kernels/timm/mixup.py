@@ -219,9 +219,15 @@ class Mixup(Drawing):
         """(count,) rules and drawn lam."""
         mixed = rng.random(count) < self.mix_prob
         rule = choose(rng, self._chances(), count)
-        alpha = np.array([1.0, self.mixup_alpha, self.cutmix_alpha, self.resizemix_alpha])[rule]
-        drawn = rng.beta(alpha, alpha)
-        rule[~mixed] = Rule.KEEP
+        alphas = (1.0, self.mixup_alpha, self.cutmix_alpha, self.resizemix_alpha)
+        if count == 1:  # the same numbers, without arrays of parameters
+            alpha = alphas[rule[0]]
+            drawn = rng.beta(alpha, alpha, size=1)
+        else:
+            each = np.array(alphas)[rule]
+            drawn = rng.beta(each, each)
+        if not mixed.all():
+            rule[~mixed] = Rule.KEEP
         return rule, drawn
 
     def _draw_boxes(
@@ -236,7 +242,7 @@ class Mixup(Drawing):
             cut = _minmax_boxes(rng, len(rule), self.cutmix_minmax, size)
         else:
             cut = draw_boxes(rng, rule, drawn, _RESIZEMIX_RANGE, size, clip=True)
-        return np.where(cuts[:, None], cut, boxes)
+        return cut if cuts.all() else np.where(cuts[:, None], cut, boxes)
 
     def _check_target(self, target: Tensor, rows: int) -> Tensor:
         soft = isinstance(target, Tensor) and target.ndim == 2 and target.is_floating_point()

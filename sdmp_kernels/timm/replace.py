@@ -6,7 +6,7 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,32 +52,42 @@ def replaced() -> Iterator[dict[str, list[str]]]:
     """
     importlib.import_module("timm.data")
     importlib.import_module("timm.loss")
-    swaps: dict[int, tuple[str, object, object]] = {}
+    swaps: list[tuple[str, object, object]] = []
     for module, classes in _OURS.items():
         for ours in classes:
             theirs = getattr(importlib.import_module(module), ours.__name__)
-            swaps[id(theirs)] = (f"{module}.{ours.__name__}", theirs, ours)
+            swaps.append((f"{module}.{ours.__name__}", theirs, ours))
     for module, names in _REFUSED.items():
         for name in names:
             theirs = getattr(sys.modules.get(module), name, None)  # an older timm has none
             if theirs is not None:
-                swaps[id(theirs)] = (f"{module}.{name}", theirs, _refusal(name))
-    found: dict[str, list[str]] = {name: [] for name, _, _ in swaps.values()}
-    undo: list[tuple[object, str, object]] = []
+                swaps.append((f"{module}.{name}", theirs, _refusal(name)))
+    forth = {id(theirs): (name, theirs, ours) for name, theirs, ours in swaps}
+    back = {id(ours): (name, ours, theirs) for name, theirs, ours in swaps}
+    found: dict[str, list[str]] = {name: [] for name, _, _ in swaps}
     try:
-        for module_name, module_ in sorted(sys.modules.items()):
-            if module_name.split(".")[0] != "timm" or module_ is None:
-                continue
-            for attribute, value in list(vars(module_).items()):
-                name, theirs, ours_ = swaps.get(id(value), ("", None, None))
-                if theirs is value and ours_ is not None:
-                    setattr(module_, attribute, ours_)
-                    undo.append((module_, attribute, value))
-                    found[name].append(module_name)
+        for name, module in _exchange(forth):
+            found[name].append(module)
         yield found
     finally:
-        for owner, attribute, value in undo:
-            setattr(owner, attribute, value)
+        for _ in _exchange(back):  # also in what timm imported meanwhile
+            pass
+
+
+def _exchange(swaps: Mapping[int, tuple[str, object, object]]) -> Iterator[tuple[str, str]]:
+    """Put the third of (name, old, new) wherever a module of timm has the second; keys are `id(old)`.
+
+    Yields:
+        The name and the module of everything exchanged.
+    """
+    for module_name, module in sorted(sys.modules.items()):
+        if module_name.split(".")[0] != "timm" or module is None:
+            continue
+        for attribute, value in list(vars(module).items()):
+            name, old, new = swaps.get(id(value), ("", None, None))
+            if name and old is value:
+                setattr(module, attribute, new)
+                yield name, module_name
 
 
 def run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +101,9 @@ def run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
         The script's global names, when it has ended.
     """
     argv, path = sys.argv, sys.path[:]
-    sys.argv, sys.path[0:1] = [script, *arguments], [os.path.dirname(os.path.abspath(script))]
+    sys.argv = [script, *arguments]
+    if not sys.flags.safe_path:  # else python puts no folder of its own first, which the script's would replace
+        sys.path[0:1] = [os.path.dirname(os.path.abspath(script))]
     try:
         with replaced() as found:
             print(words(found), file=sys.stderr, flush=True)

@@ -5,9 +5,10 @@ Q queries, B bank rows, D features, K classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,7 @@ def image_features(
     was_training = backbone is not None and backbone.training
     rows, labels = [], []
     with (
+        uncompiled(backbone),
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         eval_loader(
@@ -270,6 +272,13 @@ def image_features(
                 backbone.train(was_training)
     known = torch.cat(labels) >= 0
     return Features(torch.cat(rows)[known], torch.cat(labels)[known])
+
+
+def uncompiled(module: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
+    """Within the block a compiled module runs as it is written: a measurement has batches of other sizes, and few."""
+    if module is None or module._compiled_call_impl is None:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -155,6 +155,11 @@ class LinearProbe:
         return self.heads
 
     @property
+    def backbones(self) -> list[nn.Module]:
+        """The one that is evaluated."""
+        return [self.backbone]
+
+    @property
     def partners_follow_ranks(self) -> bool:
         """Nothing is mixed."""
         return False

@@ -31,7 +31,7 @@ from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
 from .method import At, Group, Loss, Pass, Setup
 from .mixing import Valid, keep_lost, valid_of, with_colours
-from .momentum import follow
+from .momentum import Lowered, follow
 from .start import start_vit
 
 VIT_TEMPERATURE, RESNET_TEMPERATURE = 0.2, 1.0
@@ -188,6 +188,7 @@ class Contrast(ABC):
         self.momentum_encoder = copy.deepcopy(self.student.encoder).requires_grad_(False)
         self.queries = distribute(self.student, self.world)
         distribute(self.momentum_encoder, self.world, trained=False)
+        self.keys = Lowered(self.momentum_encoder, setup.dtype)
         self.state = nn.ModuleDict({"student": self.student, "momentum_encoder": self.momentum_encoder})
         self.keep = draw_plan(setup.rows, setup.data.size_px, prob=0.0, step=0, device=self.world.device)
 
@@ -205,6 +206,11 @@ class Contrast(ABC):
     def backbone(self) -> nn.Module:
         """The student's."""
         return self.student.encoder.backbone
+
+    @property
+    def backbones(self) -> list[nn.Module]:
+        """The student's and the one that makes the keys."""
+        return [self.student.encoder.backbone, cast(Encoder, self.keys.twin).backbone]
 
     @property
     def partners_follow_ranks(self) -> bool:
@@ -278,7 +284,8 @@ class Contrast(ABC):
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             # Keys first: what they needed is free again when the queries keep their activations for the gradient.
             with torch.no_grad():
-                keys = [self.momentum_encoder(images[name]) for name in self.key_views]
+                momentum_encoder = self.keys.refresh()
+                keys = [momentum_encoder(images[name]) for name in self.key_views]
             queries = self.queries(*(images[name] for name in self.query_views))
         unit_queries = [normalize(query.float(), dim=1).to(self.setup.dtype) for query in queries]
         unit_keys = [gather_rows(normalize(key.float(), dim=1).to(self.setup.dtype), self.world) for key in keys]
@@ -361,7 +368,8 @@ class Contrast(ABC):
 
         Not that of the keys: the batch norm at the end of a projector spreads what has collapsed before it.
         """
-        return {} if self.momentum_encoder.seen is None else spread_of(self.momentum_encoder.seen)
+        seen = cast(Encoder, self.keys.twin).seen
+        return {} if seen is None else spread_of(seen)
 
     def collapse(self, numbers: Mapping[str, float]) -> str | None:
         """Where that spread is nearly gone."""

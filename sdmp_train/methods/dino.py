@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from .mixing import (
     valid_of,
     with_colours,
 )
-from .momentum import follow
+from .momentum import Lowered, follow
 from .start import start_vit
 
 HEAD_STD = 0.02
@@ -287,6 +287,7 @@ class DINO:
         self.center = Center(config.out_dim).to(self.world.device)
         self.seen = distribute(self.student, self.world)
         distribute(self.teacher, self.world, trained=False)
+        self.lowered = Lowered(self.teacher, setup.dtype)
         self.state = nn.ModuleDict({"student": self.student, "teacher": self.teacher, "center": self.center})
         self.keep = {
             size: draw_plan(setup.rows, view_size(size), prob=0.0, step=0, device=self.world.device)
@@ -319,6 +320,11 @@ class DINO:
     def backbone(self) -> nn.Module:
         """The teacher's, which is the better one and has no drop path."""
         return self.teacher.backbone
+
+    @property
+    def backbones(self) -> list[nn.Module]:
+        """The student's and the teacher's."""
+        return [self.student.backbone, cast(MultiCrop, self.lowered.twin).backbone]
 
     @property
     def partners_follow_ranks(self) -> bool:
@@ -413,7 +419,8 @@ class DINO:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             # The teacher first: what it needed is free again when the student keeps its activations for the gradient.
             with torch.no_grad():  # each set by itself: clean and mixed views have their own batch statistics
-                teacher = torch.cat([self.teacher(views) for views in images.teacher])
+                module = self.lowered.refresh()
+                teacher = torch.cat([module(views) for views in images.teacher])
             student = self.seen(*images.student)
         return Features(student.unflatten(0, (-1, rows)), teacher.unflatten(0, (-1, rows)))
 
@@ -513,7 +520,8 @@ class DINO:
 
         Of the last batch whose loss was asked for. The step itself sees the sum alone, in one pass over the logits.
         """
-        if self.last is None or self.teacher.seen is None:
+        seen = cast(MultiCrop, self.lowered.twin).seen
+        if self.last is None or seen is None:
             return {}
         plan, at, valid = self.last
         terms = {}
@@ -524,7 +532,7 @@ class DINO:
             terms = {name: self.compare(features, plan, at, *weights, valid)[0] for name, weights in parts.items()}
         logits = (features.teacher[:2].float() - self.center.value) / teacher_temperature(at, self.config)
         entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
-        return {**terms, "teacher_entropy": entropy, **spread_of(self.teacher.seen)}
+        return {**terms, "teacher_entropy": entropy, **spread_of(seen)}
 
     def collapse(self, numbers: Mapping[str, float]) -> str | None:
         """Where features are nearly one vector, or the teacher says of no image what it is."""

@@ -139,6 +139,10 @@ class Method(Protocol):
         """What is evaluated and exported; a part of `state`."""
 
     @property
+    def backbones(self) -> list[nn.Module]:
+        """Every backbone that a step runs, `backbone` among them or not: what `--compile` compiles."""
+
+    @property
     def partners_follow_ranks(self) -> bool:
         """Whether another number of processes mixes images, or features, with other partners."""
 

@@ -109,6 +109,11 @@ class Supervised:
         return self.classifier.backbone
 
     @property
+    def backbones(self) -> list[nn.Module]:
+        """The classifier's."""
+        return [self.classifier.backbone]
+
+    @property
     def partners_follow_ranks(self) -> bool:
         """Where images are mixed at all."""
         return self.config.prob > 0

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import checks, gpu
 from bench.environment import ROOT
-from bench.results import validate
+from bench.results import Results, validate
 
 
 def bench(*words, timeout=570, **env):
@@ -111,6 +112,65 @@ def test_the_proof_tunes_after_it_has_timed(tmp_path, monkeypatch):
         gpu.tune_losses(state, 60.0)
         assert json.loads(state.path.read_text())["checks"]["tune info_nce"]["status"] == status
     assert calls[0][1:] == ("-m", "bench", "tune", "--op", "info_nce", "--dry-run")
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "passed"), (99, "failed"), (1, "failed"), (None, "out of time")])
+def test_the_sanitizer_runs_every_small_call(tmp_path, monkeypatch, code, status):
+    state = gpu.Run(tmp_path / "x.json", "cuda", False, ends=0.0)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    asked = []
+
+    def child(*words, seconds, env):
+        asked.append((words, env))
+        Results(Path(words[words.index("--json") + 1])).check("small mix, sdmp triton", "passed", "ran", 1)
+        return code
+
+    monkeypatch.setattr(state, "child", child)
+    gpu.sanitizer(state, 60.0)
+    found = json.loads(state.path.read_text())["checks"]
+    assert [found[f"compute-sanitizer {tool}"]["status"] for tool in gpu.SANITIZER_TOOLS] == [status] * 3
+    assert all(words[words.index("check") + 1] == "small" for words, _ in asked)
+    assert all(env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for _, env in asked)
+
+
+def test_small_calls_are_those_of_every_op(tmp_path, monkeypatch):
+    every = list(checks._calls(torch.device("cpu"), checks.mix, checks.losses, checks.augment))
+    assert any("triton" in name for name, _ in every)
+    # Interpreted, they are walked by the dry run.
+    monkeypatch.setattr(checks, "_calls", lambda *_: [call for call in every if "triton" not in call[0]])
+    results = Results(tmp_path / "small.json")
+    assert checks.run("small", torch.device("cpu"), tiny=True, results=results) == 0
+    found = results.document["checks"]
+    assert {check["status"] for check in found.values()} == {"passed"}
+    ops = " ".join(found)
+    assert all(words in ops for words in ("mixup", "info_nce", "soft_cross_entropy", "distillation", "view"))
+
+
+def test_what_is_finished_is_passed_over(tmp_path, monkeypatch, capsys):
+    """Of this commit, where nothing is changed; not what failed or was cut, nor with --again."""
+    ran = []
+
+    def stage(name, status):
+        return lambda state, seconds: (ran.append(name), state.note(name, status, "", 0))
+
+    kinds = ("passed", "failed", "out of time", "absent")
+    stages = [gpu.Stage(kind, 1, stage(kind, kind)) for kind in kinds]
+    stages.append(gpu.Stage("pictures", 1, stage("pictures", "passed"), always=True))
+    monkeypatch.setattr(gpu.environment, "commit", lambda *but: head)
+    later = ["failed", "out of time", "pictures"]
+    for head, again, expected in (
+        (("a", False), False, [*kinds, "pictures"]),
+        (("a", False), False, later),
+        (("a", False), True, [*kinds, "pictures"]),
+        (("a", True), False, [*kinds, "pictures"]),
+        (("b", False), False, [*kinds, "pictures"]),
+        (("b", False), False, later),
+    ):
+        ran.clear()
+        gpu.run_stages(gpu.Run(tmp_path / "x.json", "cpu", True, time.monotonic() + 60, again), stages)
+        assert ran == expected, head
+    assert "passed: finished at" in capsys.readouterr().out
+    assert validate(json.loads((tmp_path / "x.json").read_text())) == []
 
 
 PARENT = """

@@ -24,7 +24,9 @@ def test_neighbours_are_powers_of_two_within_what_a_kernel_can_have():
     assert tune.neighbours("num_stages", 1) == [2]
     assert tune.neighbours("block", 48) == []
     assert tune.neighbours("order", "ij") == []
-    assert tune.neighbours("wide", True) == []
+    assert tune.neighbours("peel", True) == [False] and tune.neighbours("peel", False) == [True]
+    assert tune.neighbours("programs", 1) == [2] and tune.neighbours("programs", 2048) == [1024, 4096]
+    assert tune.neighbours("slice", 0) == []
 
 
 def workload(wrong_above=10**9):

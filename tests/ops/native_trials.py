@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels import MixPlan, Rule, draw_plan
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (torch.uint8, *FLOATS)
@@ -41,9 +41,12 @@ class Trial:
     layouts: tuple[str, str, str]  # of mixed, clean and the gradients
     grad_dtype: torch.dtype  # of the images' gradients
 
-    def forward(self, mix: Callable[..., Any], mixed: Tensor, kept: Tensor | None) -> list[Tensor]:
+    def forward(
+        self, mix: Callable[..., Any], mixed: Tensor, kept: Tensor | None, erasure: Erasure | None = None
+    ) -> list[Tensor]:
         """Run a backend's `mix` into the given tensors: [mixed] or [mixed, clean]."""
-        mix(self.images, self.partners, self.plan, self.norm, Outputs(mixed, kept))
+        erased = () if erasure is None else (erasure,)
+        mix(self.images, self.partners, self.plan, self.norm, Outputs(mixed, kept), *erased)
         return [mixed] if kept is None else [mixed, kept]
 
     def outputs(self) -> tuple[Tensor, Tensor | None]:
@@ -136,6 +139,24 @@ def make(seed: int) -> Trial:
     )
 
 
+def erasure(trial: Trial, seed: int) -> Erasure:
+    """Up to four boxes per image, of any size and place, over one another, with colours of any kind."""
+    pick = random.Random(-1 - seed)
+    n, c, h, w = trial.images.shape
+    count, per_pixel = pick.choice([1, 2, 4]), pick.random() < 0.6
+    boxes = torch.zeros(n, count, 5, dtype=torch.int32)
+    rows = 1
+    for box in boxes.view(-1, 5):
+        if pick.random() < 0.7:
+            height, width = pick.randint(0, h), pick.randint(0, w)
+            numbers = [pick.randint(0, h - height), pick.randint(0, w - width), height, width, rows]
+            rows += height * width if per_pixel else 1
+            box.copy_(torch.tensor(numbers))
+    fill = torch.randn(rows, c, generator=torch.Generator().manual_seed(seed)) * 100
+    fill[::5] = float("nan")
+    return Erasure(boxes, fill, per_pixel)
+
+
 def extremes(plan: MixPlan, pick: random.Random) -> tuple[Tensor, Tensor]:
     """lam and box of a plan with some rows at the ends of their ranges."""
     lam, box = plan.lam.clone(), plan.box.clone()
@@ -165,7 +186,9 @@ def digests() -> list[str]:
     found = []
     for seed in SEEDS:
         trial = make(seed)
-        found.append(digest(trial.forward(native.mix, *trial.outputs())))
+        found.append(
+            digest(trial.forward(native.mix, *trial.outputs(), erasure(trial, seed) if seed % 4 == 0 else None))
+        )
         found.append(digest(trial.backward(native.mix_backward, *trial.gradients())))
     return found
 

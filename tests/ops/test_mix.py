@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdmp_kernels import MixPlan, Rule, draw_plan, mix
+from sdmp_kernels import Erasure, MixPlan, Rule, draw_plan, mix
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -488,6 +488,10 @@ def sentinel(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape or (4, 3, 6, 8), 77, dtype=dtype)
 
 
+def erasure(box: list[int], boxes: torch.dtype = torch.int32, rows: int = 5, channels: int = 3) -> Erasure:
+    return Erasure(torch.tensor([[box]] * 4, dtype=boxes), torch.zeros(rows, channels), per_pixel=True)
+
+
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": np.zeros((4, 3, 6, 8))}, TypeError, "images must be a torch.Tensor of shape (N, C, H, W), got ndarray"),
     ({"images": IMAGES[0]}, ValueError, "images must have shape (N, C, H, W), got (3, 6, 8)"),
@@ -530,6 +534,28 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"mean": MEAN}, ValueError, "mean and std go together, but only mean was given"),
     ({"std": STD}, ValueError, "mean and std go together, but only std was given"),
+    ({"erase": torch.zeros(4, 1, 5)}, TypeError, "erase must be an Erasure, got Tensor"),
+    ({"erase": erasure([0, 0, 1, 1, 0], boxes=torch.float32)}, TypeError, "erase.boxes must be int32, got float32"),
+    ({"erase": erasure([0, 0, 1, 1])}, ValueError, "erase.boxes must have shape (4, R, 5), got (4, 1, 4)"),
+    (
+        {"erase": erasure([0, 0, 1, 1, 0], channels=2)},
+        ValueError,
+        "erase.fill must have shape (F, 3) and a row or more",
+    ),
+    ({"erase": erasure([0, 0, 1, 1, 0], rows=0)}, ValueError, "erase.fill must have shape (F, 3) and a row or more"),
+    ({"erase": erasure([0, 0, 7, 1, 0])}, ValueError, "erase.boxes must lie within the images, (6, 8), but one does"),
+    ({"erase": erasure([0, 0, 1, 1, -1])}, ValueError, "erase.boxes must lie within the images, (6, 8), but one does"),
+    ({"erase": erasure([0, 0, 2, 2, 2])}, ValueError, "erase.boxes need 6 rows of erase.fill, which has 5"),
+    (
+        {"erase": erasure([0, 0, 1, 1, 0])._replace(fill=torch.zeros(5, 3, requires_grad=True))},
+        ValueError,
+        "erase.fill requires a gradient, which none comes to; give erase.fill.detach()",
+    ),
+    (
+        {"erase": erasure([0, 0, 1, 1, 0])._replace(fill=torch.zeros(5, 3, device="meta"))},
+        ValueError,
+        "is on meta but images is on cpu",
+    ),
     (NORMAL | {"mean": 0.5}, TypeError, "mean must be a sequence of 3 numbers, got 0.5"),
     (NORMAL | {"mean": "abc"}, TypeError, "mean must be a sequence of 3 numbers, got 'abc'"),
     (NORMAL | {"mean": torch.tensor(0.5)}, TypeError, "mean must be a sequence of 3 numbers, got tensor(0.5000)"),

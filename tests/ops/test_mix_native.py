@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdmp_kernels import Rule, _backends, draw_plan, mix, use_backend
-from sdmp_kernels.ops.mix import composed, native, reference
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix import cases, composed, native, reference
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpp", "cpu")
@@ -127,6 +127,29 @@ def test_the_composition_works_in_place(forward: Callable[..., None]) -> None:
     assert ran >= 40
 
 
+def masked(*args: Any) -> None:
+    """What the composition does on a GPU."""
+    composed._mix_masked(*args[:5])
+    composed._erase_masked(args[4].mixed, args[5])
+
+
+@pytest.mark.parametrize("forward", [reference.mix, *FORWARD[:2], pytest.param(masked, id="torch-masked")])
+@pytest.mark.parametrize("part", range(4))
+def test_erasing_fills_boxes_and_changes_nothing_else(forward: Callable[..., None], part: int) -> None:
+    """Bit for bit, in place too: the rest is what comes out without it, and so are the clean images."""
+    plainly = composed._mix_masked if forward is masked else forward
+    for seed in SEEDS[part::4]:
+        trial = make(seed)
+        erasure = native_trials.erasure(trial, seed)
+        plain = trial.forward(plainly, *trial.outputs())
+        wanted = [cases.filled(plain[0], erasure), *plain[1:]]
+        assert all(map(equal, trial.forward(forward, *trial.outputs(), erasure), wanted)), seed
+        suits = trial.dtype == trial.images.dtype and trial.partners is None and trial.plan.mirrored
+        if suits and forward is not reference.mix and not (trial.plan.rule == Rule.RESIZEMIX).any():
+            trial.images = trial.images.clone() if seed % 3 else lay_out(trial.images, "stepped")
+            assert all(map(equal, trial.forward(forward, trial.images, trial.outputs()[1], erasure), wanted)), seed
+
+
 class Written(TorchDispatchMode):
     """Counts the elements that operators write, new tensors included."""
 
@@ -178,6 +201,24 @@ def test_results_larger_than_the_cache(dtype: torch.dtype, layout: str, offset: 
         expected = torch.empty_like(images[pair])
         torch.ops.sdmp.mix_cpu(images[pair], None, *some, True, None, None, expected, None)
         assert torch.equal(mixed[pair], expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("source", "result"), [(torch.uint8, torch.float32), (torch.float32, torch.float32)])
+def test_erasing_in_results_larger_than_the_cache(source: torch.dtype, result: torch.dtype, layout: str) -> None:
+    images = lay_out((torch.rand(6, 3, 480, 490) * 255).to(source), layout)
+    plan = draw_plan(6, (480, 490), per="sample", seed=1, step=0)
+    boxes = torch.tensor([[[7, 300, 400, 101], [100, 0, 33, 490]], [[0, 0, 480, 490], [1, 1, 1, 1]]]).repeat(3, 1, 1)
+    areas = boxes[..., 2] * boxes[..., 3]
+    first = (areas.flatten().cumsum(0) - areas.flatten()).view(6, 2, 1)
+    fill = torch.randn(int(areas.sum()), 3)
+    erasure = Erasure(torch.cat([boxes, first], 2).int(), fill, per_pixel=True)
+    norm = {} if source == result else {"mean": [0.5] * 3, "std": [0.25] * 3}
+    with use_backend("cpp"):
+        plain, erased = mix(images, plan, **norm), mix(images, plan, **norm, erase=erasure)
+    assert isinstance(plain, Tensor) and isinstance(erased, Tensor)
+    assert torch.equal(erased, cases.filled(plain, erasure))
 
 
 @needs_cpp
@@ -252,6 +293,23 @@ def test_wrong_rows_are_refused_before_anything_is_written() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)
+    assert bool((out == 7).all())
+
+    def erase(box: list[int], fill: Tensor, per_pixel: bool = True) -> None:
+        boxes = torch.tensor([[[0, 0, 0, 0, 0]], [box]], dtype=torch.int32)
+        args = (rule, torch.tensor([1, 0]), lam, torch.zeros_like(rule[:, None].int().expand(2, 4)).contiguous())
+        torch.ops.sdmp.mix_cpu(images, None, *args, True, None, None, out, None, boxes, fill, per_pixel)
+
+    for wrong_box, rows, message in (
+        ([2, 0, 3, 1, 0], 9, "box 0 of row 1 does not lie within the image"),
+        ([0, -1, 1, 1, 0], 9, "box 0 of row 1 does not lie within the image"),
+        ([0, 0, 3, 3, 1], 9, "box 0 of row 1 needs 10 rows of fill, which has 9"),
+        ([0, 0, 3, 3, -1], 9, "box 0 of row 1 needs 8 rows of fill"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            erase(wrong_box, torch.zeros(rows, 1))
+    with pytest.raises(RuntimeError, match=r"fill must be contiguous float32 of shape \(F, 1\)"):
+        erase([0, 0, 1, 1, 0], torch.zeros(9, 2))
     assert bool((out == 7).all())
     with pytest.raises(RuntimeError, match="in place works for"):
         torch.ops.sdmp.mix_cpu(images, None, rule + 2, torch.tensor([1, 0]), lam, box, True, None, None, images, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdmp_kernels import MixPlan, Rule
+from sdmp_kernels import Erasure, MixPlan, Rule
 
 
 def mixed(images: Tensor, plan: MixPlan) -> Tensor:
@@ -29,6 +29,18 @@ def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     """(x / 255 - mean) / std per channel."""
     m, s = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
     return (images.double() / 255 - m) / s
+
+
+def erased(images: Tensor, erasure: Erasure) -> Tensor:
+    """(N, C, H, W): a copy with every box filled, pixel by pixel, one after another."""
+    result = images.double().clone()
+    for i, boxes in enumerate(erasure.boxes.tolist()):
+        for top, left, height, width, first in boxes:
+            for y in range(height):
+                for x in range(width):
+                    row = first + y * width + x if erasure.per_pixel else first
+                    result[i, :, top + y, left + x] = erasure.fill[row].double()
+    return result
 
 
 def target(labels: Tensor, plan: MixPlan, classes: int, smoothing: float) -> Tensor:

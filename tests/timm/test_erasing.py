@@ -7,11 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from sdmp_kernels import mix
+from sdmp_kernels._drop_in import keep_plan
 from sdmp_kernels.timm import RandomErasing
-from sdmp_kernels.timm.erasing import erase
+from sdmp_kernels.timm.erasing import filled
 
 theirs = pytest.importorskip("timm.data.random_erasing", reason="timm is not installed")
+
+
+def erase(images: Tensor, boxes: np.ndarray, mode: str, seed: int) -> None:
+    erased = filled(boxes, images.shape[1], mode, seed, images.device)
+    mix(images, keep_plan(len(images), (images.shape[2], images.shape[3])), erase=erased, out=images)
 
 
 def test_same_boxes_same_pixels():

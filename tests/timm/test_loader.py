@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import float64
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import sdmp_kernels.timm as ours
-from sdmp_kernels import TwoHot
+from sdmp_kernels import Erasure, TwoHot
 
 timm_loader = pytest.importorskip("timm.data.loader", reason="timm is not installed")
 timm_mixup = pytest.importorskip("timm.data.mixup", reason="timm is not installed")
@@ -143,6 +145,14 @@ def test_mixing_ends_at_once_also_where_workers_persist():
         assert torch.equal(target.first, labels)
 
 
+def test_workers_that_are_spawned_get_no_plan():
+    collate = ours.FastCollateMixup(num_classes=CLASSES, seed=7)
+    list(ours.PrefetchLoader(DataLoader(pictures(), 8, collate_fn=collate), device=CPU))
+    copied = pickle.loads(pickle.dumps(collate))
+    assert collate.last_plan is not None and copied.last_plan is None
+    assert (copied.seed, copied.step) == (7, 1) == (collate.seed, collate.step)
+
+
 def test_draws_go_on_over_epochs_and_workers():
     collate = ours.FastCollateMixup(num_classes=CLASSES, mode="batch", seed=0)
     loader = ours.PrefetchLoader(DataLoader(pictures(), 4, collate_fn=collate, num_workers=2), device=CPU)
@@ -154,20 +164,41 @@ def test_draws_go_on_over_epochs_and_workers():
     assert len(set(shares)) == 4
 
 
-def test_erasing_writes_its_boxes_and_nothing_else():
+class Calls(TorchDispatchMode):
+    """The names of the operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("mixing", [True, False])
+def test_mixing_normalising_and_erasing_are_one_pass(mode: str, mixing: bool, erasures: list[Erasure]):
+    collate = ours.FastCollateMixup(cutmix_alpha=1.0, num_classes=CLASSES, mode="elem", seed=3)
     loader = ours.PrefetchLoader(
-        DataLoader(pictures(), 8, collate_fn=ours.FastCollateMixup(num_classes=CLASSES, seed=3)),
+        DataLoader(pictures(), 8, collate_fn=collate if mixing else timm_loader.fast_collate),
         device=CPU,
-        re_prob=1.0,
+        re_prob=0.9,
+        re_mode=mode,
+        re_count=3,
     )
-    ((images, _),) = list(loader)
-    plan = loader._mixup.last_plan  # type: ignore[union-attr]
-    assert plan is not None
-    wanted = float64.normalised(float64.mixed(bytes_of(pictures())[0], plan), MEAN, STD)
-    erased = (images == 0).all(1)
-    assert 0.01 < erased.float().mean() < 0.5
-    kept = ~erased[:, None].expand_as(images)
-    torch.testing.assert_close(images.double()[kept], wanted[kept], atol=2e-6, rtol=0)
+    with Calls() as calls:
+        ((images, _),) = list(loader)
+    assert [name for name in calls.names if name.startswith("sdmp::")] == ["sdmp::mix"]
+    assert not {"aten::index_put_", "aten::masked_fill_", "aten::where.self"} & set(calls.names)
+    pixels = bytes_of(pictures())[0].double()
+    if mixing:
+        assert collate.last_plan is not None
+        pixels = float64.mixed(pixels, collate.last_plan)
+    (erased,) = erasures
+    wanted = float64.erased(float64.normalised(pixels, MEAN, STD), erased)
+    torch.testing.assert_close(images.double(), wanted, atol=2e-6, rtol=0)
+    assert (erased.boxes[:, 1, 2] > 0).any(), "some image has several boxes"
 
 
 def test_create_loader_puts_them_together(tmp_path: Any):

@@ -78,11 +78,13 @@ def test_dense_targets_are_smoothed_where_timm_smooths_them():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [SoftTargetCrossEntropy, BinaryCrossEntropy])
-def test_half_logits_give_float32(kind: Any, dtype: torch.dtype):
+@pytest.mark.parametrize("target", [two_hot(), dense(0.1).float()], ids=["two-hot", "dense"])
+def test_half_logits_give_float32(kind: Any, dtype: torch.dtype, target: Any):
     loss = kind(smoothing=0.1)
-    got = loss(logits(dtype), two_hot())
+    with torch.autocast("cpu", torch.bfloat16):  # which would leave log_softmax in bfloat16
+        got = loss(logits(dtype), target)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), loss(logits(dtype).double(), two_hot()).double(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.double(), loss(logits(dtype).double(), target).double(), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [SoftTargetCrossEntropy, BinaryCrossEntropy])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import float64
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import sdmp_kernels.timm as ours
 from sdmp_kernels.timm import replace
@@ -90,37 +90,23 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Any]]:
-    """(images, class numbers, plan) of every batch, as they were before anything was mixed."""
-    batches: list[tuple[Tensor, Tensor, Any]] = []
-    finish, call = ours.FastCollateMixup.finish, ours.Mixup.__call__
-
-    def record(self: Any, batch: Any) -> Any:
-        plan, target = finish(self, batch)
-        batches.append((batch.images.clone(), batch.target.clone(), plan))
-        return plan, target
-
-    def record_call(self: Any, x: Tensor, target: Tensor, plan: Any = None) -> Any:
-        before = x.clone()
-        result = call(self, x, target, plan)
-        batches.append((before, target.clone(), self.last_plan if self.mixup_enabled else None))
-        return result
-
-    monkeypatch.setattr(ours.FastCollateMixup, "finish", record)
-    monkeypatch.setattr(ours.Mixup, "__call__", record_call)
-    return batches
-
-
 @pytest.mark.parametrize(
-    "flags", [[], ["--bce-loss"], ["--no-prefetcher"], ["--no-prefetcher", "--bce-loss"]], ids=" ".join
+    "flags",
+    [[], ["--bce-loss"], ["--reprob", "0.75"], ["--no-prefetcher"], ["--no-prefetcher", "--bce-loss"]],
+    ids=" ".join,
 )
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_an_unchanged_script_trains_on_what_the_plan_says(
-    script: Path, drawn: list[Any], flags: list[str], mode: str, capsys: pytest.CaptureFixture[str]
+    script: Path,
+    drawn: list[Any],
+    erasures: list[Any],
+    flags: list[str],
+    mode: str,
+    capsys: pytest.CaptureFixture[str],
 ):
     names = replace.run(str(script), [str(script.parent / "data"), "--mixup-mode", mode, *flags])
     assert len(names["seen"]) == len(names["targets"]) == len(drawn) == 4
+    assert len(erasures) == (4 if "--reprob" in flags else 0)
     keep = ours.Mixup(num_classes=CLASSES)
     keep.mixup_enabled = False
     for i, (images, target, (raw, labels, plan)) in enumerate(zip(names["seen"], names["targets"], drawn, strict=True)):
@@ -130,6 +116,8 @@ def test_an_unchanged_script_trains_on_what_the_plan_says(
         wanted = float64.mixed(raw, plan)
         if raw.dtype == torch.uint8:
             wanted = float64.normalised(wanted, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        if "--reprob" in flags:
+            wanted = float64.erased(wanted, erasures[i])
         torch.testing.assert_close(images.double(), wanted, atol=2e-6, rtol=0)
         torch.testing.assert_close(target.double(), float64.target(labels, plan, CLASSES, 0.1), atol=1e-6, rtol=0)
     kind = ours.BinaryCrossEntropy if "--bce-loss" in flags else ours.SoftTargetCrossEntropy
@@ -139,7 +127,7 @@ def test_an_unchanged_script_trains_on_what_the_plan_says(
     assert "loss " in printed.out
 
 
-def test_timm_is_itself_again_afterwards():
+def test_timm_is_itself_again_afterwards(monkeypatch: pytest.MonkeyPatch):
     import timm.data
     import timm.loss
 
@@ -149,6 +137,10 @@ def test_timm_is_itself_again_afterwards():
         assert timm.data.loader.PrefetchLoader is ours.PrefetchLoader
         assert timm.loss.BinaryCrossEntropy is ours.BinaryCrossEntropy
         assert all(found.values()), "everything named was found"
+        later = types.ModuleType("timm.later")  # what timm imports only when a script asks for it
+        later.Mixup = timm.data.Mixup  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "timm.later", later)
+    assert later.Mixup is timm.data.Mixup  # type: ignore[attr-defined]
     assert before == (timm.data.Mixup, timm.data.loader.PrefetchLoader, timm.loss.SoftTargetCrossEntropy)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, build_training, noise_batches
+from tiny_runs import TINY, Spy, build_training, noise_batches
+from torch import nn
 
 from sdmp_train.commands import export_checkpoint, pretrain
 from sdmp_train.config import METHODS, Config, ConfigError
+from sdmp_train.evaluate.knn import uncompiled
 from sdmp_train.export import load_exported
 from sdmp_train.guard import StopRequest
-from sdmp_train.loop import step
+from sdmp_train.loop import step, train
 from sdmp_train.training import backbone_place, memory_bytes, state_parts
 
 
@@ -83,3 +86,46 @@ def test_a_checkpoint_of_other_parts_is_refused_by_name(tiny: Config, tmp_path: 
 def as_version_0_1(training):
     parts = state_parts(training)
     return {"model": parts["student"], "ema": parts["momentum_encoder"], "optim": parts["optim"]}
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_backbones_train_alike(tiny: Config, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """By the names and numbers of a run that is not compiled, to float32's rounding; "eager" traces and no more.
+
+    By SGD: some biases have no gradient but for rounding, of which AdamW would make whole steps.
+    """
+    tiny = replace(tiny, optim=replace(tiny.optim, opt="sgd"))
+    compiled = nn.Module.compile
+    asked = []
+
+    def noted(module, **options):
+        asked.append(module)
+        compiled(module, backend=backend, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", noted)
+    losses, ends = [], []
+    for run in (tiny.run, replace(tiny.run, compile=True)):
+        log = Spy()
+        training = build_training(replace(tiny, run=replace(run, max_steps=2)))
+        train(training, noise_batches(tiny, 2), log, StopRequest(), lambda _: None)
+        losses.append([row["loss"] for row in log.numbers])
+        ends.append(training.method.state.state_dict())
+    assert [id(module) for module in asked] == [id(module) for module in training.method.backbones]
+    assert len(asked) == 2 and all(module._compiled_call_impl is not None for module in asked)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_measurement_runs_a_compiled_backbone_as_it_is_written():
+    module = nn.Linear(2, 2)
+    with uncompiled(module), uncompiled(None):
+        assert not torch.compiler.is_compiling()
+    ran = []
+    module.compile(backend=lambda graph, inputs: (ran.append(graph), graph.forward)[1])
+    with uncompiled(module):
+        module(torch.zeros(1, 2))
+    assert not ran
+    module(torch.zeros(1, 2))
+    assert ran

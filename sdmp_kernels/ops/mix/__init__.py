@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels._checks import check_channels_first, check_number, check_same_device, check_tensor, readable
 from sdmp_kernels.ops.mix import op
-from sdmp_kernels.ops.mix.arguments import PlanRows
+from sdmp_kernels.ops.mix.arguments import Erasure, PlanRows
 from sdmp_kernels.plan import MixPlan
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,9 +30,10 @@ def mix(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
+    erase: Erasure | None = None,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mix every image with its partner as `plan` says, and normalise in the same pass.
+    """Mix every image with its partner as `plan` says, and normalise and erase in the same pass.
 
     MIXUP: lam * x_i + (1 - lam) * x_partner (paper Eq. 1). CUTMIX: inside the box the partner's pixels at the same
     place. RESIZEMIX: inside the box the partner's whole image resized to the box, bilinear without antialias, as
@@ -50,6 +51,8 @@ def mix(
         dtype: of the result; default that of `images`, or float32 for uint8 with mean and std. Without mean and std
             values are only cast.
         clean: also return the unmixed images (normalised alike), from the same read.
+        erase: boxes of the mixed images that are filled at the end, as random erasing does (`Erasure`; on the device
+            of `images`). No gradient comes through them. The unmixed images of `clean` are not erased.
         out: an existing tensor for the result, or with `clean=True` a pair (clean, mixed). `out=images` works in
             place. Not differentiable.
 
@@ -69,14 +72,15 @@ def mix(
     result = _result_dtype(images, scale is not None, dtype, out, clean)
     mean_, std_ = scale if scale is not None else (None, None)
     args = (*PlanRows.of(plan), mean_, std_)
+    erased = (None, None, False) if erase is None else _check_erasure(images, erase)
     if out is None:
-        mixed, kept = torch.ops.sdmp.mix(images, partners, *args, result, clean)
+        mixed, kept = torch.ops.sdmp.mix(images, partners, *args, result, clean, *erased)
         return (kept, mixed) if clean else mixed
     kept_out, mixed_out = _check_out(images, partners, out, clean, result)
     if mixed_out is images or (_is_real(images) and op.same_memory(mixed_out, images)):
-        torch.ops.sdmp.mix_(images, partners, *args, kept_out)
+        torch.ops.sdmp.mix_(images, partners, *args, kept_out, *erased)
     else:
-        torch.ops.sdmp.mix_out(images, partners, *args, mixed_out, kept_out)
+        torch.ops.sdmp.mix_out(images, partners, *args, mixed_out, kept_out, *erased)
     return (kept_out, mixed_out) if kept_out is not None else mixed_out
 
 
@@ -113,6 +117,30 @@ def _check_plan(images: Tensor, plan: MixPlan, partners: Tensor | None) -> None:
     rows = (images if partners is None else partners).shape[0]
     if not plan.mirrored and len(plan) and readable(plan.partner) and int(plan.partner.max()) >= rows:
         raise ValueError(f"plan.partner holds row {int(plan.partner.max())}, but there are only {rows} partners")
+
+
+def _check_erasure(images: Tensor, erase: Erasure) -> Erasure:
+    """`erase`; raises where it does not fit the images."""
+    if not isinstance(erase, Erasure):
+        raise TypeError(f"erase must be an Erasure, got {type(erase).__name__}")
+    boxes = check_tensor("erase.boxes", erase.boxes, dtypes=(torch.int32,), ndim=3, shape="(N, R, 5)")
+    fill = check_tensor("erase.fill", erase.fill, dtypes=(torch.float32,), ndim=2, shape="(F, C)")
+    rows, channels, height, width = images.shape
+    if boxes.shape[0] != rows or boxes.shape[2] != 5:
+        raise ValueError(f"erase.boxes must have shape ({rows}, R, 5), got {tuple(boxes.shape)}")
+    if fill.shape[0] < 1 or fill.shape[1] != channels:
+        raise ValueError(f"erase.fill must have shape (F, {channels}) and a row or more, got {tuple(fill.shape)}")
+    if fill.requires_grad:
+        raise ValueError("erase.fill requires a gradient, which none comes to; give erase.fill.detach()")
+    check_same_device(images=images, **{"erase.boxes": boxes, "erase.fill": fill})
+    if readable(boxes) and boxes.numel():
+        top, left, tall, wide, first = boxes.long().unbind(2)
+        if int(boxes.min()) < 0 or int((top + tall).max()) > height or int((left + wide).max()) > width:
+            raise ValueError(f"erase.boxes must lie within the images, {(height, width)}, but one does not")
+        used = tall * wide if erase.per_pixel else (tall * wide).clamp(max=1)
+        if int((first + used).max()) > len(fill):
+            raise ValueError(f"erase.boxes need {int((first + used).max())} rows of erase.fill, which has {len(fill)}")
+    return erase
 
 
 def _check_normalisation(

@@ -61,6 +61,27 @@ class Outputs(NamedTuple):
     clean: Tensor | None
 
 
+class Erasure(NamedTuple):
+    """What is written over boxes of each mixed image, after it was mixed and normalised (random erasing).
+
+    Attributes:
+        boxes: (N, R, 5) int32: top, left, height, width in pixels, within the image, and the row of `fill` that the
+            box begins with. Later boxes lie over earlier ones; one without height or width erases nothing.
+        fill: (F, C) float32, one row or more: the values themselves, on the scale of the result.
+        per_pixel: whether every pixel of a box has a row of `fill` of its own, line by line from the first on; else all
+            have the first.
+    """
+
+    boxes: Tensor
+    fill: Tensor
+    per_pixel: bool
+
+    @classmethod
+    def of(cls, boxes: Tensor | None, fill: Tensor | None, per_pixel: bool) -> Erasure | None:
+        """None where nothing is erased: both are given or neither."""
+        return None if boxes is None or fill is None else cls(boxes, fill, per_pixel)
+
+
 class Upstream(NamedTuple):
     """The gradients of the results, (N, C, H, W) of one dtype and any strides; at least one of them."""
 

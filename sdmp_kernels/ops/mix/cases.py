@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdmp_kernels.ops.case import FLOATS, Case
 from sdmp_kernels.ops.mix import mix, reference
-from sdmp_kernels.ops.mix.arguments import Norm, PlanRows
+from sdmp_kernels.ops.mix.arguments import Erasure, Norm, PlanRows
 from sdmp_kernels.plan import MixPlan, Rule, draw_plan
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.25), (0.229, 0.224, 0.225, 0.5, 0.125)
@@ -33,6 +33,7 @@ def eager(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
+    erase: Erasure | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A loop over the samples in the dtype of the images, as one would write it; uint8 is converted first."""
     result = dtype or (torch.float32 if images.dtype == torch.uint8 and std is not None else images.dtype)
@@ -52,7 +53,21 @@ def eager(
         rows.append(row)
     mixed = torch.stack(rows) if rows else pixels.clone()
     outputs = [_stored(x, images.dtype, mean, std, result) for x in ([pixels, mixed] if clean else [mixed])]
+    if erase is not None:
+        outputs[-1] = filled(outputs[-1], erase)
     return (outputs[0], outputs[1]) if clean else outputs[0]
+
+
+def filled(pixels: Tensor, erase: Erasure) -> Tensor:
+    """The boxes of every image one after another, as timm erases them."""
+    pixels, fill = pixels.clone(), reference.store(erase.fill, pixels.dtype)
+    for i, boxes in enumerate(erase.boxes.tolist()):
+        for top, left, height, width, first in boxes:
+            for y in range(height):
+                begin = first + y * width
+                line = fill[begin : begin + width] if erase.per_pixel else fill[first].expand(width, -1)
+                pixels[i, :, top + y, left : left + width] = line.T
+    return pixels
 
 
 def _stored(
@@ -78,6 +93,7 @@ def truth(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     clean: bool = False,
+    erase: Erasure | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The exact result in float64, rounded only where the result is uint8."""
     others = None if partners is None else partners.double()
@@ -90,6 +106,9 @@ def truth(
         else reference.normalise(pixels, images.dtype, norm)
         for pixels in ([images.double(), mixed] if clean else [mixed])
     ]
+    if erase is not None:
+        erased = reference.erase(outputs[-1], erase)
+        outputs[-1] = reference.store(erased, torch.uint8).double() if integers else erased
     return (outputs[0], outputs[1]) if clean else outputs[0]
 
 
@@ -101,17 +120,19 @@ def largest_term(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    erase: Erasure | None = None,
     **_: Any,
 ) -> float:
-    """The largest pixel, weighted by 1, or, normalised, the larger of pixel / std and mean / std."""
+    """The largest pixel, weighted by 1, or, normalised, the larger of pixel / std and mean / std; or a colour."""
     if images.numel() == 0 or ((dtype or images.dtype) == torch.uint8 and std is None):
         return 1.0
     given = [images] if partners is None or partners.numel() == 0 else [images, partners]
     largest = max(float(t.double().abs().max()) for t in given)
+    colour = 0.0 if erase is None else float(erase.fill.abs().max())
     if mean is None or std is None:
-        return largest
+        return max(largest, colour)
     unit = largest / 255 if images.dtype == torch.uint8 else largest
-    return max(unit, *map(abs, mean)) / min(std)
+    return max(max(unit, *map(abs, mean)) / min(std), colour)
 
 
 def _result_bytes(images: Tensor, std: Sequence[float] | None, dtype: torch.dtype | None) -> int:
@@ -130,7 +151,7 @@ def floor_bytes(
     **_: Any,
 ) -> int:
     """Every image and partner read once, every result written once; where they want gradients, the results' gradients
-    read once and theirs written once.
+    read once and theirs written once. What fills erased boxes is left out.
     """
     sources = [images] if partners is None else [images, partners]
     results = _result_bytes(images, std, dtype) * (2 if clean else 1)
@@ -232,6 +253,28 @@ def partner_vector(plan: MixPlan, partner: Sequence[int], rows: int) -> MixPlan:
     return MixPlan(plan.rule, chosen, plan.lam, share, plan.box, plan.size, False, plan.rules)
 
 
+# ---- erasures ----
+
+
+def erasure(n: int, channels: int, size: tuple[int, int], *, per_pixel: bool) -> Erasure:
+    """Two boxes per image: none, one pixel, the whole image, one over another, at the far corner."""
+    height, width = size
+    half = (height // 2, width // 2)
+    pairs = [
+        ((0, 0, 0, 0), (1, 1, 0, 3)),
+        ((0, 0, height, width), (half[0], half[1], 1, 1)),
+        ((0, 0, half[0] + 1, half[1] + 1), (1, 1, height - 1, half[1])),
+        ((half[0], 0, height - half[0], 2), (0, half[1], half[0] + 1, width - half[1])),
+        ((height - 1, width - 1, 1, 1), (0, 0, 0, 0)),
+    ]
+    chosen = torch.tensor([pairs[(i + 1) % len(pairs)] for i in range(n)], dtype=torch.int32).view(n, 2, 4)
+    used = chosen[..., 2] * chosen[..., 3] if per_pixel else torch.ones(n, 2, dtype=torch.int32)
+    first = (used.flatten().cumsum(0, dtype=torch.int32) - used.flatten()).view(n, 2, 1)
+    rows = max(1, int(used.sum()))
+    fill = torch.randn(rows, channels, generator=torch.Generator().manual_seed(rows))
+    return Erasure(torch.cat([chosen, first], dim=2), fill, per_pixel)
+
+
 # ---- cases ----
 
 # Triton's interpreter takes some tenths of a second for each: the whole op matrix runs it on these; the others it
@@ -247,6 +290,10 @@ INTERPRETED = (
     "partner_vector",
     "uint8",
     "uint8_channels_last_to_float16",
+    "erased",
+    "erased_uint8_channels_last",
+    "erased_partner_vector",
+    "erased_nothing",
 )
 
 
@@ -263,9 +310,12 @@ def _case(
     source: torch.dtype | None = None,
     normalise: bool = False,
     box: str = "inside",
+    per_pixel: bool | None = None,
     **options: Any,
 ) -> Case:
-    """One case. `shape`: (C, H, W). `partners`: rows of separate partners. `source`: uint8, or else every float."""
+    """One case. `shape`: (C, H, W). `partners`: rows of separate partners. `source`: uint8, or else every float.
+    `per_pixel`: what is erased has a colour for each pixel, or (False) one for each box.
+    """
     channels, height, width = shape
     seed = sum(name.encode())
 
@@ -284,6 +334,8 @@ def _case(
             made["partners"] = images(partners, generator)
         if normalise:
             made |= {"mean": MEAN[:channels], "std": STD[:channels]}
+        if per_pixel is not None:
+            made["erase"] = erasure(n, channels, (height, width), per_pixel=per_pixel)
         return made | options
 
     cast = ("images",) if partners is None else ("images", "partners")
@@ -343,5 +395,16 @@ CASES = [
           normalise=True, dtype=torch.float16, clean=True),
     _case("uint8_channels_last_to_bfloat16", 4, (3, 9, 9), source=torch.uint8, layout=channels_last,
           normalise=True, dtype=torch.bfloat16),
+    _case("erased", 5, (3, 9, 10), per_pixel=True, normalise=True),
+    _case("erased_in_one_colour", 6, (2, 8, 16), per_pixel=False),
+    _case("erased_several_chunks", 3, (3, 48, 48), plan=by_hand, per_pixel=True, normalise=True, clean=True),
+    _case("erased_channels_last", 5, (3, 16, 16), layout=channels_last, per_pixel=True, dtype=torch.float16),
+    _case("erased_uint8_channels_last", 5, (3, 9, 9), source=torch.uint8, layout=channels_last, normalise=True,
+          dtype=torch.bfloat16, per_pixel=False, clean=True),
+    _case("erased_uint8", 5, (5, 8, 12), source=torch.uint8, per_pixel=True),
+    _case("erased_cropped_partners", 5, (3, 9, 7), layout=cropped, partners=3, partner=(2, 0, 2, 2, 1), per_pixel=True),
+    _case("erased_partner_vector", 4, (3, 8, 8), source=torch.uint8, partner=(3, 3, 0, 3), per_pixel=True,
+          normalise=True),
+    _case("erased_nothing", 0, (3, 6, 10), rules=ALL, per_pixel=False),
     _case("uint8_partner_vector", 4, (3, 8, 8), source=torch.uint8, partner=(3, 3, 0, 3), normalise=True),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.reference import store
 from sdmp_kernels.plan import Rule
 
@@ -85,8 +85,17 @@ class _Taps(NamedTuple):
     w1: Tensor
 
 
-def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
-    """Write the mixed images and, where they are wanted, the unmixed ones. `outputs.mixed` may be `images` itself."""
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None = None,
+) -> None:
+    """Write the mixed images, erased where that is asked for, and, where they are wanted, the unmixed ones.
+    `outputs.mixed` may be `images` itself.
+    """
     treatments = _treatments(plan, partners is None) if images.device.type == "cpu" else []
     # Masks cost a few passes over all pixels, a box by itself the calls of a few operators; resizing by masks is slow.
     pieces = sum(one != other for one, other in itertools.pairwise(treatments))
@@ -94,6 +103,32 @@ def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | No
         _mix_masked(images, partners, plan, norm, outputs)
     else:
         _mix_rows(images, partners, plan, norm, outputs, treatments)
+    if erasure is not None:
+        (_erase_rows if treatments else _erase_masked)(outputs.mixed, erasure)
+
+
+def _erase_rows(mixed: Tensor, erasure: Erasure) -> None:
+    fill = store(erasure.fill, mixed.dtype)
+    for i, boxes in enumerate(erasure.boxes.tolist()):
+        for top, left, height, width, first in boxes:
+            patch = mixed[i, :, top : top + height, left : left + width].permute(1, 2, 0)
+            if erasure.per_pixel:
+                patch.copy_(fill[first : first + height * width].view(patch.shape))
+            elif height * width > 0:
+                patch.copy_(fill[first])
+
+
+def _erase_masked(mixed: Tensor, erasure: Erasure) -> None:
+    fill, device = store(erasure.fill, mixed.dtype), mixed.device
+    y, x = (torch.arange(extent, device=device) for extent in mixed.shape[2:])
+    pixels = mixed.permute(0, 2, 3, 1)
+    for box in erasure.boxes.long().unbind(1):
+        top, left, height, width, first = (numbers[:, None, None] for numbers in box.unbind(1))
+        down, across = y[:, None] - top, x - left
+        inside = (down >= 0) & (down < height) & (across >= 0) & (across < width)
+        row = first + (down * width + across if erasure.per_pixel else 0)
+        colours = fill[row.clamp(0, len(fill) - 1)]
+        pixels.copy_(torch.where(inside[..., None], colours, pixels))
 
 
 def _mix_rows(

@@ -6,17 +6,28 @@
 import torch
 from torch import Tensor
 
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 
 # A CUDA kernel takes the constants of this many channels along; more are normalised in several launches.
 _CHANNELS = 64
 
 
-def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
-    """Write the mixed images and, where they are wanted, the unmixed ones: one pass, one launch."""
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None = None,
+) -> None:
+    """Write the mixed images, erased where that is asked for (on a CPU), and, where they are wanted, the unmixed ones:
+    one pass, one launch.
+    """
     rows, (mean, std) = _contiguous(plan), norm or (None, None)
     if not images.is_cuda:
-        torch.ops.sdmp.mix_cpu(images, partners, *rows, mean, std, *outputs)
+        boxes, fill, per_pixel = (None, None, False) if erasure is None else erasure
+        erased = (None if t is None else t.contiguous() for t in (boxes, fill))
+        torch.ops.sdmp.mix_cpu(images, partners, *rows, mean, std, *outputs, *erased, per_pixel)
         return
     for some in _channels(images.shape[1], std):
         own, others, mixed, clean = (None if t is None else t[:, some] for t in (images, partners, *outputs))

@@ -11,13 +11,15 @@ from torch import Tensor
 from sdmp_kernels import _backends
 from sdmp_kernels._memory import empty_like
 from sdmp_kernels._operators import operator
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
 
 OP = _backends.register("mix", cpu=("cpp", "torch", "reference"), cuda=("triton", "cuda", "torch", "reference"))
 
 
-def _refuse(backend: str, images: Tensor, out: torch.dtype) -> str | None:
+def _refuse(backend: str, images: Tensor, out: torch.dtype, erases: bool = False) -> str | None:
+    if erases and backend == "cuda":
+        return "erasing is computed by triton, torch and reference only"
     if torch.float64 in (images.dtype, out) and backend not in ("torch", "reference"):
         return "float64 images are computed by torch and reference only"
     if backend == "triton" and images.device.type == "cpu" and torch.bfloat16 in (images.dtype, out):
@@ -25,9 +27,17 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype) -> str | None:
     return None
 
 
-def _run(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
+def _run(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None,
+) -> None:
     """Run the chosen backend; give it a scratch copy of whatever it would overwrite before the last read."""
-    backend = _backends.choose(OP, images.device, lambda name: _refuse(name, images, outputs.mixed.dtype))
+    erases = erasure is not None
+    backend = _backends.choose(OP, images.device, lambda name: _refuse(name, images, outputs.mixed.dtype, erases))
     if images.numel() == 0:
         return
     whole_pairs = plan.mirrored and partners is None and Rule.RESIZEMIX not in plan.rules
@@ -36,7 +46,7 @@ def _run(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | N
         images = images.clone()
     if partners is not None and any(out is not None and overlaps(partners, out) for out in outputs):
         partners = partners.clone()
-    OP.module(backend).mix(images, partners, plan, norm, outputs)
+    OP.module(backend).mix(images, partners, plan, norm, outputs, erasure)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -79,11 +89,14 @@ def mix_op(
     std: Optional[list[float]],
     dtype: torch.dtype,
     clean: bool,
+    boxes: Optional[Tensor],
+    fill: Optional[Tensor],
+    per_pixel: bool,
 ) -> tuple[Tensor, Tensor]:
     """(mixed, clean): clean is an empty tensor unless asked for."""
     mixed, kept = _outputs(images, dtype, clean)
     plan, outputs = PlanRows(rule, partner, lam, box, mirrored, rules), Outputs(mixed, kept if clean else None)
-    _run(images, partners, plan, Norm.of(mean, std), outputs)
+    _run(images, partners, plan, Norm.of(mean, std), outputs, Erasure.of(boxes, fill, per_pixel))
     return mixed, kept
 
 
@@ -93,7 +106,7 @@ def _outputs(images: Tensor, dtype: torch.dtype, clean: bool) -> tuple[Tensor, T
 
 
 @mix_op.register_fake
-def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, dtype, clean):
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, dtype, clean, boxes, fill, per_pixel):
     return _outputs(images, dtype, clean)
 
 
@@ -111,14 +124,18 @@ def mix_out_op(
     std: Optional[list[float]],
     mixed: Tensor,
     kept: Optional[Tensor],
+    boxes: Optional[Tensor],
+    fill: Optional[Tensor],
+    per_pixel: bool,
 ) -> None:
     """As `sdmp::mix`, into existing tensors."""
     plan = PlanRows(rule, partner, lam, box, mirrored, rules)
-    _run(images, partners, plan, Norm.of(mean, std), Outputs(mixed, kept))
+    erasure = Erasure.of(boxes, fill, per_pixel)
+    _run(images, partners, plan, Norm.of(mean, std), Outputs(mixed, kept), erasure)
 
 
 @mix_out_op.register_fake
-def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept):
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, mixed, kept, boxes, fill, per_pixel):
     return None
 
 
@@ -135,14 +152,18 @@ def mix_in_place_op(
     mean: Optional[list[float]],
     std: Optional[list[float]],
     kept: Optional[Tensor],
+    boxes: Optional[Tensor],
+    fill: Optional[Tensor],
+    per_pixel: bool,
 ) -> None:
     """As `sdmp::mix`, over the images themselves."""
     plan = PlanRows(rule, partner, lam, box, mirrored, rules)
-    _run(images, partners, plan, Norm.of(mean, std), Outputs(images, kept))
+    erasure = Erasure.of(boxes, fill, per_pixel)
+    _run(images, partners, plan, Norm.of(mean, std), Outputs(images, kept), erasure)
 
 
 @mix_in_place_op.register_fake
-def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, kept):
+def _(images, partners, rule, partner, lam, box, mirrored, rules, mean, std, kept, boxes, fill, per_pixel):
     return None
 
 
@@ -183,22 +204,33 @@ def _(grad_mixed, grad_clean, rule, partner, lam, box, mirrored, rules, std, dty
 
 
 def _save(ctx, inputs, output):
-    images, partners, rule, partner, lam, box, mirrored, rules, _mean, std, _dtype, clean = inputs
-    ctx.save_for_backward(rule, partner, lam, box)
+    images, partners, rule, partner, lam, box, mirrored, rules, _mean, std, _dtype, clean, boxes, _fill, _each = inputs
+    ctx.save_for_backward(rule, partner, lam, box, boxes)
     ctx.host = (mirrored, rules, std, images.dtype, -1 if partners is None else partners.shape[0], clean)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_mixed, grad_kept):
-    rule, partner, lam, box = ctx.saved_tensors
+    rule, partner, lam, box, boxes = ctx.saved_tensors
     mirrored, rules, std, dtype, partner_rows, clean = ctx.host
     grad_kept = grad_kept if clean else None
     if grad_mixed is None and grad_kept is None:
         return None, None
+    if grad_mixed is not None and boxes is not None:
+        grad_mixed = grad_mixed.masked_fill(_erased(boxes, grad_mixed.shape), 0)
     grad_images, grad_partners = torch.ops.sdmp.mix_backward(
         grad_mixed, grad_kept, rule, partner, lam, box, mirrored, rules, std, dtype, partner_rows
     )
     return grad_images, grad_partners if partner_rows >= 0 else None
+
+
+def _erased(boxes: Tensor, shape: torch.Size) -> Tensor:
+    """(N, 1, H, W) bool: in any box of its image, where no source gives anything."""
+    top, left, height, width, _ = boxes[..., None].unbind(2)  # (N, R, 1) each
+    y, x = (torch.arange(extent, device=boxes.device) for extent in shape[2:])
+    down = (y >= top) & (y < top + height)
+    across = (x >= left) & (x < left + width)
+    return (down[..., None] & across[:, :, None]).any(1, keepdim=True)
 
 
 mix_op.register_autograd(_backward, setup_context=_save, of=("images", "partners"))

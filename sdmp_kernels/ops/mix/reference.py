@@ -7,14 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.plan import Rule
 
 
-def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
-    """Write the mixed images and, where they are wanted, the unmixed ones."""
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None = None,
+) -> None:
+    """Write the mixed images, erased where that is asked for, and, where they are wanted, the unmixed ones."""
     pixels = mix_pixels(images, partners, plan)
-    outputs.mixed.copy_(store(normalise(pixels, images.dtype, norm), outputs.mixed.dtype))
+    finished = normalise(pixels, images.dtype, norm)
+    outputs.mixed.copy_(store(finished if erasure is None else erase(finished, erasure), outputs.mixed.dtype))
     if outputs.clean is not None:
         own = normalise(images.to(pixels.dtype), images.dtype, norm)
         outputs.clean.copy_(store(own, outputs.clean.dtype))
@@ -56,6 +64,19 @@ def normalise(pixels: Tensor, source: torch.dtype, norm: Norm | None) -> Tensor:
     centre = torch.tensor(norm.mean, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
     spread = torch.tensor(norm.std, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
     return (unit - centre) / spread
+
+
+def erase(pixels: Tensor, erasure: Erasure) -> Tensor:
+    """(N, C, H, W): a copy whose boxes are filled, the later ones over the earlier ones."""
+    erased, fill = pixels.clone(), erasure.fill.to(pixels.dtype)
+    for i, boxes in enumerate(erasure.boxes.tolist()):
+        for top, left, height, width, first in boxes:
+            patch = erased[i, :, top : top + height, left : left + width]
+            if erasure.per_pixel:
+                patch.copy_(fill[first : first + height * width].T.reshape(patch.shape))
+            elif height * width > 0:
+                patch.copy_(fill[first][:, None, None])
+    return erased
 
 
 def store(pixels: Tensor, dtype: torch.dtype) -> Tensor:

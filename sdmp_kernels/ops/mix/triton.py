@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdmp_kernels import _launch
 from sdmp_kernels._launch import Call, Compile
-from sdmp_kernels.ops.mix.arguments import Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.triton_kernels import (
     mix_backward_gather_kernel,
     mix_backward_pair_kernel,
@@ -121,13 +121,27 @@ def _shape(
     return chosen, found["num_warps"], -(-count // found["block"]) * shares * rows
 
 
-def mix(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:
-    """Write the mixed images and, where they are wanted, the unmixed ones: one launch."""
-    _mix_call(_launch.architecture(images.device), images, partners, plan, norm, outputs).launch(images.device)
+def mix(
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None = None,
+) -> None:
+    """Write the mixed images, erased where that is asked for, and, where they are wanted, the unmixed ones: one launch."""
+    arch = _launch.architecture(images.device)
+    _mix_call(arch, images, partners, plan, norm, outputs, erasure).launch(images.device)
 
 
 def _mix_call(
-    arch: str, images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs
+    arch: str,
+    images: Tensor,
+    partners: Tensor | None,
+    plan: PlanRows,
+    norm: Norm | None,
+    outputs: Outputs,
+    erasure: Erasure | None,
 ) -> Call:
     pair = plan.mirrored and partners is None
     others = images if partners is None else partners
@@ -137,16 +151,20 @@ def _mix_call(
     table = lam if scaling.table is None else scaling.table
     layout = _layout([images, mixed, clean] if pair else [images, others, mixed, clean], mixed)
     constants = layout.constants | _allowed(plan.rules)
-    constants |= {"NORMALISE": norm is not None, "CLEAN": outputs.clean is not None}
+    constants |= {"NORMALISE": norm is not None, "CLEAN": outputs.clean is not None, "ERASE": erasure is not None}
+    constants["PER_PIXEL"] = erasure is not None and erasure.per_pixel
+    # Nothing is read of these where nothing is erased.
+    boxes, fill = (box, lam) if erasure is None else (erasure.boxes.contiguous(), erasure.fill.contiguous())
+    erased = [boxes.shape[1], len(fill)]
     constants["PLANES"] = images.shape[1] if constants["PER"] == 1 and images.shape[1] <= 4 else 1
     rows = -(-len(images) // 2) if pair else len(images)
     chosen, num_warps, programs = _shape(arch, "pair" if pair else "gather", rows, images, constants)
     constants |= chosen
     scalars = [layout.units, *images.shape[2:], *layout.strides, *scaling.centres, *scaling.scales]
     if pair:
-        args = [images, mixed, clean, rule, lam, box, table, len(images), *scalars]
+        args = [images, mixed, clean, rule, lam, box, table, boxes, fill, len(images), *erased, *scalars]
         return Call(mix_pair_kernel, (programs,), tuple(args), num_warps, 1, constants)
-    args = [images, others, mixed, clean, rule, partner, lam, box, table, len(others), *scalars]
+    args = [images, others, mixed, clean, rule, partner, lam, box, table, boxes, fill, len(others), *erased, *scalars]
     constants["SELF"] = partners is None
     return Call(mix_gather_kernel, (programs,), tuple(args), num_warps, 1, constants)
 
@@ -205,9 +223,11 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def compiles(arch: str) -> list[Compile]:
     """Every kind of launch: kernel, dtypes, layout, normalisation, and both sizes of block."""
     u8, f16, bf16, f32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
+    # Four programs of 256 threads on a multiprocessor, and no waiting for each other while a box is filled.
+    free = (*_WIDE, "barriers<=1", *(("registers<=64",) if arch == "sm_90" else ()))
     return [
-        _forward(arch, "pair bf16", bf16),
-        _forward(arch, "pair bf16 channels_last", bf16, pixels=True),
+        _forward(arch, "pair bf16", bf16, facts=free),
+        _forward(arch, "pair bf16 channels_last", bf16, pixels=True, facts=free),
         _forward(arch, "pair bf16 without resizemix", bf16, rules=_ALL[:2]),
         _forward(arch, "pair fp16", f16),
         _forward(arch, "pair fp32", f32),
@@ -220,7 +240,11 @@ def compiles(arch: str) -> list[Compile]:
         _forward(arch, "pair bf16 normalised, 13 channels", bf16, channels=13, normalise=True),
         _forward(arch, "pair bf16 odd", bf16, size=(31, 37), facts=("no_spills",)),
         _forward(arch, "pair bf16 strided", bf16, strided=True, facts=("no_spills",)),
-        _forward(arch, "gather bf16", bf16, mirrored=False),
+        _forward(arch, "pair uint8 to bf16 erased", u8, bf16, normalise=True, erase=True),
+        _forward(arch, "pair uint8 to fp32 channels_last erased", u8, f32, pixels=True, normalise=True, erase=True),
+        _forward(arch, "gather bf16 erased", bf16, mirrored=False, erase=True),
+        # The taps of a pixel's three channels.
+        _forward(arch, "gather bf16", bf16, mirrored=False, facts=(*_WIDE, "barriers<=1", "in_flight>=12")),
         _forward(arch, "gather fp32", f32, mirrored=False),
         _forward(arch, "gather uint8 to bf16 channels_last clean", u8, bf16, pixels=True, mirrored=False,
                  normalise=True, clean=True),
@@ -260,13 +284,17 @@ def _forward(
     rules: list[int] = _ALL,
     normalise: bool = False,
     clean: bool = False,
+    erase: bool = False,
     facts: tuple[str, ...] = _WIDE,
 ) -> Compile:
     images = _meta_images(source, channels, size, pixels, strided)
     mixed = torch.empty_like(images, dtype=target or source)
     norm = Norm((_MEAN * channels)[:channels], (_STD * channels)[:channels]) if normalise else None
     outputs = Outputs(mixed, torch.empty_like(mixed) if clean else None)
-    call = _mix_call(arch, images, None, _meta_plan(len(images), mirrored, rules), norm, outputs)
+    rows = len(images)
+    boxes = torch.empty((rows, 1, 5), dtype=torch.int32, device="meta")
+    erasure = Erasure(boxes, torch.empty((4096, channels), device="meta"), True) if erase else None
+    call = _mix_call(arch, images, None, _meta_plan(rows, mirrored, rules), norm, outputs, erasure)
     return call.compilation(f"mix {name}", facts)
 
 

@@ -5,8 +5,9 @@ channels-last ones it is the whole image, its pixels holding their channels side
 the planes of one image (all of them up to four: they share row, column and box), or, for the flip, of both images of a
 pair: both are read once and both results written once, 16 bytes at a time where the planes are dense.
 
-A RESIZEMIX row is copied first; then the programs write the part of the box that lies in their chunk over it, row by
-row of the box, so that only box pixels pay for the four taps.
+A RESIZEMIX row is copied first; then the programs write the part of the box that lies in their chunk over it, the rows
+of the box one after the other, so that only box pixels pay for the four taps. Tiles have one dimension: with two, their
+rows and columns meet through shared memory, at six barriers a tile on Triton 3.6. What is erased is written over that.
 
 Bytes and floors (n = 1024 images of 3 x 224 x 224, an H200 copying 4.3 TB/s): bf16 to bf16 617 MB, 143 us, whatever
 the rules; uint8 to normalised bf16 462 MB, 108 us; the same with `clean` 771 MB, 179 us. The taps of RESIZEMIX come out
@@ -26,7 +27,7 @@ RULE_MIXUP = tl.constexpr(int(Rule.MIXUP))
 RULE_CUTMIX = tl.constexpr(int(Rule.CUTMIX))
 RULE_RESIZEMIX = tl.constexpr(int(Rule.RESIZEMIX))
 # Numbers that change from call to call and must not make new kernels.
-_FREE = ["rows", "sources", "units", "H", "W"]
+_FREE = ["rows", "sources", "boxes", "fills", "units", "H", "W"]
 
 
 class Size(NamedTuple):
@@ -92,6 +93,15 @@ class Scaling(NamedTuple):
     centres: Any
     scales: Any
     table_ptr: Any
+
+
+class Erased(NamedTuple):
+    """Of every image `boxes` boxes of five numbers, the last the row of `fill` that it begins with, of `fills`."""
+
+    box_ptr: Any
+    fill_ptr: Any
+    boxes: Any
+    fills: Any
 
 
 class Taps(NamedTuple):
@@ -175,17 +185,24 @@ def _near(where, box, PER: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _box(box_ptr, size):
+    """The four numbers there as a `Box`, within the image whatever they are."""
+    top = tl.minimum(tl.maximum(tl.load(box_ptr), 0), size.height)
+    left = tl.minimum(tl.maximum(tl.load(box_ptr + 1), 0), size.width)
+    height = tl.minimum(tl.maximum(tl.load(box_ptr + 2), 0), size.height - top)
+    width = tl.minimum(tl.maximum(tl.load(box_ptr + 3), 0), size.width - left)
+    return Box(top, left, height, width)
+
+
+@triton.jit
 def _plan_row(rule_ptr, lam_ptr, box_ptr, i, itself, size):
     """`PlanRow` i: KEEP where nothing is to be done, and the box within the image whatever the plan holds."""
     lam = tl.load(lam_ptr + i)
-    top = tl.minimum(tl.maximum(tl.load(box_ptr + 4 * i), 0), size.height)
-    left = tl.minimum(tl.maximum(tl.load(box_ptr + 4 * i + 1), 0), size.width)
-    height = tl.minimum(tl.maximum(tl.load(box_ptr + 4 * i + 2), 0), size.height - top)
-    width = tl.minimum(tl.maximum(tl.load(box_ptr + 4 * i + 3), 0), size.width - left)
+    box = _box(box_ptr + 4 * i, size)
     rule = tl.load(rule_ptr + i).to(tl.int32)
     copied = (rule == RULE_MIXUP) & ((lam == 1.0) | itself)
-    empty = (rule >= RULE_CUTMIX) & ((height == 0) | (width == 0))
-    return PlanRow(tl.where(copied | empty, RULE_KEEP, rule), lam, Box(top, left, height, width))
+    empty = (rule >= RULE_CUTMIX) & ((box.height == 0) | (box.width == 0))
+    return PlanRow(tl.where(copied | empty, RULE_KEEP, rule), lam, box)
 
 
 @triton.jit
@@ -302,6 +319,23 @@ def _taps(position, target, extent):
 
 
 @triton.jit
+def _box_part(
+    row, start, box, chunk, size, PER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(`Where`, pixel, channel) of COLUMNS elements of rows of a box, from element `start` of each on; those that are
+    not in the box and the chunk are masked. The pixel is counted from the left of the box.
+    """
+    kind: tl.constexpr = tl.int64 if WIDE else tl.int32
+    begin = chunk.to(kind) * BLOCK
+    across = start + tl.arange(0, COLUMNS)[None, :]
+    pixel, channel = _divided(across, PER)
+    position = box.left * PER + across
+    index = row.to(kind) * (size.width * PER) + position
+    mask = (row < box.top + box.height) & (across < box.width * PER) & (index >= begin) & (index < begin + BLOCK)
+    return Where(index, mask, row, position, position), pixel, channel
+
+
+@triton.jit
 def _fill_box(
     source, target, chunk, count, box, span, size, source_strides, target_strides, source_plane, target_plane,
     first_plane, scaling, work: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, PLANES: tl.constexpr, FLAT: tl.constexpr,
@@ -309,50 +343,104 @@ def _fill_box(
 ):  # fmt: skip
     """Write the source image, resized to the box, over the part of the box that lies in the chunk.
 
-    Tiles of LINES box rows by COLUMNS elements. Rows are worked out once for a line of tiles, and the places and
-    weights of the taps once for all planes.
+    The rows of the box that reach into the chunk, one after the other, in tiles of LINES * COLUMNS: each thread works
+    out where its pixel looks once for all its channels (planes, or up to four side by side), and asks for all of
+    their taps before it uses the first.
     """
     kind: tl.constexpr = tl.int64 if WIDE else tl.int32
     result: tl.constexpr = target.dtype.element_ty
+    # More channels side by side are taken one by one, as pixels of their own.
+    ALONE: tl.constexpr = PER if PER > 4 else 1
+    SIDE: tl.constexpr = PER // ALONE
+    CHANNELS: tl.constexpr = SIDE if PER > 1 else PLANES
     top, left, height, width = box
     begin = chunk.to(kind) * BLOCK
-    for line in range(tl.maximum(span.first, top), tl.minimum(span.last + 1, top + height), LINES):
-        row = line + tl.arange(0, LINES)[:, None]
-        y = _taps(row - top, height, size.height)
+    first_row = tl.maximum(span.first, top)
+    length = width * ALONE
+    total = (tl.minimum(span.last + 1, top + height) - first_row) * length
+    for start in range(0, total, LINES * COLUMNS):
+        place = start + tl.arange(0, LINES * COLUMNS)
+        line, across = _line_of(place, length)
+        row = first_row + line
+        pixel, channel = _divided(across, ALONE)
+        y, x = _taps(row - top, height, size.height), _taps(pixel, width, size.width)
         upper, lower = y.first.to(kind) * source_strides.row, y.second.to(kind) * source_strides.row
-        for start in range(0, width * PER, COLUMNS):
-            across = start + tl.arange(0, COLUMNS)[None, :]
-            pixel, channel = _divided(across, PER)
-            x = _taps(pixel, width, size.width)
-            before = x.first.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
-            behind = x.second.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
-            position = left * PER + across
-            index = row.to(kind) * (size.width * PER) + position
-            mask = (row < top + height) & (across < width * PER) & (index >= begin) & (index < begin + BLOCK)
-            where = Where(index, mask, row, position, position)
-            offset = _offset(where, target_strides, PER, FLAT, WIDE)
-            for plane in tl.static_range(PLANES):
-                base = source + plane * source_plane
-                p00 = tl.load(base + (upper + before), mask=mask, other=0).to(tl.float32)  # narrow: a tap
-                p01 = tl.load(base + (upper + behind), mask=mask, other=0).to(tl.float32)  # narrow: a tap
-                p10 = tl.load(base + (lower + before), mask=mask, other=0).to(tl.float32)  # narrow: a tap
-                p11 = tl.load(base + (lower + behind), mask=mask, other=0).to(tl.float32)  # narrow: a tap
-                patch = y.w_first * (x.w_first * p00 + x.w_second * p01) + y.w_second * (
-                    x.w_first * p10 + x.w_second * p11
-                )
-                pixels = _rounded(patch, work)
-                pixels = _finished(pixels, where, first_plane, plane, scaling, result, C, PER, 1, NORMALISE)
-                tl.store(target + plane * target_plane + offset, pixels, mask=mask)  # narrow: boxes begin anywhere
+        before = x.first.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
+        behind = x.second.to(kind) * source_strides.column + channel.to(kind) * source_strides.channel
+        position = left * PER + across * SIDE
+        index = row.to(kind) * (size.width * PER) + position
+        mask = (place < total) & (index + SIDE > begin) & (index < begin + BLOCK)
+        where = Where(index, mask, row, position, position)
+        offset = _offset(where, target_strides, PER, FLAT, WIDE)
+        taps = ()
+        for c in tl.static_range(CHANNELS):
+            base = source + (c * source_plane if PER == 1 else c * source_strides.channel)
+            taps = taps + (tl.load(base + (upper + before), mask=mask, other=0),)  # narrow: a tap
+            taps = taps + (tl.load(base + (upper + behind), mask=mask, other=0),)  # narrow: a tap
+            taps = taps + (tl.load(base + (lower + before), mask=mask, other=0),)  # narrow: a tap
+            taps = taps + (tl.load(base + (lower + behind), mask=mask, other=0),)  # narrow: a tap
+        for c in tl.static_range(CHANNELS):
+            above = x.w_first * taps[4 * c].to(tl.float32) + x.w_second * taps[4 * c + 1].to(tl.float32)
+            below = x.w_first * taps[4 * c + 2].to(tl.float32) + x.w_second * taps[4 * c + 3].to(tl.float32)
+            patch = y.w_first * above + y.w_second * below
+            pixels = _rounded(patch, work)
+            # A channel known to the compiler: as where each has a plane of its own.
+            pixels = _finished(pixels, where, first_plane, c, scaling, result, C, ALONE, 1, NORMALISE)
+            own = mask & (index + c >= begin) & (index + c < begin + BLOCK) if SIDE > 1 else mask
+            step = c * target_plane if PER == 1 else c * target_strides.channel
+            tl.store(target + step + offset, pixels, mask=own)  # narrow: boxes begin anywhere
+
+
+@triton.jit
+def _line_of(place, length):
+    """(line, position in it) of places that are counted over lines of this length."""
+    line = (place.to(tl.uint32) // length.to(tl.uint32)).to(tl.int32)
+    return line, place - line * length
+
+
+@triton.jit
+def _erase(
+    target, i, chunk, span, size, erased, strides, target_plane, first_plane, C: tl.constexpr, PER: tl.constexpr,
+    PLANES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
+    COLUMNS: tl.constexpr, PER_PIXEL: tl.constexpr,
+):  # fmt: skip
+    """Write what is erased of image i, and lies in the chunk, over it: box by box, the later ones over the earlier.
+
+    Tiles of LINES box rows by COLUMNS elements, as what is resized.
+    """
+    result: tl.constexpr = target.dtype.element_ty
+    for k in range(erased.boxes):
+        # What it is written over, the box before it too, was stored by other threads of this program.
+        tl.debug_barrier()
+        box_ptr = erased.box_ptr + 5 * (i * erased.boxes + k)
+        box = _box(box_ptr, size)
+        colour = tl.load(box_ptr + 4).to(tl.int64)
+        for line in range(tl.maximum(span.first, box.top), tl.minimum(span.last + 1, box.top + box.height), LINES):
+            row = line + tl.arange(0, LINES)[:, None]
+            for start in range(0, box.width * PER, COLUMNS):
+                where, pixel, channel = _box_part(row, start, box, chunk, size, PER, WIDE, BLOCK, COLUMNS)
+                offset = _offset(where, strides, PER, FLAT, WIDE)
+                of = colour
+                if PER_PIXEL:
+                    of += (row - box.top).to(tl.int64) * box.width + pixel
+                # A row number on the device was not checked on the host; out of range, it must still not be followed.
+                of = tl.minimum(tl.maximum(of, 0), erased.fills - 1) * C + channel + first_plane
+                for plane in tl.static_range(PLANES):
+                    pixels = tl.load(erased.fill_ptr + (of + plane), mask=where.mask, other=0)  # narrow: boxes
+                    place = target + plane * target_plane + offset
+                    tl.store(place, _rounded(pixels, result), mask=where.mask)  # narrow: boxes begin anywhere
 
 
 @triton.jit(do_not_specialize=_FREE)
 def mix_pair_kernel(
-    images_ptr, mixed_ptr, clean_ptr, rule_ptr, lam_ptr, box_ptr, table_ptr, rows, units, H, W,
+    images_ptr, mixed_ptr, clean_ptr, rule_ptr, lam_ptr, box_ptr, table_ptr, boxes_ptr, fill_ptr, rows, boxes, fills,
+    units, H, W,
     images_n, images_p, images_h, images_w, images_c, mixed_n, mixed_p, mixed_h, mixed_w, mixed_c,
     clean_n, clean_p, clean_h, clean_w, clean_c, centre0, centre1, centre2, centre3, scale0, scale1, scale2, scale3,
     C: tl.constexpr, PER: tl.constexpr, PLANES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     MIXUP: tl.constexpr, CUTMIX: tl.constexpr, RESIZEMIX: tl.constexpr, NORMALISE: tl.constexpr, CLEAN: tl.constexpr,
+    ERASE: tl.constexpr, PER_PIXEL: tl.constexpr,
 ):  # fmt: skip
     """Rows i and N-1-i, each mixed with the other: a program owns one chunk of PLANES planes of both.
 
@@ -414,18 +502,28 @@ def mix_pair_kernel(
                 source_i, target_j, chunk, count, plan_j.box, span, size, strides, targets, image_plane, mixed_plane,
                 first_plane, scaling, work, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES, COLUMNS, NORMALISE,
             )  # fmt: skip
+    if ERASE:
+        erased = Erased(boxes_ptr, fill_ptr, boxes, fills)
+        _erase(
+            target_i, i, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE,
+            BLOCK, LINES, COLUMNS, PER_PIXEL,
+        )  # fmt: skip
+        _erase(
+            target_j, j, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE,
+            BLOCK, LINES, COLUMNS, PER_PIXEL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_FREE)
 def mix_gather_kernel(
-    images_ptr, partners_ptr, mixed_ptr, clean_ptr, rule_ptr, partner_ptr, lam_ptr, box_ptr, table_ptr, sources, units,
-    H, W, images_n, images_p, images_h, images_w, images_c, partners_n, partners_p, partners_h, partners_w, partners_c,
+    images_ptr, partners_ptr, mixed_ptr, clean_ptr, rule_ptr, partner_ptr, lam_ptr, box_ptr, table_ptr, boxes_ptr,
+    fill_ptr, sources, boxes, fills, units, H, W, images_n, images_p, images_h, images_w, images_c, partners_n, partners_p, partners_h, partners_w, partners_c,
     mixed_n, mixed_p, mixed_h, mixed_w, mixed_c, clean_n, clean_p, clean_h, clean_w, clean_c,
     centre0, centre1, centre2, centre3, scale0, scale1, scale2, scale3,
     C: tl.constexpr, PER: tl.constexpr, PLANES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     MIXUP: tl.constexpr, CUTMIX: tl.constexpr, RESIZEMIX: tl.constexpr, NORMALISE: tl.constexpr, CLEAN: tl.constexpr,
-    SELF: tl.constexpr,
+    SELF: tl.constexpr, ERASE: tl.constexpr, PER_PIXEL: tl.constexpr,
 ):  # fmt: skip
     """Row i mixed with row partner[i] of `partners`, whatever that is: a program owns one chunk of PLANES planes.
 
@@ -472,6 +570,12 @@ def mix_gather_kernel(
                 source, target, chunk, count, plan.box, span, size, strides, targets, partner_plane, mixed_plane,
                 first_plane, scaling, work, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES, COLUMNS, NORMALISE,
             )  # fmt: skip
+    if ERASE:
+        erased = Erased(boxes_ptr, fill_ptr, boxes, fills)
+        _erase(
+            target, i, chunk, span, size, erased, targets, mixed_plane, first_plane, C, PER, PLANES, FLAT, WIDE, BLOCK, LINES,
+            COLUMNS, PER_PIXEL,
+        )  # fmt: skip
 
 
 # ---- gradients ----
