@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from sdmp_train.advice import leave_without
+from sdmp_train.advice import drop_output, leave_without
 
 if __name__ == "__main__":
     # While torch is imported Ctrl-C ends the process, and prints no traceback; a run then has handlers of its own.
@@ -13,6 +13,10 @@ if __name__ == "__main__":
         from sdmp_train.stop import ignore_stop_signals
 
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        code = 0
     except ModuleNotFoundError as error:
         leave_without(error, "sdmp_train")
     ignore_stop_signals()  # what is left is to leave, with this code

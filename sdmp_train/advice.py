@@ -1,6 +1,7 @@
 """Commands that are printed for people to paste: they name the Python that runs now, and this source tree.
 
-It is imported before anything that has to be installed, so that it can say what is missing.
+And how a program leaves without a traceback. This is imported before anything that has to be installed, so that it can
+say what is missing.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def own_environment(program: str) -> str:
     if not there.is_file() or os.path.realpath(sys.prefix) == os.path.realpath(SOURCES / ".venv"):
         return ""
     return f" (or, with what is installed in this clone: {shlex.quote(str(there))} -m {program})"
+
+
+def drop_output() -> None:
+    """What follows on standard output goes nowhere: its reader, such as `head`, has read enough and is gone.
+
+    What Python still holds is dropped too; its flush at exit would fail.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave_without(error: ModuleNotFoundError, program: str, extra: str = "train") -> None:

@@ -209,7 +209,10 @@ def run_eval(argv: Sequence[str]) -> int:
         print(describe_protocols(PROGRAM))
         return DONE
     if name not in PROTOCOLS:
-        raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
+        what = f"unknown protocol {name!r}.{near(name, PROTOCOLS)}" if name else "a protocol is missing."
+        raise ConfigError(
+            f"eval: {what} Known: {', '.join(PROTOCOLS)}; `{PROGRAM} eval --help` says what each measures"
+        )
     settings, evaluate = PROTOCOLS[name]
     evaluate(parse(settings, f"eval {name}", rest))
     return DONE

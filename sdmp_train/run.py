@@ -32,7 +32,7 @@ from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
-from .text import duration
+from .text import counted, duration
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
@@ -265,13 +265,14 @@ class Run:
         gpu = self.training.world.device.type == "cuda"
         own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
-        yours = ("pretrain", "--preset", own, "--data", "YOUR_IMAGES")
+        yours = ("pretrain", "--preset", *own.split(), "--data", "YOUR_IMAGES")
         first, *others = how_to_load(self.training.config, os.path.join(self.place, EXPORTED))
         written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
         logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
+        steps, took = counted(self.training.step, "step"), duration(time.monotonic() - self.began_at)
         return [
-            f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
+            f"done     {loss}{steps}; this took {took}",
             *([f"kNN      {known}"] if known else []),
             f"run      {os.path.normpath(self.folder)}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",

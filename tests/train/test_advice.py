@@ -70,3 +70,14 @@ def test_without_torch_a_program_says_so_in_a_line(words: list[str]):
     assert done.returncode == 2, done.stderr
     said = f"error: (torch|tyro) is not installed, which {words[0]} needs: .* -m pip install -e .*"
     assert re.fullmatch(said, done.stderr.rstrip("\n")), done.stderr
+
+
+@pytest.mark.parametrize("words", [["sdmp_train", "--help"], ["bench", "--help"]])
+def test_a_reader_that_has_read_enough_is_no_traceback(words: list[str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-m", *words], cwd=advice.SOURCES, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

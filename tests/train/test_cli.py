@@ -338,7 +338,7 @@ NONSENSE = {
     "export nosuch": "cannot read the config file",
     "export nosuch --step x": "--step",
     "report nosuch": "is no run folder",
-    "eval": "unknown protocol",
+    "eval": "a protocol is missing. Known: knn, linear, finetune, robustness, pictures, embed; ",
     "eval nosuch": "unknown protocol",
     "eval linear nosuch --data IMAGES": "holds no exported backbone",
     "eval knn timm:nosuch --data IMAGES": "nosuch",
@@ -483,11 +483,12 @@ def test_version_and_the_help_of_eval(capsys):
 
 def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdmp_train.run.EMBEDDED", str(image_folder))  # after which own images are proposed
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "1", "--output", "my run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     done = next(line for line in lines if line.startswith("done"))
     assert "final loss " in done
-    assert "1 steps; this took " in done
+    assert "1 step; this took " in done
     monkeypatch.chdir("/")
     at = next(i for i, line in enumerate(lines) if line.startswith("load "))
     names: dict = {}
@@ -496,5 +497,7 @@ def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_pa
     command = shlex.split(next(line for line in lines if line.startswith("measure"))[9:])
     assert command[:3] == [sys.executable if advice.elsewhere() else "python", "-m", "sdmp_train"]
     assert main([*command[3:], "--device", "cpu", "-j", "0", "--k", "1"]) == 0
+    own = shlex.split(next(line for line in lines if line.startswith("yours"))[9:])
+    assert parse_pretrain("pretrain", own[4:]).config.data.data == "YOUR_IMAGES"
     card = (tmp_path / "my run" / "exported" / "README.md").read_text()
     assert "| kNN (k = 20), trained backbone | " in card
