@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
-from .advice import elsewhere
+from .advice import command, elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
 from .settings import with_channels
@@ -210,9 +210,8 @@ def run_eval(argv: Sequence[str]) -> int:
         return DONE
     if name not in PROTOCOLS:
         what = f"unknown protocol {name!r}.{near(name, PROTOCOLS)}" if name else "a protocol is missing."
-        raise ConfigError(
-            f"eval: {what} Known: {', '.join(PROTOCOLS)}; `{PROGRAM} eval --help` says what each measures"
-        )
+        told = f"`{command('sdmp_train', 'eval', '--help')}` says what each measures"
+        raise ConfigError(f"eval: {what} Known: {', '.join(PROTOCOLS)}; {told}")
     settings, evaluate = PROTOCOLS[name]
     evaluate(parse(settings, f"eval {name}", rest))
     return DONE

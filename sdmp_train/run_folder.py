@@ -28,7 +28,7 @@ from .card import CARD, is_edited
 from .config import Config, ConfigError, load_config
 from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
-from .reading import is_whole_number, open_for_append, parse_json, read_json, read_text
+from .reading import open_for_append, parse_json, read_json, read_text
 
 MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
@@ -97,8 +97,8 @@ def finished(path: Path) -> str | None:
         most = stored_config(path).run.max_steps
     except (OSError, ValueError):
         return None
-    step, total = state.get("step"), state.get("total_steps")
-    if not is_whole_number(step, 1, 2**62) or not is_whole_number(total, 1, 2**62):
+    step, total = (state.get(name) for name in ("step", "total_steps"))
+    if not isinstance(step, int) or not isinstance(total, int) or total < 1:
         return None
     if step >= total:
         longer = (

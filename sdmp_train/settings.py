@@ -29,9 +29,11 @@ class ConfigError(ValueError):
 
 def near(word: object, known: Iterable[str]) -> str:
     """` Did you mean a, b?` for the known words closest to `word`, if about as close; or an empty string."""
-    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
-    closeness = [difflib.SequenceMatcher(None, match, word).ratio() for match in matches]
-    matches = [match for match, near in zip(matches, closeness, strict=True) if near >= closeness[0] - 0.15]
+    if not isinstance(word, str):
+        return ""
+    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5)
+    ratios = [difflib.SequenceMatcher(None, match, word[:100]).ratio() for match in matches]
+    matches = [match for match, ratio in zip(matches, ratios, strict=True) if ratio >= ratios[0] - 0.15]
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -148,7 +148,7 @@ def test_resume_needs_a_run(tmp_path: Path):
     [
         (["pretrian"], "Did you mean pretrain"),
         (["eval", "linaer"], "unknown protocol 'linaer'"),
-        (["eval"], "expected knn"),
+        (["eval"], "protocol is missing. Known: knn, linear"),
         (["pretrain", "--preset", "quikstart"], "Did you mean quickstart"),
         (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
         (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
