@@ -21,6 +21,7 @@ python -m bench losses   info_nce, soft_cross_entropy, distillation, beside lite
                          SDPA, F.linear_cross_entropy, Liger, cut-cross-entropy, QuACK, Inf-CL
 python -m bench step     one training step: plain MoCo v3, with SDMP, with SDMP the way the released code does it
 python -m bench labels   what mixing and its labels cost in timm's training loop, by timm and by us, on this CPU
+python -m bench small    a hundred images of 32 px on one thread: drawing and mixing beside timm's Mixup and eager forms
 python -m bench price    what SDMP adds to a step beyond its extra forward passes, MoCo v3 and DINO, on this CPU
 python -m bench overhead what a call costs on the host: the first, and each one on a few rows, for every op
 python -m bench gpu      all of it on a GPU in ten minutes: op matrix, 2^31 elements, sanitizer, benchmarks, plots
@@ -31,6 +32,10 @@ python -m bench reproduce table5|map   is the method any good? Table 5, and wher
                          resumable, within --minutes
 python -m bench env      what this machine is, and which libraries there are to compare with
 python -m bench offline  carry wheels to a GPU host without a package registry
+
+Whole runs of views, mix, losses, step, train and gpu write bench/results/MACHINE-DATE.json, which `table` reads; short
+ones (--quick, --only, less than 3 --minutes) write what --json names. `reproduce` has bench/results/reproduce, `tune`
+sdmp_kernels/tables; all others write what --json names. Only `gpu` writes pages without --write.
 """
 
 
@@ -51,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels.add_argument("--batch-size", type=int, default=128, help="images of a step (default 128)")
     labels.add_argument("--blocks", type=int, default=20, help="interleaved steps of every way (default 20)")
     labels.add_argument("--json", type=Path, help="also write the rows to this file")
+    small = commands.add_parser("small", help="a hundred images of 32 px, where the host's work counts")
+    small.add_argument("--seconds", type=float, default=3.0, help="timed seconds of each pair (default 3)")
+    small.add_argument("--json", type=Path, help="also write the rows to this file")
     price = commands.add_parser("price", help="what SDMP adds to a step")
     price.add_argument("--blocks", type=int, default=20, help="interleaved blocks (default 20)")
     price.add_argument("--seconds", type=float, default=1.0, help="timed seconds of each arm in a block (default 1)")
@@ -150,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
         from bench import labels
 
         return labels.run(args)
+    if args.command == "small":
+        from bench import small
+
+        return small.run(args)
     if args.command == "price":
         from bench import price
 
@@ -240,9 +252,14 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(size="default")
     parser.add_argument("--only", help="only settings whose name contains this")
     parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds per setting (default 6)")
-    parser.add_argument("--minutes", type=float, help="start no setting after so many minutes")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many minutes; what is cut is not kept")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
-    parser.add_argument("--json", type=Path, help="where the results go (default: bench/results, unless --quick)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where the results go (default: bench/results/MACHINE-DATE.json, which `bench table` reads; nothing for "
+        "--quick, --only and less than 3 --minutes)",
+    )
 
 
 if __name__ == "__main__":

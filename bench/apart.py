@@ -22,7 +22,7 @@ import torch
 
 from bench import harness
 from bench.environment import ROOT
-from bench.harness import Budget, Runner, Setting
+from bench.harness import Budget, OutOfTime, Runner, Setting
 
 ROUNDS = 3
 # One process each: is the answer right and how much memory does it take; and how long does it take.
@@ -31,7 +31,12 @@ Entry = dict[str, Any]
 
 
 def measure(
-    setting: Setting, device: torch.device, start: Callable[[str, str], Entry], say: Callable[[str], object]
+    setting: Setting,
+    device: torch.device,
+    start: Callable[[str, str], Entry],
+    say: Callable[[str], object],
+    doing: Callable[[str], object] = harness.silent,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """One row of the results, as `harness.measure` makes it.
 
@@ -40,15 +45,27 @@ def measure(
         device: where it runs.
         start: (name of an arm, `CHECK` or `TIME`) -> that arm's entry, from a process of its own.
         say: told which arms have no time, and why.
+        doing: told what is done next, for who waits.
+        budget: no process is started after its deadline; the rest of it is the processes' own.
+
+    Raises:
+        OutOfTime: the deadline passed before every arm had its times.
     """
-    told = {arm.name: start(arm.name, CHECK) for arm in setting.arms}
+
+    def begin(name: str, part: str, words: str) -> Entry:
+        if budget is not None and budget.over:
+            raise OutOfTime
+        doing(f"    {name}: {words}")
+        return start(name, part)
+
+    told = {arm.name: begin(arm.name, CHECK, "checked and weighed") for arm in setting.arms}
     runners = [Runner(arm, [], told[arm.name]["errors"]) for arm in setting.arms if told[arm.name]["status"] == "ok"]
     order, shuffle = list(runners), random.Random(0)
-    for _ in range(ROUNDS):
+    for round_ in range(1, ROUNDS + 1):
         shuffle.shuffle(order)
         for runner in order:
             if runner.failure is None:
-                _time(runner, start(runner.arm.name, TIME))
+                _time(runner, begin(runner.arm.name, TIME, f"timed, round {round_} of {ROUNDS}"))
     for runner in runners:
         if runner.failure is not None:
             kept = {name: told[runner.arm.name][name] for name in ("name", "kind", "what", "graph", "errors")}

@@ -246,7 +246,7 @@ def question(name: str) -> Callable[[Run, float], None]:
     def stage(state: Run, seconds: float) -> None:
         started = time.monotonic()
         size = (
-            ["--tiny", "--threads", "1"] if state.dry else ["--minutes", f"{0.8 * seconds / 60:.2f}", "--seconds", "2"]
+            ["--tiny", "--threads", "1"] if state.dry else ["--minutes", f"{0.9 * seconds / 60:.2f}", "--seconds", "2"]
         )
         code = state.bench(name, "--device", state.device, *size, seconds=seconds)
         told = Results(state.path).document["runs"].get(name, {})

@@ -32,6 +32,10 @@ OURS = ("bench", "sdmp_kernels", "sdmp_train")
 EXIT_ABSENT = 3
 
 
+class OutOfTime(Exception):
+    """The time that was given for measuring is over."""
+
+
 class Absent(Exception):
     """What an arm needs is not on this machine; the message says what, and how to get it."""
 
@@ -140,12 +144,22 @@ class Setting:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure one setting: rounds until `seconds` have passed, but at least and at most so many."""
+    """How long to measure one setting: rounds until `seconds` have passed, but at least and at most so many.
+
+    No arm is begun after `deadline` (of `time.monotonic`): a setting of which some arm was not yet timed three times is
+    given up then.
+    """
 
     seconds: float = 6.0
     min_rounds: int = 5
     max_rounds: int = 200
     warmup_seconds: float = 0.1
+    deadline: float = math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() > self.deadline
 
 
 @dataclass
@@ -173,13 +187,36 @@ class Runner:
     failure: str | None = None
 
 
-def measure(setting: Setting, device: torch.device, budget: Budget, say: Callable[[str], object]) -> dict[str, Any]:
-    """One row of the results: every arm of the setting, checked, timed and weighed. See docs/benchmarks.md."""
+def silent(_: str) -> None:
+    """Tell nobody what is being done."""
+
+
+def measure(
+    setting: Setting,
+    device: torch.device,
+    budget: Budget,
+    say: Callable[[str], object],
+    doing: Callable[[str], object] = silent,
+) -> dict[str, Any]:
+    """One row of the results: every arm of the setting, checked, timed and weighed. See docs/benchmarks.md.
+
+    Args:
+        setting, device, budget: what, where and for how long.
+        say: told which arms have no time, and why.
+        doing: told what is done next, for who waits.
+
+    Raises:
+        OutOfTime: the budget's deadline passed before every arm had its times.
+    """
+    doing("    inputs, and the truth in float64")
     inputs = [setting.inputs(copy) for copy in range(copies_needed(setting, device))]
     truth = [t.detach() for t in setting.truth(inputs[0])]
     plain = _plain(setting, inputs[0])
     runners, told = [], {}
-    for arm in setting.arms:
+    for number, arm in enumerate(setting.arms, 1):
+        if budget.over:
+            raise OutOfTime
+        doing(f"    {arm.name}: checked and warmed up ({number} of {len(setting.arms)})")
         runner, entry = prepare(arm, setting, inputs, truth, plain, device, budget)
         told[arm.name] = entry
         if runner is not None:
@@ -191,6 +228,7 @@ def measure(setting: Setting, device: torch.device, budget: Budget, say: Callabl
         machine = roofline.machine_of(device)
         for runner in runners:
             told[runner.arm.name]["predicted"] = roofline.asked_by(runner.calls[0].run, machine).told(machine)
+    doing(f"    {len(runners)} arms in turn, {budget.seconds:g} s and at least {budget.min_rounds} rounds")
     time_rounds(runners, clock_of(device.type), budget)
     runners = [runner for runner in runners if not _broke(runner, told, say)]
     weighed = {runner.arm.name: weigh(runner, runners, setting, device) for runner in runners}
@@ -420,7 +458,12 @@ def once(runner: Runner, clock: Clock) -> Timing:
 
 
 def time_rounds(runners: list[Runner], clock: Clock, budget: Budget) -> None:
-    """Every round runs each arm once, in shuffled order. Arms that would eat the time stop after three rounds."""
+    """Every round runs each arm once, in shuffled order. Arms that would eat the time stop after three rounds.
+
+    Raises:
+        OutOfTime: the deadline passed before three rounds (or all that were wanted, if fewer) were done.
+    """
+    enough = min(3, budget.min_rounds)
     order, shuffle = list(runners), random.Random(0)
     share = 2 * budget.seconds / max(1, len(runners))
     started = time.perf_counter()
@@ -428,8 +471,12 @@ def time_rounds(runners: list[Runner], clock: Clock, budget: Budget) -> None:
         elapsed = time.perf_counter() - started
         if round_ >= budget.min_rounds and elapsed > budget.seconds:
             return
+        if round_ >= enough and budget.over:
+            return
         shuffle.shuffle(order)
         for runner in order:
+            if round_ < enough and budget.over:
+                raise OutOfTime
             if runner.failure is not None or (round_ >= 3 and runner.spent > share):
                 continue
             begun = time.perf_counter()

@@ -93,20 +93,21 @@ def attention_seconds(gpu: Machine, n: int, m: int, flops: int) -> float:
 
 
 def table(document: dict[str, Any] | None) -> str:
-    """Every goal on a GPU: asked, predicted by which formula, measured; what is far apart is marked."""
+    """Every goal on a GPU: asked, predicted by which formula, and measured, if a GPU has run; what is off is marked."""
     known = predictions()
     lines = [
         f"Assumed of the machine: {Machine().line()}.",
         "",
-        "| goal | | asked | predicted | because | measured |",
-        "|---|---|---|---|---|---|",
+        "| goal | | asked | predicted | because |" + (" measured |" if document else ""),
+        "|---|---|---|---|---|" + ("---|" if document else ""),
     ]
     for outcome in outcomes(document, "cuda"):
         claim = outcome.claim
         asked = f"{'<=' if claim.at_most else '>='} {claim.bound:g}{claim.unit}"
         guess = known.get((claim.goal, claim.words))
         predicted, why = ("", "") if guess is None else (f"{guess.value:.3g}{claim.unit}", guess.formula)
-        lines.append(f"| {claim.goal} | {claim.words} | {asked} | {predicted} | {why} | {measured(outcome, guess)} |")
+        came_out = f" {measured(outcome, guess)} |" if document else ""
+        lines.append(f"| {claim.goal} | {claim.words} | {asked} | {predicted} | {why} |{came_out}")
     return "\n".join(lines)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import apart, augment, environment, losses, mix, report, step
-from bench.harness import EXIT_ABSENT, Budget, Setting, absence, measure, words
+from bench.harness import EXIT_ABSENT, Budget, OutOfTime, Setting, absence, measure, words
 from bench.memory import fix_allocator
 from bench.results import Results, default_path
 
+KEPT_FROM_MINUTES = 3.0
+"""A run that is given less time leaves no file unless one is named."""
 SETTINGS = {"views": augment.settings, "mix": mix.settings, "losses": losses.settings, "step": step.settings}
 
 
@@ -28,7 +32,7 @@ def run(name: str, args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or environment.cores())
     # The losses are timed as users run them; `mix` is about arithmetic and bandwidth, see bench/memory.py.
     allocator = fix_allocator() if name == "mix" and device.type == "cpu" else "default"
-    path = args.json or (default_path() if args.size in ("default", "full") and not args.only else None)
+    path = args.json or (None if is_short(args) else default_path())
     results = Results(path) if path is not None else None
     alone = measured_apart(name, device, args.size)
     processes = f"one to check each arm, and one per arm in each of {apart.ROUNDS} rounds" if alone else "one"
@@ -43,14 +47,22 @@ def run(name: str, args: argparse.Namespace) -> int:
     if results is not None:
         results.finish(name)
         print(f"results in {display(results.path)}")
+    elif args.size != "tiny":
+        print("results are not kept: a short run, or one of some settings; --json FILE writes them")
     if not measured:
-        print("no setting was measured: nothing matches --only, no time was left, or all broke")
+        print("no setting was measured: nothing matches --only, no time was left (--minutes), or all broke")
         return 2
     for gap in gaps:
         if gap.kind != "lacking":
             print(f"{gap.kind}: {gap.name}: {gap.reason}")
     kinds = {gap.kind for gap in gaps}
     return 1 if "broken" in kinds else EXIT_ABSENT if "absent" in kinds else 0
+
+
+def is_short(args: argparse.Namespace) -> bool:
+    """Whether a run says too little to be taken for this machine's newest results."""
+    less = args.minutes is not None and args.minutes < KEPT_FROM_MINUTES
+    return args.size not in ("default", "full") or args.only is not None or less
 
 
 def measured_apart(name: str, device: torch.device, size: str) -> bool:
@@ -63,6 +75,12 @@ def run_arm(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     return apart.child(args, SETTINGS[args.question](device, args.size), device)
+
+
+def doing(text: str) -> None:
+    """What is done next, for who looks on: on a terminal alone, and not among the results."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Gap(NamedTuple):
@@ -100,9 +118,11 @@ def measure_all(
     results: Results | None,
 ) -> tuple[list[dict[str, Any]], list[Gap]]:
     """Every setting in turn, until the time is up; rows are printed and written as they finish. (rows, gaps)."""
-    started, rows, gaps = time.monotonic(), [], []
+    rows, gaps = [], []
+    if args.minutes is not None:
+        budget = replace(budget, deadline=time.monotonic() + 60 * args.minutes)
     for setting in settings:
-        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
+        if budget.over:
             print(f"\n{setting.name}: no time left")
             if results is not None:
                 results.skip(name, setting.name)
@@ -111,9 +131,15 @@ def measure_all(
         begun = time.monotonic()
         try:
             if measured_apart(name, device, args.size):
-                row = apart.measure(setting, device, apart.starter(name, setting, device, args), print)
+                start = apart.starter(name, setting, device, args)
+                row = apart.measure(setting, device, start, print, doing, budget)
             else:
-                row = measure(setting, device, budget, print)
+                row = measure(setting, device, budget, print, doing)
+        except OutOfTime:
+            print("    given up: no time left")
+            if results is not None:
+                results.skip(name, setting.name)
+            continue
         except Exception as error:
             # Its inputs or its truth do not fit this machine, say: the later settings can still be measured.
             print(f"    not measured: {words(error)}")

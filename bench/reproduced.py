@@ -27,6 +27,10 @@ BASELINE = "MoCo v3"
 COLOURS = {"MoCo v3": "#000000", "i-mix": "#e69f00", "SDMP": "#0072b2"}
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Half the width of Student's 95 % interval in standard errors, by degrees of freedom."""
+ENOUGH = 3
+"""Seeds from which a difference can be decided; fewer are told one by one."""
+APART = 1.07
+"""By which factor of passes the arms stand beside each other in the picture, so that none hides another."""
 ALL_IMAGES = 50_000
 """CIFAR-10's training split."""
 
@@ -141,17 +145,19 @@ def values(document: dict[str, Any], arm: str, setting: tuple[int, int], measure
     }
 
 
-def gain(document: dict[str, Any], arm: str, setting: tuple[int, int], measure: str) -> tuple[float, float, int] | None:
-    """By how much an arm is above the baseline, in points: mean of the differences at equal seeds, error, seeds.
+def differences(document: dict[str, Any], arm: str, setting: tuple[int, int], measure: str) -> list[float]:
+    """By how much an arm is above the baseline at each seed that both have, in points.
 
     A seed fixes the start, the order of the images and their views for all arms, so that differences are paired.
     """
     ours, base = (values(document, name, setting, measure) for name in (arm, BASELINE))
-    seeds = sorted(ours.keys() & base.keys())
-    if not seeds:
-        return None
-    mean, error = mean_and_error([100 * (ours[seed] - base[seed]) for seed in seeds])
-    return mean, error, len(seeds)
+    return [100 * (ours[seed] - base[seed]) for seed in sorted(ours.keys() & base.keys())]
+
+
+def gain(document: dict[str, Any], arm: str, setting: tuple[int, int], measure: str) -> tuple[float, float, int] | None:
+    """The mean of the differences to the baseline, its error, and of how many seeds; None of none."""
+    found = differences(document, arm, setting, measure)
+    return (*mean_and_error(found), len(found)) if found else None
 
 
 def arms_of(document: dict[str, Any]) -> list[str]:
@@ -193,27 +199,41 @@ def _rows(document: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def finding(document: dict[str, Any]) -> str:
-    """What the differences between SDMP and MoCo v3 say: where they are above or below 0, and where neither is sure.
+    """What the differences between SDMP and MoCo v3 say: where it is ahead or behind, and where neither is sure.
 
-    Sure is what Student's 95 % interval over the seeds excludes: three seeds make it 4.3 standard errors wide.
+    Sure is what Student's 95 % interval over the seeds excludes: three seeds make it 4.3 standard errors wide. Of two
+    seeds it is said what each was, and nothing of one.
     """
     said = []
     for measure, name in MEASURES.items():
-        told: dict[str, list[str]] = {"above": [], "below": [], "undecided": []}
+        told: dict[str, list[str]] = {}
         for setting in settings_of(document):
-            above = gain(document, "SDMP", setting, measure)
-            if above is None or math.isnan(above[1]):
-                continue
-            mean, error, seeds = above
-            sure = abs(mean) > T95.get(seeds - 1, 2.0) * error
-            side = "undecided" if not sure else "above" if mean > 0 else "below"
-            told[side].append(f"{setting[0]:,} images x {setting[1]} ({percent(mean, error, sign=True)})")
-        places = "; ".join(f"{side} at {', '.join(found)}" for side, found in told.items() if found)
-        if places:
-            said.append(f"{name} {places}")
+            found = differences(document, "SDMP", setting, measure)
+            if len(found) > 1:
+                place = f"{setting[0]:,} images x {setting[1]} ({percent(*mean_and_error(found), sign=True)})"
+                told.setdefault(verdict(found), []).append(place)
+        if told:
+            sides = [f"{words} at {', '.join(places)}" for words, places in sorted(told.items())]
+            said.append(f"{name}: {'; '.join(sides)}.")
     if not said:
         return "No setting has two seeds of both SDMP and MoCo v3 yet, so nothing can be said."
-    return f"SDMP beside MoCo v3 at equal student cost, images x passes, in points: {'. '.join(said)}."
+    return (
+        f"SDMP beside MoCo v3 at equal student cost, images x passes, in points. {' '.join(said)} Decided is what "
+        "three or more seeds say whose 95 % interval excludes 0."
+    )
+
+
+def verdict(found: Sequence[float]) -> str:
+    """What the differences of two or more seeds say, in words."""
+    if len(found) < ENOUGH:
+        ahead = sum(difference > 0 for difference in found)
+        behind = sum(difference < 0 for difference in found)
+        each = "ahead in both" if ahead == 2 else "behind in both" if behind == 2 else "of two minds"
+        return f"two of three seeds so far, {each},"
+    mean, error = mean_and_error(found)
+    if abs(mean) <= T95.get(len(found) - 1, 2.0) * error:
+        return "undecided"
+    return "ahead" if mean > 0 else "behind"
 
 
 def figure(document: dict[str, Any]) -> Any:
@@ -231,6 +251,8 @@ def figure(document: dict[str, Any]) -> Any:
             panel.set_xscale("log")
             passes = sorted({cell["epochs"] for cell in document["cells"] if cell["images"] == count})
             panel.set_xticks(passes, [str(p) for p in passes])
+            if passes:
+                panel.set_xlim(passes[0] / 1.6, passes[-1] * 1.6)
             panel.minorticks_off()
             panel.set_title(f"{count:,} images", fontsize=9, loc="left")
             panel.set_xlabel("passes over the images", fontsize=8)
@@ -244,15 +266,15 @@ def figure(document: dict[str, Any]) -> Any:
 
 
 def _line(panel: Any, document: dict[str, Any], arm: str, images: int, measure: str) -> None:
-    points = []
+    points, arms = [], arms_of(document)
+    beside = APART ** (arms.index(arm) - (len(arms) - 1) / 2)
     for setting in settings_of(document):
         found = values(document, arm, setting, measure)
         if setting[0] == images and found:
-            points.append((setting[1], *mean_and_error([100 * value for value in found.values()])))
+            points.append((setting[1] * beside, *mean_and_error([100 * value for value in found.values()])))
     if points:
-        passes, means, errors = zip(*sorted(points), strict=True)
-        shown = [0.0 if math.isnan(error) else error for error in errors]
-        panel.errorbar(passes, means, shown, color=COLOURS[arm], label=arm, marker="o", markersize=4, capsize=3)
+        passes, means, errors = zip(*sorted(points), strict=True)  # of one seed the error is NaN: no bar
+        panel.errorbar(passes, means, errors, color=COLOURS[arm], label=arm, marker="o", markersize=4, capsize=3)
     else:
         panel.plot([], [], color=COLOURS[arm], label=arm, marker="o", markersize=4)
 

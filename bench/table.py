@@ -48,12 +48,14 @@ def small(documents: list[dict[str, Any]]) -> str:
     if not documents:
         return "Nothing has been measured yet: `python -m bench mix` and `python -m bench losses` do."
     document = (gpus or documents)[-1]
+    rows = [_small_row(row) for row in _shown(document["rows"])]
+    bold = " Bold: faster than ours." if any("**" in row for row in rows) else ""
     lines = [
         "| what | ours | of the ceiling | best eager | torch.compile | best library |",
         "|---|---|---|---|---|---|",
-        *(_small_row(row) for row in _shown(document["rows"])),
+        *rows,
         "",
-        f"{_where(document)}, {document['date']} ({_commands(document)}); every answer checked against float64.",
+        f"{_where(document)}, {document['date']} ({_commands(document)}); every answer checked against float64.{bold}",
     ]
     if not gpus:
         lines.append("**No GPU figure exists yet**: no run on a GPU has been recorded; `make gpu` makes one.")
@@ -181,12 +183,13 @@ def _ratio(arm: dict[str, Any]) -> str:
 
 
 def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
-    """Every goal beside what was measured, or why there is nothing."""
+    """Every goal beside what was measured, or why there is nothing; without any run the goals alone."""
     found = goals.outcomes(document, device)
     measured_ones = [outcome for outcome in found if outcome.value is not None]
     held = sum(bool(outcome.held) for outcome in measured_ones)
     count = f"{held} of {len(measured_ones)} measured claims hold" if measured_ones else "none measured yet"
-    lines = [f"<details><summary>{title}: {count}</summary>", "", "| goal | | asked | measured |", "|---|---|---|---|"]
+    heads = ["goal", "", "asked", *(["measured"] if document else [])]
+    lines = [f"<details><summary>{title}: {count}</summary>", "", _cells(heads), "|---" * len(heads) + "|"]
     for outcome in found:
         claim = outcome.claim
         asked = f"{'<=' if claim.at_most else '>='} {claim.bound:g}{claim.unit}"
@@ -195,10 +198,15 @@ def goal_table(document: dict[str, Any] | None, device: str, title: str) -> str:
         else:
             measured = f"{report.ratio(outcome.value)}{claim.unit}" + ("" if outcome.held else " (**missed**)")
         asked += f" ({claim.limit})" if claim.limit else ""
-        lines.append(f"| {claim.goal} | {claim.words} | {asked} | {measured} |")
+        lines.append(_cells([claim.goal, claim.words, asked, *([measured] if document else [])]))
     if device == "cuda":
-        lines += [f"| {goal} | {words} | | not built yet |" for goal, words in goals.NOT_BUILT.items()]
+        for goal, words in goals.NOT_BUILT.items():
+            lines.append(_cells([goal, words, "not built yet", *([""] if document else [])]))
     return "\n".join([*lines, "", "</details>"])
+
+
+def _cells(row: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in row)
 
 
 def write_pages(documents: list[dict[str, Any]] | None = None) -> dict[str, bool]:

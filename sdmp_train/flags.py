@@ -6,7 +6,7 @@ command line itself needs it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 try:
     from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, arg
@@ -19,4 +19,19 @@ except ModuleNotFoundError:
         return None
 
 
-__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "Positional", "arg"]
+__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "Positional", "arg", "flag_of", "words_of"]
+
+
+def flag_of(settings: object, name: str) -> str:
+    """The flag of a field of a settings dataclass: its own spelling where `arg` gives one."""
+    hint = get_type_hints(type(settings), include_extras=True)[name]
+    given = next((mark.name for mark in getattr(hint, "__metadata__", ()) if getattr(mark, "name", None)), name)
+    return f"--{given.replace('_', '-')}"
+
+
+def words_of(settings: object, name: str) -> tuple[str, str]:
+    """A field's flag and its value, as both are typed: a switch is one word, --blur or --no-blur."""
+    flag, value = flag_of(settings, name), getattr(settings, name)
+    if isinstance(value, bool):
+        return (flag if value else flag.replace("--", "--no-", 1)), ""
+    return flag, " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .advice import command
 from .config import (
+    NOT_MATHS,
     Config,
     ConfigError,
     DataConfig,
@@ -22,6 +23,7 @@ from .config import (
     near,
 )
 from .cost import ARITHMETIC, GPU, gpu_hours, image_gflop
+from .flags import words_of
 from .methods.contrast import ContrastConfig
 from .methods.dacl import DACLConfig
 from .methods.dino import DINOConfig
@@ -97,6 +99,7 @@ MOCO = "MoCo v3's code and readme"
 DINO_CODE = "DINO's code and readme"
 OURS = "this project's reading; the paper released no code for DINO"
 SOLO = "solo-learn's MoCo v3 on CIFAR; the paper states no recipe"
+OWN = "this project"
 DEIT = "DeiT, from which the paper takes row and number"
 
 # Where the settings of a method come from, unless a recipe or a row says otherwise.
@@ -457,13 +460,21 @@ def dino_ablations() -> dict[str, Preset]:
 def trials() -> dict[str, Preset]:
     """Small recipes of this project, without a number in the paper."""
     own = "this project: CIFAR-10 on one GPU"
+    none = "no result to compare with yet"
     return {
         "quickstart": Preset(quickstart(), "kNN, printed by the run", "this project: embedded data, two CPU cores"),
         "quickstart-dino": Preset(quickstart_dino(), "kNN, printed by the run", "this project: embedded data"),
         "quickstart-supervised": Preset(quickstart_supervised(), "kNN, printed by the run", "this project"),
-        "cifar10-r18": Preset(cifar("resnet18", PLAIN).config, "none yet", own),
-        "cifar10-r18-sdmp": Preset(cifar("resnet18", SDMP).config, "none yet", own),
+        "cifar10-r18": Preset(cifar("resnet18", PLAIN).config, none, own, origins=_unlisted(cifar("resnet18", PLAIN))),
+        "cifar10-r18-sdmp": Preset(
+            cifar("resnet18", SDMP).config, none, own, origins=_unlisted(cifar("resnet18", SDMP))
+        ),
     }
+
+
+def _unlisted(made: Recipe) -> dict[str, str]:
+    """The sources of a recipe that is no row of the paper's tables."""
+    return {name: OWN if source == ROW else source for name, source in made.origins.items()}
 
 
 def presets() -> dict[str, Preset]:
@@ -507,7 +518,7 @@ def table_of_presets() -> list[str]:
         *(line.rstrip() for line in lines),
         "",
         *ARITHMETIC,
-        "`presets NAME` says where each of its settings comes from.",
+        "`presets NAME` prints its settings as flags, with their values and where these come from.",
     ]
 
 
@@ -521,10 +532,22 @@ def origins_of(name: str) -> list[str]:
             f"{preset.config.optim.epochs} epochs x {image_gflop(preset.config):.1f} GFLOP an image",
             *ARITHMETIC,
         ]
-    values = dict(flatten(preset.config))
-    shown = sorted(preset.origins, key=list(values).index)
-    cells = [(setting, str(values[setting]), preset.origins[setting]) for setting in shown]
-    if not cells:
-        return [*lines, "its settings are this project's own"]
+    cells = [("flag", "value", "where it comes from")]
+    for setting, value in flatten(preset.config):
+        if setting in preset.origins or (not preset.origins and matters(setting, value, preset.config)):
+            group, _, key = setting.partition(".")
+            words = (
+                ("--method", str(value)) if setting == "method.name" else words_of(getattr(preset.config, group), key)
+            )
+            cells.append((*words, preset.origins.get(setting, OWN)))
     widths = [max(len(row[i]) for row in cells) for i in (0, 1)]
     return [*lines, "", *(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in cells)]
+
+
+def matters(name: str, value: object, config: Config) -> bool:
+    """Whether a setting moves a number: it is on, of the optimiser that is chosen, and no matter of running."""
+    group, _, key = name.partition(".")
+    owners = {"betas": "adamw", "momentum": "sgd", "lars_momentum": "lars", "lars_trust": "lars", "lars_clip": "lars"}
+    other_optimiser = group == "optim" and owners.get(key, config.optim.opt) != config.optim.opt
+    has_scales = key == "crop_min_frac" and hasattr(config.method, "global_crops_scale")
+    return not (group == "run" or value is None or other_optimiser or has_scales or name in NOT_MATHS)

@@ -101,10 +101,9 @@ def finished(path: Path) -> str | None:
     if not isinstance(step, int) or not isinstance(total, int) or total < 1:
         return None
     if step >= total:
-        longer = (
-            "no further one can follow, since its schedules end there: a longer run is a new one, with more --epochs"
-        )
-        return f"holds a run that is finished: all {total} steps are made ({longer})"
+        longer = "its schedules end there: a longer run is a new one, with more --epochs"
+        again = "--resume goes on only to make backbone and kNN again"
+        return f"holds a run that is finished: all {total} steps are made ({longer}); {again}"
     if most is not None and step >= most:
         return f"holds a run that is finished at its --max-steps, {step} of {total}; --resume with a larger one goes on"
     return None

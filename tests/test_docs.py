@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -132,6 +133,29 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "draw_plan" in (tmp_path / "api" / "sdmp_kernels" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_list_or_table_has_a_blank_line_before_it(page: Path):
+    """Otherwise the site (unlike GitHub) shows it as running text."""
+    text = re.sub(r"^```.*?^```$", "```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for mark in (r"(?:[-*]|\d+\.) ", r"\|"):
+        item = re.compile(rf"\s*{mark}")
+        for before, line in itertools.pairwise(text.splitlines()):
+            inside = before.startswith(("#", "<!--")) or not before.strip() or item.match(before)
+            if re.match(mark, line) and not inside:
+                assert re.match(r"\s", before), f"{page.name}: a blank line is missing before {line!r}"
+
+
+def test_the_readmes_code_fits_the_sites_column():
+    """What is wider is cut at its edge."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = [
+        line
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert code and not [line for line in code if len(line) > 88]
 
 
 def test_every_page_is_in_the_sites_navigation():

@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 from sdmp_kernels.timm.loader import FastCollateMixup, PrefetchLoader
@@ -123,6 +124,15 @@ def words(found: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
+def _where_train_py_is() -> str:
+    """The address of timm's training script, of the installed version where there is one."""
+    try:
+        tag = f"v{metadata.version('timm')}"
+    except metadata.PackageNotFoundError:
+        tag = "main"
+    return f"https://github.com/huggingface/pytorch-image-models/blob/{tag}/train.py"
+
+
 def main() -> None:
     """The command."""
     arguments = sys.argv[1:]
@@ -130,6 +140,10 @@ def main() -> None:
         print(USAGE, end="")
         raise SystemExit(0 if arguments else 2)
     if not os.path.isfile(arguments[0]):
-        print(f"{arguments[0]} is no file; give the path of a training script first", file=sys.stderr)
+        print(
+            f"{arguments[0]} is no file; give the path of a training script first. timm's own train.py is not in its "
+            f"package, but at {_where_train_py_is()}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     run(arguments[0], arguments[1:])

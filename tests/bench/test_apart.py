@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from bench import apart, question, soft_cross_entropy
 from bench.__main__ import main
-from bench.harness import Arm, Call, Model, Setting
+from bench.harness import Arm, Budget, Call, Model, OutOfTime, Setting
 from bench.results import ARM, ROW, validate
 
 CPU = torch.device("cpu")
@@ -48,6 +49,14 @@ def pretended(arms, times, started, failing=(), absent=()):
         return entry(of, seconds={"p20": seconds, "p50": seconds, "p80": seconds, "rounds": 4})
 
     return start
+
+
+def test_no_process_is_started_after_the_deadline():
+    arms, started, told = [arm("sdmp cpp", "ours"), arm("eager", "eager")], [], []
+    start = pretended(arms, {}, started)
+    with pytest.raises(OutOfTime):
+        apart.measure(setting(*arms), CPU, start, print, told.append, Budget(deadline=time.monotonic() - 1))
+    assert started == told == []
 
 
 def test_a_row_is_made_of_three_interleaved_rounds_and_their_own_ratios():

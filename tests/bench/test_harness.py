@@ -1,6 +1,9 @@
 """The harness measures what it says: wrong answers get no time, arms are interleaved, ratios are the rounds' own."""
 
+import contextlib
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from bench.harness import (
     Budget,
     Call,
     Model,
+    OutOfTime,
     Runner,
     Setting,
     largest_error,
@@ -96,6 +100,32 @@ def test_absent_and_broken_arms_are_named_and_the_rest_go_on():
     assert told["b"]["reason"] == "RuntimeError: no kernel image"
     assert told["c"]["status"] == "ok"
     assert len(said) == 2
+
+
+def test_nothing_is_begun_after_the_deadline_but_the_arm_that_is_at_work():
+    begun = []
+
+    def slow(inputs):
+        begun.append("b")
+        time.sleep(0.03)
+        return Call(lambda: [2.0 * inputs["x"]])
+
+    asked = setting(doubling("a"), Arm("b", "", "peer", slow), doubling("c"))
+    told = []
+    with pytest.raises(OutOfTime):
+        measure(asked, CPU, replace(BUDGET, deadline=time.monotonic() + 0.02), lambda _: None, told.append)
+    assert begun == ["b"] and not any("c:" in line for line in told)
+    assert [line.split(":")[0].strip() for line in told[1:]] == ["a", "b"], "a line for each arm"
+
+
+@pytest.mark.parametrize(("rounds", "given_up"), [(1, True), (3, False)])
+def test_times_count_where_the_deadline_leaves_three_rounds(rounds, given_up, monkeypatch):
+    """The time is over after so many rounds of ten."""
+    runner = Runner(doubling("x"), [Call(list)], [])
+    monkeypatch.setattr(Budget, "over", property(lambda _: len(runner.times) >= rounds))
+    with pytest.raises(OutOfTime) if given_up else contextlib.nullcontext():
+        time_rounds([runner], clock_of("cpu"), Budget(seconds=1e9, min_rounds=10, max_rounds=10))
+    assert len(runner.times) == rounds
 
 
 def test_every_round_runs_every_arm_once_in_changing_order_after_its_reset():

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import distillation, info_nce, losses, mix, soft_cross_entropy
+from bench import distillation, info_nce, losses, mix, question, soft_cross_entropy
+from bench.__main__ import main
 from bench.harness import Budget, largest_error, measure, short
 from sdmp_kernels import Rule, draw_plan, use_backend
 from sdmp_kernels import mix as mix_op
@@ -24,6 +25,17 @@ def test_names_of_settings_and_arms_are_unique(question, size):
         arms = [arm.name for arm in setting.arms]
         assert len(set(arms)) == len(arms), setting.name
         assert all(arm.what for arm in setting.arms)
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [("", False), ("--minutes 3", False), ("--minutes 1", True), ("--quick", True), ("--only mixup", True)],
+)
+def test_a_short_run_leaves_no_file_that_would_be_taken_for_the_newest(words, short, monkeypatch):
+    asked = []
+    monkeypatch.setattr("bench.__main__.run", lambda args: asked.append(args) or 0)
+    main(["mix", *words.split()])
+    assert question.is_short(asked[0]) is short
 
 
 @pytest.mark.parametrize("rule", list(mix.RULES))

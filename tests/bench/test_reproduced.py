@@ -60,17 +60,32 @@ def test_the_table_and_the_finding_show_losing_cells_too(tmp_path: Path):
     assert rows[1][6:8] == ["+1.67 ± 0.33", "+2.00 ± 0.00"]
     assert rows[2][4:6] == ["35.00", "not measured"]
     assert rows[4][6] == "-2.00 ± 0.00"
-    said = finding(found)
-    assert said.split(": ")[1] == (
-        "kNN above at 2,500 images x 40 (+1.67 ± 0.33); below at 50,000 images x 2 (-2.00 ± 0.00). "
-        "linear above at 2,500 images x 40 (+2.00 ± 0.00)."
+    assert finding(found).split(". ", 1)[1] == (
+        "kNN: ahead at 2,500 images x 40 (+1.67 ± 0.33); two of three seeds so far, behind in both, at 50,000 images x "
+        "2 (-2.00 ± 0.00). linear: two of three seeds so far, ahead in both, at 2,500 images x 40 (+2.00 ± 0.00). "
+        "Decided is what three or more seeds say whose 95 % interval excludes 0."
     )  # linear was measured once at 50,000, and that says nothing
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([1.0, 2.0], "two of three seeds so far, ahead in both,"),
+        ([-1.0, -1.2], "two of three seeds so far, behind in both,"),
+        ([1.0, -2.0], "two of three seeds so far, of two minds,"),
+        ([-1.0, -1.2, -1.1], "behind"),
+        ([1.0, 1.2, 1.1], "ahead"),
+        ([1.0, -1.2, 1.1], "undecided"),
+    ],
+)
+def test_fewer_than_three_seeds_decide_nothing_and_are_told(found: list[float], said: str):
+    assert reproduced.verdict(found) == said
 
 
 def test_a_difference_within_its_interval_is_undecided(tmp_path: Path):
     """+1.67 ± 0.67: 2.5 standard errors, of three seeds not enough."""
     numbers = {("MoCo v3", 2500, 40): [0.40, 0.42, 0.44], ("SDMP", 2500, 40): [0.41, 0.43, 0.47]}
-    assert "kNN undecided at 2,500 images x 40 (+1.67 ± 0.67)" in finding(document(tmp_path / "map.json", numbers))
+    assert "kNN: undecided at 2,500 images x 40 (+1.67 ± 0.67)" in finding(document(tmp_path / "map.json", numbers))
 
 
 def test_the_intervals_are_students():
@@ -150,8 +165,22 @@ def test_the_picture_holds_every_point(tmp_path: Path):
     found = document(tmp_path / "map.json", NUMBERS)
     axes = reproduced.figure(found).axes
     assert [panel.get_title(loc="left") for panel in axes[:3]] == ["2,500 images", "10,000 images", "50,000 images"]
-    line = axes[0].containers[0].lines[0]
-    assert line.get_xdata().tolist() == [40] and line.get_ydata().tolist() == [pytest.approx(42.0)]
+    lines = [held.lines[0] for held in axes[0].containers]
+    assert [line.get_ydata().tolist() for line in lines] == [[pytest.approx(42.0)], [pytest.approx(131 / 3)]]
+    left, right = (line.get_xdata().item() for line in lines)
+    assert 37 < left < 40 < right < 43, "the arms stand beside each other"
+
+
+def bars(panel) -> list[float]:
+    """The lengths of a panel's error bars that are drawn."""
+    segments = [segment for held in panel.containers for drawn in held.lines[2] for segment in drawn.get_segments()]
+    return [float(ends[1, 1] - ends[0, 1]) for ends in segments if len(ends)]
+
+
+def test_one_seed_has_no_error_bar(tmp_path: Path):
+    one = {("MoCo v3", 2500, 40): [0.4], ("SDMP", 2500, 40): [0.9]}
+    assert bars(reproduced.figure(document(tmp_path / "one.json", one)).axes[0]) == []
+    assert len(bars(reproduced.figure(document(tmp_path / "map.json", NUMBERS)).axes[0])) == 2
 
 
 def test_the_page_has_a_place_for_every_experiment():

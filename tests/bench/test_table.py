@@ -12,7 +12,7 @@ def test_without_any_results_it_says_so():
     text = table.render([])
     assert "**No GPU figure exists yet**" in text
     assert "**No CPU figure exists yet**" in text
-    assert "not measured: no GPU run yet" in text
+    assert "not measured" not in text and "| goal | | asked |\n|---|---|---|\n" in text, "said once, not in every row"
     assert "| G11 | " in text
 
 
@@ -86,6 +86,9 @@ def test_the_small_table_has_the_best_of_each_kind():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == ["1 ms", "95 % of a copy", "3.50 (lerp)", "**0.80**", "12.0 (timm elem)"]
     assert "**No GPU figure exists yet**" in text
+    assert "Bold: faster than ours." in text
+    ahead = row(arms=[arm("sdmp cpp", "ours", 1.0), arm("eager lerp", "eager", 3.5)])
+    assert "Bold" not in table.small([document(rows=[ahead])])
     assert "Test GPU" in table.small([document(), document(environment=GPU)])
 
 

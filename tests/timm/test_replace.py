@@ -16,6 +16,7 @@ import torch
 import sdmp_kernels.timm as ours
 from sdmp_kernels.timm import replace
 
+timm = pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("timm.data", reason="timm is not installed")
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 CLASSES, SIZE = 3, 16
@@ -180,3 +181,4 @@ def test_the_command_says_how_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr()
     assert printed.out.count("usage: python -m sdmp_kernels.timm SCRIPT ARGS...") == 2
     assert "no/such.py is no file" in printed.err
+    assert f"/pytorch-image-models/blob/v{timm.__version__}/train.py" in printed.err

@@ -8,9 +8,9 @@ import pytest
 from tiny_runs import at_step, build_training, loss_of, random_views
 
 from sdmp_train.cli import parse_pretrain
-from sdmp_train.config import NOT_MATHS, Config, ConfigError, flatten
+from sdmp_train.config import ConfigError, flatten
 from sdmp_train.models import timm_arguments
-from sdmp_train.presets import FOR_OWN_IMAGES, ROW, get_preset, origins_of, presets
+from sdmp_train.presets import FOR_OWN_IMAGES, ROW, get_preset, matters, origins_of, presets
 
 PRESETS = presets()
 OF_THE_PAPER = [name for name in PRESETS if name.startswith("table")]
@@ -55,21 +55,12 @@ def test_every_preset_names_itself_its_number_and_its_source():
             assert 0.5 < preset.gpu_hours < 200
 
 
-def unused(name: str, value: object, config: Config) -> bool:
-    """A setting that moves nothing: one that is off, or another optimiser's."""
-    group, _, key = name.partition(".")
-    owners = {"betas": "adamw", "momentum": "sgd", "lars_momentum": "lars", "lars_trust": "lars", "lars_clip": "lars"}
-    other_optimiser = group == "optim" and owners.get(key, config.optim.opt) != config.optim.opt
-    has_scales = key == "crop_min_frac" and hasattr(config.method, "global_crops_scale")
-    return group == "run" or value is None or other_optimiser or has_scales or name in NOT_MATHS
-
-
 @pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_every_setting_that_matters_says_where_it_comes_from(name: str):
     preset = PRESETS[name]
     settings = dict(flatten(preset.config))
     assert set(preset.origins) <= set(settings), "a source is given for a setting that does not exist"
-    matter = {key for key, value in settings.items() if not unused(key, value, preset.config)}
+    matter = {key for key, value in settings.items() if matters(key, value, preset.config)}
     assert matter - set(preset.origins) <= {"method.name", "data.channels", "data.loader", "optim.clip_mode"}
 
 
@@ -116,9 +107,24 @@ def test_one_preset_explains_itself():
     lines = origins_of("table1/mocov3-vit_s-sdmp")
     assert lines[0] == "table1/mocov3-vit_s-sdmp: 73.8 % top-1 on ImageNet [paper, Table 1]"
     assert "82.8 GFLOP an image" in lines[1]
-    row = next(line for line in lines if line.startswith("method.alpha"))
+    row = next(line for line in lines if line.startswith("--mix-alpha "))
     assert row.split(maxsplit=2)[1:] == ["1.0", "the paper's released code; the paper says Beta(alpha, alpha)"]
-    assert origins_of("quickstart")[-1] == "its settings are this project's own"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-dino", "cifar10-r18-sdmp", "table5/cifar10-r50-imix"])
+def test_what_a_preset_prints_are_its_settings_as_flags(name: str):
+    """Given to the command line beside another preset, they make this one's settings."""
+    lines = origins_of(name)
+    table = lines[lines.index("") + 1 :]
+    source = table[0].index("where it comes from")
+    assert table[0].split(maxsplit=2) == ["flag", "value", "where it comes from"]
+    assert all(row[source:].strip() for row in table), "each with a source"
+    words = [word for row in table[1:] for word in row[:source].split()]
+    arguments = parse_pretrain("pretrain", ["--method", PRESETS[name].config.method_name, *words])
+    wanted, got = PRESETS[name].config, dict(flatten(arguments.config))
+    assert {key: got[key] for key, value in flatten(wanted) if matters(key, value, wanted)} == {
+        key: value for key, value in flatten(wanted) if matters(key, value, wanted)
+    }
 
 
 def test_every_preset_names_a_model_that_timm_has():

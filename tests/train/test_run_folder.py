@@ -61,7 +61,7 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path: Path):
 @pytest.mark.parametrize(
     ("step", "total", "max_steps", "said"),
     [
-        (8, 8, None, "is finished: all 8 steps are made (no further one can follow.* a new one, with more --epochs"),
+        (8, 8, None, "is finished: all 8 steps are made (its schedules end.* a new one, with more --epochs"),
         (3, 8, 3, "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on"),
         (3, 8, None, "already in use; --resume goes on"),
         (3, None, None, "already in use; --resume goes on"),

@@ -26,6 +26,8 @@ from sdmp_kernels.plan import Rule
 _CANDIDATES = 4
 # Elements that a thread works on at once: with what is made of them on the way, they stay in its second-level cache.
 _AT_ONCE = 2**17
+# Elements of a batch whose parts are not worth calls of their own.
+_FEW = 2**19
 # Elements that a pass of masks goes over in the time that a box takes besides its pixels.
 _WORTH_CALLS = 2**12
 _ALL = slice(None)
@@ -97,14 +99,19 @@ def mix(
     `outputs.mixed` may be `images` itself.
     """
     treatments = _treatments(plan, partners is None) if images.device.type == "cpu" else []
-    # Masks cost a few passes over all pixels, a box by itself the calls of a few operators; resizing by masks is slow.
-    pieces = sum(one != other for one, other in itertools.pairwise(treatments))
-    if not treatments or (pieces * _WORTH_CALLS > images.numel() and Rule.RESIZEMIX not in plan.rules):
+    if not treatments or _worth_masks(treatments, plan.rules, images.numel()):
         _mix_masked(images, partners, plan, norm, outputs)
     else:
         _mix_rows(images, partners, plan, norm, outputs, treatments)
     if erasure is not None:
         (_erase_rows if treatments else _erase_masked)(outputs.mixed, erasure)
+
+
+def _worth_masks(treatments: list[tuple[int, ...]], rules: list[int], elements: int) -> bool:
+    """Masks cost a few passes over all pixels, a box by itself the calls of a few operators; they resize slowly."""
+    if Rule.CUTMIX not in rules or Rule.RESIZEMIX in rules:
+        return False
+    return sum(one != other for one, other in itertools.pairwise(treatments)) * _WORTH_CALLS > elements
 
 
 def _erase_rows(mixed: Tensor, erasure: Erasure) -> None:
@@ -153,12 +160,14 @@ def _mix_rows(
 
     partner = None if plan.mirrored else plan.partner.tolist()
     blended = [treatment == _BLENDED for treatment in treatments]
-    most = _AT_ONCE * torch.get_num_threads() // own[0].numel()
+    most = max(_AT_ONCE * torch.get_num_threads() // own[0].numel(), _FEW // own[0].numel())
     for rows, blend in _runs(blended, range(len(own)), most):
         if clean is not None:
             clean[rows].copy_(finished(own[rows]))
         if blend:
-            given = _partners_of(sources, partner, rows).to(work) * partner_share[rows]
+            given = _partners_of(sources, partner, rows).to(work)
+            # Of several rows it is a copy.
+            given = torch.mul(given, partner_share[rows], out=given if rows.stop - rows.start > 1 else None)
             target = mixed[rows] if norm is None and mixed.dtype == images.dtype == work else None
             result = torch.mul(own[rows].to(work), share[rows], out=target).add_(given)
             if target is None:
@@ -180,6 +189,10 @@ def _mix_rows(
 
 def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[int, ...]]:
     """For every row its rule, KEEP where that leaves nothing to do, and of CUTMIX and RESIZEMIX the box."""
+    # What most batches are, without a look at every row.
+    pairs = plan.mirrored and not (own_partners and len(plan.rule) % 2)
+    if pairs and plan.rules == [_MIXUP] and len(plan.lam) and float(plan.lam.max()) < 1:
+        return [_BLENDED] * len(plan.rule)
     found: list[tuple[int, ...]] = []
     for i, (rule, j, lam, box) in enumerate(zip(*(column.tolist() for column in plan[:4]), strict=True)):
         if rule == _MIXUP:
@@ -194,6 +207,10 @@ def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[int, ...]]:
 
 def _runs(keys: list[Any], rows: range, most: int) -> Iterator[tuple[slice, Any]]:
     """The rows cut into runs of equal keys, of at most `most` rows or of one, with their keys."""
+    if keys.count(keys[rows.start]) == len(keys):
+        for start in range(rows.start, rows.stop, max(most, 1)):
+            yield slice(start, min(start + max(most, 1), rows.stop)), keys[start]
+        return
     start = rows.start
     for row in rows:
         if row + 1 == rows.stop or keys[row + 1] != keys[start] or row + 1 - start >= most:
