@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdmp_train.advice import drop_output, elsewhere, leave_without
+
 QUESTIONS = ("views", "mix", "losses", "step")
 OVERVIEW = """\
 python -m bench views    crop, resize, flip, colours, blur in one op, beside torchvision, kornia, albumentations
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     offline.add_argument("--into", type=Path, help="unpack: where to install (default: this environment)")
     args = parser.parse_args(argv)
     if args.command is None:
-        print(OVERVIEW)
+        print("\n".join([OVERVIEW, *elsewhere()]))
         return overview()
     return run(args)
 
@@ -261,4 +263,12 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        code = 0
+    except ModuleNotFoundError as error:
+        leave_without(error, "bench")
+    sys.exit(code)

@@ -29,6 +29,7 @@ from bench import environment, goals, matrix, plots, table
 from bench.harness import EXIT_ABSENT
 from bench.reproduced import WRITTEN
 from bench.results import FOLDER, Results, default_path
+from sdmp_train.advice import command
 from sdmp_train.stop import Stopped
 
 LARGEST_BYTES = 16 * 2**20
@@ -129,7 +130,8 @@ class Stage:
 def run(args: argparse.Namespace) -> int:
     """Run all stages, or those named; returns 0 where nothing failed, 1 where something did, 2 without a GPU."""
     if not args.dry_run and not torch.cuda.is_available():
-        print("bench gpu: torch sees no CUDA device. `python -m bench gpu --dry-run` walks the same path without one.")
+        walked = command("bench", "gpu", "--dry-run")
+        print(f"bench gpu: torch sees no CUDA device. `{walked}` walks the same path without one.")
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         path = args.json or (Path(scratch) / "dry-run.json" if args.dry_run else default_path())

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sdmp_train.advice import command as printed
+
 # tyro and what it imports: the trainer's command line. The others: peers that the benchmarks compare with.
 WANTED = ("tyro", "docstring-parser", "typeguard", "kornia", "kornia-rs", "liger-kernel", "cut-cross-entropy", "inf-cl")
 MANIFEST = "sha256.json"
@@ -52,7 +54,7 @@ def unpack(folder: Path, into: Path | None) -> int:
     """Check the wheels in `folder` and install them, into this environment or into a folder of its own."""
     manifest = folder / MANIFEST
     if not manifest.exists():
-        print(f"{folder.name} has no {MANIFEST}; make it with: python -m bench offline pack {folder.name}")
+        print(f"{folder.name} has no {MANIFEST}; make it with: {printed('bench', 'offline', 'pack', folder.name)}")
         return 2
     wheels = []
     for name, expected in json.loads(manifest.read_text()).items():

@@ -28,6 +28,7 @@ import torch
 
 from bench import environment, reproduced
 from bench.environment import ROOT, shared_data
+from sdmp_train.advice import install
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         print("no cell matches --only and --part")
         return WRONG
     if experiment.small and importlib.util.find_spec("sklearn") is None:
-        print("the linear classifier needs scikit-learn: pip install 'sdmp-kernels[plots]'")
+        print(f"the linear classifier needs scikit-learn: {install('plots')}")
         return WRONG
     folder = args.folder or ROOT / "runs" / "reproduce" / experiment.name
     data = args.data or unpacked(ROOT / "runs" / "reproduce")

@@ -38,6 +38,7 @@ from bench.harness import (
 )
 from sdmp_kernels import _launch, draw_plan
 from sdmp_kernels import mix as mix_op
+from sdmp_train.advice import command
 
 Constants = dict[str, Any]
 WORTH = 1.02
@@ -80,7 +81,8 @@ class Tuning:
 def run(args: argparse.Namespace) -> int:
     """Tune as the command line asks; returns the exit code."""
     if not args.dry_run and not torch.cuda.is_available():
-        print("bench tune: torch sees no CUDA device. `python -m bench tune --dry-run` (with TRITON_INTERPRET=1) walks")
+        walked = command("bench", "tune", "--dry-run")
+        print(f"bench tune: torch sees no CUDA device. `{walked}` (with TRITON_INTERPRET=1) walks")
         print("the same path without one.")
         return 2
     device = torch.device("cpu" if args.dry_run else "cuda")

@@ -1,5 +1,14 @@
 """Per-sample image mixing and soft-label losses for accelerators. Everything public is named here."""
 
+import importlib.util
+import sys
+
+if sys.argv[:1] == ["-m"] and importlib.util.find_spec("torch") is None:
+    # `python -m sdmp_kernels` begins here: a line in place of a traceback. An import elsewhere fails as it always does.
+    from sdmp_train.advice import leave_without
+
+    leave_without(ModuleNotFoundError(name="torch"), "sdmp_kernels", "")
+
 from sdmp_kernels._backends import backends, use_backend
 from sdmp_kernels.clip import clip_loss
 from sdmp_kernels.ops.augment import augment

@@ -3,20 +3,7 @@
 import signal
 import sys
 
-EXTRA = ("timm", "torchvision", "PIL", "safetensors", "tyro", "yaml", "rich", "matplotlib")
-"""What the extra `train` installs, as it is imported."""
-
-
-def leave_without(error: ModuleNotFoundError) -> None:
-    """Exit with code 2 where a package of the extra is missing; raises any other error again."""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRA:
-        raise error
-    print(
-        f"error: {package} is not installed, which sdmp_train needs: pip install 'sdmp-kernels[train]'", file=sys.stderr
-    )
-    sys.exit(2)
-
+from sdmp_train.advice import drop_output, leave_without
 
 if __name__ == "__main__":
     # While torch is imported Ctrl-C ends the process, and prints no traceback; a run then has handlers of its own.
@@ -26,7 +13,11 @@ if __name__ == "__main__":
         from sdmp_train.stop import ignore_stop_signals
 
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        code = 0
     except ModuleNotFoundError as error:
-        leave_without(error)
+        leave_without(error, "sdmp_train")
     ignore_stop_signals()  # what is left is to leave, with this code
     sys.exit(code)

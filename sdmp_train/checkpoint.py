@@ -91,6 +91,9 @@ def write_parts(
         except SafetensorError as error:  # how safetensors reports a full disk: no OSError
             raise OSError(f"{draft / name}.safetensors cannot be written: {error}") from error
     (draft / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for name in parts:
+        # safetensors writes for the owner alone, whatever the umask says
+        (draft / f"{name}.safetensors").chmod((draft / "state.json").stat().st_mode)
     files = {path.name: fingerprint(path) for path in sorted(draft.iterdir())}
     write_durably(draft / MANIFEST, json.dumps({"format": 1, "files": files}, indent=2))
     for path in draft.iterdir():

@@ -14,8 +14,10 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from . import run_folder
+from .advice import command, elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
+from .settings import with_channels
 from .stop import EndedElsewhere, Stopped, StopRequest
 from .text import printable_lines
 
@@ -115,7 +117,7 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     """Preset, then config file (or the resumed run's), then flags."""
     argv = fill_resume(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--method", "--config", "--resume", "--output"):
+    for flag in ("--preset", "--method", "--config", "--resume", "--output", "--channels"):
         early.add_argument(flag, nargs="?")  # without its value it is tyro that complains
     first = early.parse_known_args(argv)[0]
     base = get_preset(first.preset or "custom")
@@ -129,6 +131,9 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
         base = replace(base, run=replace(base.run, preset=first.preset))
     if first.method:
         base = with_method(base, first.method)
+    if first.channels and first.channels.isdecimal():
+        # A preset's mean of three colours says nothing of other channels.
+        base = replace(base, data=with_channels(base.data, int(first.channels)))
     arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
 
@@ -204,7 +209,9 @@ def run_eval(argv: Sequence[str]) -> int:
         print(describe_protocols(PROGRAM))
         return DONE
     if name not in PROTOCOLS:
-        raise ConfigError(f"eval: unknown protocol {name!r}; expected {' or '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
+        what = f"unknown protocol {name!r}.{near(name, PROTOCOLS)}" if name else "a protocol is missing."
+        told = f"`{command('sdmp_train', 'eval', '--help')}` says what each measures"
+        raise ConfigError(f"eval: {what} Known: {', '.join(PROTOCOLS)}; {told}")
     settings, evaluate = PROTOCOLS[name]
     evaluate(parse(settings, f"eval {name}", rest))
     return DONE
@@ -260,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
         argv = ["pretrain", "--preset", "quickstart"]
     name, *rest = argv
     if name in ("-h", "--help"):
-        print(ABOUT, end="")
+        print("\n".join([ABOUT.rstrip("\n"), *elsewhere()]))
         return DONE
     if name == "--version":
         print(f"sdmp-kernels {version('sdmp-kernels')}")

@@ -33,12 +33,12 @@ from .log import Log
 from .loop import Outcome, train
 from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .models import build_backbone
-from .pace import is_long, measure_pace
+from .pace import is_long, measure_pace, too_much
 from .run import Run
 from .run_folder import RunFolder
 from .splits import describe_split, open_images
 from .stop import Stopped, StopRequest
-from .text import printable_lines, shown_size
+from .text import counted, printable_lines, shown_size
 from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
 
@@ -112,10 +112,14 @@ def pretrain(
             log.say(line)
         if is_long(config, world) and (pace := measure_pace(config, world, len(index.classes))) is not None:
             log.say(pace.line(training.last_step - training.step))
+            if (warning := too_much(pace, world.device)) is not None:
+                log.say(warning)
         if config.run.knn_max_images > 0 and len(index.classes) > 1:  # else the run says why nothing is measured
             log.say(f"split    {describe_split(config.data, index, test_index)}")
         lost = lost_images(training, index)
         run = Run(training, index, test_index, folder, run_id, log, stop, lost)
+        if training.step:
+            run.recall()
         with asking_to_go_on(run):
             if training.step == 0:
                 with together(world):
@@ -224,6 +228,8 @@ def with_loader(config: Config, name: str) -> Config:
 def loader_choice(training: Training, index: Index, asked: Config, *, measure: bool) -> Choice:
     """The loader of a run, and why; the first rank measures where that is left to it."""
     name, world = training.config.data.loader, training.world
+    if training.step:
+        return Choice(name, f"this run began with {name}")
     if asked.data.loader != "auto":
         return choose_loader(name, world.device, index.channels)
     if not measure:
@@ -294,7 +300,7 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
     why = (
         "a GPU is there"
         if world.device.type == "cuda"
-        else f"{torch.get_num_threads()} threads; "
+        else f"{counted(torch.get_num_threads(), 'thread')}; "
         + ("asked for" if torch.cuda.is_available() else "torch sees no GPU")
     )
     serving = {op: places[world.device.type] for op, places in backends().items()}
@@ -339,7 +345,11 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         pace = measure_pace(config, world, len(index.classes))
         if pace is not None:
             print(pace.line(training.last_step))
-        print(f"memory   {memory_bytes(training) / 2**20:.0f} MiB for weights, gradients, moments; activations on top")
+            if (warning := too_much(pace, world.device)) is not None:
+                print(warning)
+        print(
+            f"weights  {memory_bytes(training) / 2**20:.0f} MiB of memory: weights, gradients, moments of the optimiser"
+        )
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
 

@@ -25,7 +25,7 @@ from .methods.mochi import MoCHi
 from .methods.mocov3 import MoCoV3
 from .methods.supervised import Supervised
 from .reading import read_yaml
-from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near
+from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near, with_channels
 from .text import brief, one_line
 
 __all__ = [
@@ -171,6 +171,8 @@ def from_dict(settings: Mapping[str, Any], base: Config, source: str = "config")
             if key not in hints:
                 name = one_line(key) if isinstance(key, str) else brief(key)
                 raise ConfigError(f"{source}: unknown setting {group}.{name}.{near(key, hints)}")
+        if group == "data" and "channels" in values:
+            current = with_channels(current, coerce(values["channels"], int, f"{source}: data.channels"))
         coerced = {key: coerce(value, hints[key], f"{source}: {group}.{key}") for key, value in values.items()}
         groups[group] = dataclasses.replace(current, **coerced)
     return dataclasses.replace(base, **groups)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from .advice import command
 from .config import (
     NOT_MATHS,
     Config,
@@ -491,7 +492,8 @@ def find_preset(name: str) -> Preset:
     """The preset of this name; `ConfigError` with near matches for an unknown one."""
     known = presets()
     if name not in known:
-        raise ConfigError(f"unknown preset {name!r}.{near(name, known)} `python -m sdmp_train presets` lists them all.")
+        listed = command("sdmp_train", "presets")
+        raise ConfigError(f"unknown preset {name!r}.{near(name, known)} `{listed}` lists them all.")
     return known[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
+import os
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
+from .advice import command
 from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
 from .curves import Curves
 from .data import DataError, Index
 from .data.images import DECODE_ERRORS
 from .evaluate.knn import collapse, image_features, knn_images, spread, weighted_knn
+from .evaluate.record import read_lines
 from .export import export_backbone
 from .log import Log
 from .loop import Outcome
@@ -30,12 +32,17 @@ from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
-from .text import duration
+from .text import counted, duration
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
 PICTURED = 16
 """Images that mix.png chooses from."""
+
+
+def after_epoch(epoch: int) -> str:
+    """What the backbone is called after so many epochs."""
+    return f"backbone after epoch {epoch}" if epoch else "untrained backbone"
 
 
 @dataclass
@@ -57,11 +64,17 @@ class Run:
         self.curves = Curves(self.folder, self.log)
         self.saver = Saver(self.training, self.folder / CHECKPOINTS, self.log, self.state)
 
+    @property
+    def place(self) -> str:
+        """The absolute path of the folder, for commands."""
+        return os.path.abspath(self.folder)
+
     def before_training(self) -> None:
         """The picture of the mixing, a first checkpoint, kNN of pixels and of the untrained backbone.
 
         Raises:
             Stopped: asked for meanwhile. Done again by a run that goes on from step 0.
+            DataError: the images of kNN cannot be decoded.
         """
         if not self.training.world.is_first:
             return
@@ -69,10 +82,31 @@ class Run:
         self.saver.save()  # first of all: a disk that is too small is found now
         self.stop.check()
         if self.measures():
-            self.say_knn("raw pixels", "knn_raw_pixels", None)
-            self.say_knn("untrained backbone", "knn", self.training.method.backbone)
+            try:
+                self.say_knn("raw pixels", "knn_raw_pixels", None)
+                self.say_knn(after_epoch(0), "knn", self.training.method.backbone)
+            except DataError:
+                self.say_nothing_trained()
+                raise
         elif self.training.config.run.knn_max_images > 0:
             self.log.say(f"kNN      not measured: {self.no_knn}")
+
+    def recall(self) -> None:
+        """What was measured before a resume, from metrics.jsonl, so that the last lines and the card have it too."""
+        if not self.training.world.is_first:
+            return
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):
+            rows = read_lines(self.folder / "metrics.jsonl")
+        names = {"knn_raw_pixels": lambda epoch: "raw pixels", "knn": after_epoch}
+        for row in rows:
+            for key in names.keys() & row.keys():
+                step, accuracy = row.get("step"), row[key]
+                if type(step) is not int or type(accuracy) is not float or not 0 <= step < self.training.last_step:
+                    continue
+                epoch, within = divmod(step, self.training.steps_per_epoch)
+                if within == 0:
+                    self.accuracies[names[key](epoch)] = accuracy
 
     def after_step(self, training: Training) -> None:
         """Checkpoint and kNN, at the epochs that the settings name; checkpoints also by the clock.
@@ -93,7 +127,7 @@ class Run:
     def measure_meanwhile(self, epoch: int) -> None:
         """kNN between two steps: what keeps it from being measured does not end the training."""
         try:
-            self.say_knn(f"backbone after epoch {epoch}", "knn", self.training.method.backbone)
+            self.say_knn(after_epoch(epoch), "knn", self.training.method.backbone)
         except Stopped:
             self.log.say(f"kNN      not measured after epoch {epoch}: stopping")
         except DataError as error:
@@ -112,15 +146,22 @@ class Run:
         if outcome is Outcome.STOPPED:
             self.log.say(f"stopped on request after step {step} of {total}")
         if outcome is Outcome.FAILED:
-            self.log.say(f"the images of step {step + 1} of {total} cannot be had; what was trained is saved")
+            saved = "; what was trained is saved" if step else ""
+            self.log.say(f"the images of step {step + 1} of {total} cannot be had{saved}")
         if outcome is Outcome.LOST_IMAGES:
             self.log.say(f"too many images cannot be decoded: stopped after step {step} of {total}")
+        if step == 0:
+            self.say_nothing_trained()
         if outcome in (Outcome.STOPPED, Outcome.FAILED, Outcome.LOST_IMAGES):
             self.say_how_to_go_on()
 
+    def say_nothing_trained(self) -> None:
+        """What a run leaves behind that has failed before its first step."""
+        self.log.say(f"no step was made: {self.place} holds the start alone, and may be deleted (--overwrite does)")
+
     def say_how_to_go_on(self) -> None:
         """The command."""
-        self.log.say(f"go on with: python -m sdmp_train pretrain --resume {shlex.quote(str(self.folder.absolute()))}")
+        self.log.say(f"go on with: {command('sdmp_train', 'pretrain', '--resume', self.place)}")
 
     def after_training(self) -> None:
         """The exported backbone, kNN, and what to do next.
@@ -155,6 +196,7 @@ class Run:
             "run": self.run_id,
             "config": to_dict(self.training.config),
             "images": self.index.fingerprint,
+            "total_steps": self.training.total_steps,
             "world_size": self.training.world.size,
             "lost_images": self.lost.before(self.training.step),
             "versions": versions(),
@@ -223,18 +265,19 @@ class Run:
         gpu = self.training.world.device.type == "cuda"
         own = FOR_OWN_IMAGES["cuda" if gpu else "cpu"]
         embedded = self.training.config.data.data == EMBEDDED
-        first, *others = how_to_load(self.training.config, str((self.folder / EXPORTED).absolute()))
-        folder = shlex.quote(str(self.folder.absolute()))
+        yours = ("pretrain", "--preset", *own.split(), "--data", "YOUR_IMAGES")
+        first, *others = how_to_load(self.training.config, os.path.join(self.place, EXPORTED))
         written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
         logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
+        steps, took = counted(self.training.step, "step"), duration(time.monotonic() - self.began_at)
         return [
-            f"done     {loss}{self.training.step} steps; this took {duration(time.monotonic() - self.began_at)}",
+            f"done     {loss}{steps}; this took {took}",
             *([f"kNN      {known}"] if known else []),
-            f"run      {self.folder}  (config.yaml {logs} checkpoints/ exported/)",
+            f"run      {os.path.normpath(self.folder)}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),
-            f"measure  python -m sdmp_train eval knn --run {folder}",
-            f"report   python -m sdmp_train report {folder}",
-            *([f"yours    python -m sdmp_train pretrain --preset {own} --data YOUR_IMAGES"] if embedded else []),
+            f"measure  {command('sdmp_train', 'eval', 'knn', '--run', self.place)}",
+            f"report   {command('sdmp_train', 'report', self.place)}",
+            *([f"yours    {command('sdmp_train', *yours)}"] if embedded else []),
         ]

@@ -28,7 +28,7 @@ from .card import CARD, is_edited
 from .config import Config, ConfigError, load_config
 from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
-from .reading import open_for_append, parse_json, read_text
+from .reading import open_for_append, parse_json, read_json, read_text
 
 MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
@@ -79,10 +79,34 @@ def check_folder(path: Path, mode: Mode) -> None:
     if {entry.name for entry in path.iterdir()} <= {LOCK}:
         return  # free, or claimed by a process that died before it wrote anything
     if mode != "overwrite":
-        known = is_run_folder(path)
-        hint = "--resume goes on with that run, --overwrite deletes it; or give" if known else "give"
-        raise ConfigError(f"the run folder {path} is already in use; {hint} another --output")
+        if not is_run_folder(path):
+            raise ConfigError(f"the run folder {path} is already in use; give another --output")
+        how = finished(path) or "is already in use; --resume goes on with that run"
+        raise ConfigError(f"the run folder {path} {how}, --overwrite deletes it; or give another --output")
     check_deletable(path)
+
+
+def finished(path: Path) -> str | None:
+    """Where the run in a folder has come to its end, as its newest checkpoint tells: so, and how it can be lengthened.
+
+    None where it has not, or where that cannot be told (a version that did not store it).
+    """
+    try:
+        newest = path / CHECKPOINTS / read_text(path / CHECKPOINTS / "latest").strip()
+        state = read_json(newest / "state.json")
+        most = stored_config(path).run.max_steps
+    except (OSError, ValueError):
+        return None
+    step, total = (state.get(name) for name in ("step", "total_steps"))
+    if not isinstance(step, int) or not isinstance(total, int) or total < 1:
+        return None
+    if step >= total:
+        longer = "its schedules end there: a longer run is a new one, with more --epochs"
+        again = "--resume goes on only to make backbone and kNN again"
+        return f"holds a run that is finished: all {total} steps are made ({longer}); {again}"
+    if most is not None and step >= most:
+        return f"holds a run that is finished at its --max-steps, {step} of {total}; --resume with a larger one goes on"
+    return None
 
 
 def check_deletable(path: Path) -> None:

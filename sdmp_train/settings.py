@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from .flags import arg
@@ -28,8 +28,12 @@ class ConfigError(ValueError):
 
 
 def near(word: object, known: Iterable[str]) -> str:
-    """` Did you mean a, b?` for the known words closest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5) if isinstance(word, str) else []
+    """` Did you mean a, b?` for the known words closest to `word`, if about as close; or an empty string."""
+    if not isinstance(word, str):
+        return ""
+    matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5)
+    ratios = [difflib.SequenceMatcher(None, match, word[:100]).ratio() for match in matches]
+    matches = [match for match, ratio in zip(matches, ratios, strict=True) if ratio >= ratios[0] - 0.15]
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 
@@ -109,6 +113,13 @@ class DataConfig:
     def size_px(self) -> tuple[int, int]:
         """Height and width of the views."""
         return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
+
+
+def with_channels(data: DataConfig, channels: int) -> DataConfig:
+    """`data` for images of so many channels; mean and std, where those are others than before, are the defaults."""
+    if channels == data.channels:
+        return data
+    return replace(data, channels=channels, mean=RGB_MEAN, std=RGB_STD)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def printable_lines(text: object) -> str:
     return "\n".join(printable(line) for line in str(text).split("\n"))
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 file`, `1,200 files`; `many` where it is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def duration(seconds: float) -> str:
     """`0.25 s`, `42 s`, `7 min 05 s`, `3 h 20 min`, `2 d 04 h`: two units, so that a line stays short."""
     if seconds < 10:

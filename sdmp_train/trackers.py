@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from .advice import install
 from .config import Config, ConfigError, flatten
 from .settings import RunConfig
 
@@ -104,7 +105,7 @@ def asked_for(run: RunConfig) -> list[str]:
     for flag in flags:
         package = TRACKERS[flag].package
         if not installed(package):
-            raise ConfigError(f"--{flag} needs {package}, which is not installed: pip install 'sdmp-kernels[{flag}]'")
+            raise ConfigError(f"--{flag} needs {package}, which is not installed: {install(flag)}")
     return flags
 
 

@@ -14,7 +14,7 @@ from .config import ConfigError
 from .data import DataError, Index, find_splits, has_test_shards, kind_of, open_source, place_of
 from .durable import write_durably
 from .splits import reporting
-from .text import printable
+from .text import counted, printable
 
 SCREEN_CLASSES = 12
 """Classes that are printed one by one, over all splits: the report fits on a screen of 24 lines."""
@@ -55,7 +55,7 @@ def verify_data(place: str, max_pixels: int | None = None, bad_list: Path | None
             write_durably(bad_list, lines)
         except OSError as error:
             raise ConfigError(f"bad_list: {printable(bad_list)} cannot be written: {error}") from error
-        print(f"{len(bad)} bad files are listed in {printable(bad_list)}")
+        print(f"{counted(len(bad), 'bad file')} {'is' if len(bad) == 1 else 'are'} listed in {printable(bad_list)}")
     faults = "\n".join(index.faults for _, index in found if index.faults)
     if faults:
         raise DataError(faults)

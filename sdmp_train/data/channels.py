@@ -11,10 +11,10 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from ..reading import open_regular
-from .images import MAX_PIXELS, SUFFIXES, decode_rgb, open_image, read_size, stored_size, to_grey
+from .images import MAX_PIXELS, SUFFIXES, OtherChannels, decode_rgb, open_image, read_size, stored_size, to_grey
 
 NPY = b"\x93NUMPY"
 
@@ -30,7 +30,11 @@ def size_of(file: str | bytes, channels: int, max_pixels: int = MAX_PIXELS) -> t
         return read_size(file, max_pixels)
     start = file[: len(NPY)] if isinstance(file, bytes) else _start(file)
     if start != NPY:
-        return read_size(file, max_pixels)
+        size = read_size(file, max_pixels)
+        if channels != 1:
+            with open_image(file) as image:
+                _check_channels(image, channels)
+        return size
     height, width = _npy(_bytes(file), channels).shape[:2]
     if height * width > max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than the limit of {max_pixels:,} pixels (--max-pixels)")
@@ -47,16 +51,11 @@ def decode(file: str | bytes, channels: int) -> NDArray[np.uint8]:
     if channels == 1:
         return np.asarray(decode_rgb(data).convert("L"))[:, :, None]
     with open_image(data) as image:
-        if channels == 4 and image.mode == "RGBA":
+        _check_channels(image, channels)
+        if image.mode == "RGBA":
             return np.asarray(image)
-        frames = getattr(image, "n_frames", 1)
-        if not isinstance(image, TiffImagePlugin.TiffImageFile) or frames != channels:
-            what = f"{frames} frames" if frames > 1 else f"pixels of type {image.mode}"
-            raise ValueError(
-                f"has {what}; expected {channels} channels: a TIFF with as many grey frames, or .npy (H, W, {channels})"
-            )
         size, found = stored_size(image), []
-        for frame in range(frames):
+        for frame in range(channels):
             image.seek(frame)
             if image.mode not in ("L", "1") and not image.mode.startswith("I;16"):
                 raise ValueError(f"frame {frame} has pixels of type {image.mode}; expected 8 or 16 bits of grey")
@@ -64,6 +63,19 @@ def decode(file: str | bytes, channels: int) -> NDArray[np.uint8]:
                 raise ValueError(f"frame {frame} is of another size than the first")
             found.append(to_grey(image))
         return np.stack(found, axis=2)
+
+
+def _check_channels(image: Image.Image, channels: int) -> None:
+    """Raise `OtherChannels` unless an opened file is RGBA for 4 channels, or a TIFF of as many frames."""
+    frames = getattr(image, "n_frames", 1)
+    if (channels == 4 and image.mode == "RGBA") or (
+        isinstance(image, TiffImagePlugin.TiffImageFile) and frames == channels
+    ):
+        return
+    what = f"{frames} frames" if frames > 1 else f"pixels of type {image.mode}"
+    raise OtherChannels(
+        f"has {what}; expected {channels} channels: a TIFF with as many grey frames, or .npy (H, W, {channels})"
+    )
 
 
 def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ import torch
 
 from sdmp_kernels import backends
 
+from ..advice import install
 from .batch import Loader
 from .images import DataError
 from .schedule import Schedule, TrainSchedule
@@ -61,7 +62,7 @@ def dali_missing(device: torch.device, channels: int = 3) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"DALI does not serve {device.type} devices"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "DALI is not installed (pip install 'sdmp-kernels[dali]' on Linux)"
+        return f"DALI is not installed ({install('dali')} on Linux)"
     return ""
 
 

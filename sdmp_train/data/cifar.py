@@ -38,6 +38,8 @@ class Version(NamedTuple):
     """The file of the classes' names, one a line."""
     label_bytes: int
     """Bytes before the pixels; the last is the class."""
+    pickles: tuple[str, ...]
+    """Files by which the version for Python is known."""
 
 
 _CIFAR10 = Version(
@@ -46,8 +48,11 @@ _CIFAR10 = Version(
     ("test_batch.bin",),
     "batches.meta.txt",
     1,
+    ("data_batch_1", "test_batch", "batches.meta"),
 )
-_CIFAR100 = Version("cifar-100-binary.tar.gz", ("train.bin",), ("test.bin",), "fine_label_names.txt", 2)
+_CIFAR100 = Version(
+    "cifar-100-binary.tar.gz", ("train.bin",), ("test.bin",), "fine_label_names.txt", 2, ("train", "test", "meta")
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,17 @@ def cifar_files(path: Path) -> Version | None:
         if named or all((path / name).is_file() for name in (version.train[0], version.val[0], version.names)):
             return version
     return None
+
+
+def refuse_python_version(path: Path) -> None:
+    """Raise `DataError` where a path is one of the two sets in the version for Python, packed or unpacked."""
+    for version in (_CIFAR10, _CIFAR100):
+        packed = path.name == version.archive.replace("binary", "python")
+        if packed or all((path / name).is_file() for name in version.pickles):
+            raise DataError(
+                f"{printable(path)} is CIFAR's version for Python: pickles, which could run any program as they are "
+                f"read. The binary version is read, {version.archive} from the same page, packed as it is"
+            )
 
 
 def open_cifar(path: Path, split: Literal["train", "val"] | None) -> CifarIndex:

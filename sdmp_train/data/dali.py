@@ -112,7 +112,7 @@ class DaliLoader(Loader):
         source = schedule.source
         for row, image in zip(rows.tolist(), images, strict=True):
             if image.shape[:2] != (source.heights[row], source.widths[row]):
-                raise bad_files_error(find_bad(source, [row]))
+                raise bad_files_error(find_bad(source, [row]), len(source))
         return [
             augment(images, drawn, recipe.size_px, interpolation=recipe.interpolation)
             for recipe, drawn in zip(schedule.recipes, schedule.draws(position, rows), strict=True)
@@ -159,7 +159,7 @@ class DaliLoader(Loader):
         ahead = range(position, min(position + _PREFETCH_BATCHES + 1, len(self._schedule)))
         bad = find_bad(self._schedule.source, [row for step in ahead for row in self._schedule.rows(step)])
         if bad:
-            return bad_files_error(bad)
+            return bad_files_error(bad, len(self._schedule.source))
         message = str(error).strip()
         if "decoders.image" in message or "file.read" in message:
             first = self._schedule.source.name(int(self._schedule.rows(position)[0]))
@@ -245,7 +245,7 @@ class _Feed:
         files = [future.result() for future in self._ahead.pop(position)]
         bad = [file for file in files if isinstance(file, BadFile)]
         if bad and self._schedule.fill is None:
-            raise bad_files_error(bad)
+            raise bad_files_error(bad, len(source))
         arrays = []
         for row, file in zip(self._schedule.rows(position).tolist(), files, strict=True):
             if isinstance(file, BadFile):

@@ -75,6 +75,10 @@ class TooManyBadFiles(DataError):
     exit_code = 4
 
 
+class OtherChannels(ValueError):
+    """A whole file, of another number of channels than was asked for."""
+
+
 class Unreachable(OSError):
     """A store does not answer: nothing is known of the file, and another time it may be read."""
 
@@ -87,11 +91,13 @@ class BadFile:
     reason: str
     unreachable: bool = False
     """Its store does not answer: nothing is known of the file, so that it is not left out either."""
+    other_channels: bool = False
+    """It is whole, but of another number of channels than was asked for."""
 
 
 def bad_file(path: str, error: BaseException) -> BadFile:
     """The file whose reading or decoding raised one of `DECODE_ERRORS`."""
-    return BadFile(path, describe(error), isinstance(error, Unreachable))
+    return BadFile(path, describe(error), isinstance(error, Unreachable), isinstance(error, OtherChannels))
 
 
 def unreachable_error(files: Sequence[BadFile]) -> DataError:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..reading import open_regular
-from ..text import printable
+from ..text import counted, printable
 from .cache import Cache, Checked, cache_folder, digest_of
 from .channels import decode, size_of, suffixes_of
 from .decoders import looks_like_image, needs_pillow
@@ -47,6 +47,9 @@ _log = logging.getLogger(__name__)
 Check = Literal["header", "decode", "digest"]
 """How much of a file is looked at."""
 ROTTED = "has other bytes than when it was last verified, though neither its size nor its time has changed"
+
+MAX_BAD_FRAC = 0.01
+"""Share of bad files that may be left out, where nothing else is asked for."""
 
 _CHUNK = 64
 """Files per task of the thread pool: enough to hide the pool's own cost."""
@@ -140,11 +143,11 @@ class Index:
 
     def summary(self) -> str:
         """One line to print."""
-        classes = f"{len(self.classes)} classes" if self.classes else "no class folders"
+        classes = counted(len(self.classes), "class", "classes") if self.classes else "no class folders"
         sizes = f"{_middle(self.widths)} x {_middle(self.heights)} px in the median"
-        left_out = f", {len(self.bad)} bad files left out" if self.bad else ""
+        left_out = f", {counted(len(self.bad), 'bad file')} left out" if self.bad else ""
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"{len(self):,} images, {classes}, {sizes}{left_out}: {printable(self.root)}{notes}"
+        return f"{counted(len(self), 'image')}, {classes}, {sizes}{left_out}: {printable(self.root)}{notes}"
 
 
 def open_folder(
@@ -153,7 +156,7 @@ def open_folder(
     split: Literal["train", "val"] | None = "train",
     on_bad: Literal["stop", "skip", "list"] = "stop",
     check: Check = "header",
-    max_bad_frac: float = 0.01,
+    max_bad_frac: float = MAX_BAD_FRAC,
     max_pixels: int | None = None,
     channels: int = 3,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -212,7 +215,7 @@ class Checks:
 
     on_bad: Literal["stop", "skip", "list"] = "stop"
     check: Check = "header"
-    max_bad_frac: float = 0.01
+    max_bad_frac: float = MAX_BAD_FRAC
     max_pixels: int = MAX_PIXELS
     cache_dir: str | os.PathLike[str] | None = None
     workers: int | None = None
@@ -263,6 +266,11 @@ def index_listing(
     classes, labels = numbered([class_of(name) for name in names]) if class_of else _classes(names)
     missing, harmless = missing_classes(listing, set(map(first_level, names))) if classes else ([], [])
     total = len(files) + len(bad)
+    if bad and not files and all(file.other_channels for file in bad):
+        raise DataError(
+            f"--channels is {how.channels}, and none of {counted(total, 'image')} under {printable(root)} has so many: "
+            f"{bad[0].path!r} {printable(bad[0].reason)}. Give the number that they have; 3 and 1 take any photograph"
+        )
     faults = _faults(bad, listing.closed, missing, total, root)
     if faults:
         _judge(faults, len(bad), total, how.on_bad, how.max_bad_frac)
@@ -307,15 +315,27 @@ def find_bad(source: Source, rows: Iterable[int]) -> list[BadFile]:
     return bad
 
 
-def bad_files_error(bad: Sequence[BadFile]) -> DataError:
-    """The error that a loader raises when files of its batch cannot be decoded, or not be had."""
+def bad_files_error(bad: Sequence[BadFile], total: int) -> DataError:
+    """The error that a loader raises when files of its batch, of `total` ones, cannot be decoded, or not be had."""
     if unreachable := [file for file in bad if file.unreachable]:
         return unreachable_error(unreachable)
+    it = "it" if len(bad) == 1 else "them"
     return DataError(
-        f"{len(bad)} image file{'s' if len(bad) > 1 else ''} could not be decoded:\n{_listing(bad)}\n"
-        "Repair or remove them, or leave out all damaged files with --bad-images skip, which decodes every file once "
-        "before the start"
+        f"{counted(len(bad), 'image file')} could not be decoded:\n{_listing(bad)}\n"
+        f"Repair or remove {it}, or leave out all damaged files with {_skipping(len(bad), total)}, which decodes every "
+        "file once before the start"
     )
+
+
+def _skipping(bad: int, total: int, allowed: float = MAX_BAD_FRAC) -> str:
+    """The flags that leave out so many bad files: with a share that suffices, where more are bad than `allowed`."""
+    share = "" if bad <= allowed * total else f" --max-bad-frac {_enough(bad, total):g}"
+    return f"--bad-images skip{share}"
+
+
+def _enough(bad: int, total: int) -> float:
+    """A round share of `total` that is not below `bad`."""
+    return next((share for share in (0.02, 0.05, 0.1, 0.2, 0.5) if bad <= share * total), 1.0)
 
 
 def _resolve(path: Path, split: str | None) -> Path:
@@ -435,21 +455,27 @@ def _faults(bad: list[BadFile], closed: list[BadFile], missing: list[BadFile], t
     """What cannot be used, with the reasons; empty where all is well."""
     bad, closed = (sorted(files, key=lambda file: file.path) for files in (bad, closed))
     found = [
-        f"{count} of {total} files under {printable(root)} are not readable images:\n{_listing(bad)}"
+        f"{count} of {counted(total, 'file')} under {printable(root)} {'is' if count == 1 else 'are'} not "
+        f"{'a readable image' if count == 1 else 'readable images'}:\n{_listing(bad)}"
         for count in (len(bad),)
         if count
     ]
     if closed:
-        found.append(f"{len(closed)} folders under {printable(root)} cannot be read:\n{_listing(closed)}")
+        found.append(f"{counted(len(closed), 'folder')} under {printable(root)} cannot be read:\n{_listing(closed)}")
     if missing:
-        found.append(f"{len(missing)} class folders under {printable(root)} have no image:\n{_listing(missing)}")
+        holds = "has" if len(missing) == 1 else "have"
+        found.append(
+            f"{counted(len(missing), 'class folder')} under {printable(root)} {holds} no image:\n{_listing(missing)}"
+        )
     return "\n".join(found)
 
 
 def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) -> None:
     """Raise where what cannot be used may not be left out; else say what is left out."""
     if on_bad == "stop":
-        raise DataError(f"{faults}\nRepair or remove them, or leave them out with --bad-images skip")
+        how = _skipping(bad, total, max_bad_frac)
+        it = "it" if faults.count("\n") == 1 else "them"
+        raise DataError(f"{faults}\nRepair or remove {it}, or leave {it} out with {how}")
     if bad == total:
         kind = DataError if on_bad == "list" else TooManyBadFiles
         raise kind(f"{faults}\nNo usable image is left")
@@ -457,7 +483,8 @@ def _judge(faults: str, bad: int, total: int, on_bad: str, max_bad_frac: float) 
         return
     if bad > max_bad_frac * total:
         raise TooManyBadFiles(
-            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that --max-bad-frac allows"
+            f"{faults}\nThat is {bad / total:.1%}, more than the {max_bad_frac:.1%} that --max-bad-frac allows; "
+            f"--max-bad-frac {_enough(bad, total):g} allows them"
         )
     _log.warning("%s\nThey are left out.", faults)
 
@@ -469,7 +496,7 @@ def _notes(listing: Listing, empty: list[BadFile]) -> tuple[str, ...]:
     if kinds:
         places = sorted({folder for folder, _ in listing.others if folder})
         where = f" (in {_named(places)})" if places else ""
-        notes.append(f"{sum(kinds.values()):,} files passed over: {count_kinds(kinds)}{where}")
+        notes.append(f"{counted(sum(kinds.values()), 'file')} passed over: {count_kinds(kinds)}{where}")
     if empty:
         notes.append("no image in " + ", ".join(f"{printable(folder.path)} ({folder.reason})" for folder in empty[:10]))
     return tuple(notes)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from ..advice import install
 from ..text import one_line, printable
 from .images import DataError, Unreachable
 
@@ -207,7 +208,7 @@ def _store(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise ValueError("fsspec is not installed, which reads URLs: pip install 'sdmp-kernels[remote]'") from error
+        raise ValueError(f"fsspec is not installed, which reads URLs: {install('remote')}") from error
     store, path = url_to_fs(url)
     return store, path
 

@@ -72,7 +72,7 @@ class ResidentLoader(Loader):
         images = Images(self._schedule.source, self._device, self._workers)
         lost = [images.lost[row] for row in sorted(images.lost)]
         if lost and (self._schedule.fill is None or any(file.unreachable for file in lost)):
-            raise bad_files_error(lost)
+            raise bad_files_error(lost, len(self._schedule.source))
         return images
 
     def _make(self, images: Images, position: int) -> Batch:

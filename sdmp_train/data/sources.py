@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from .cifar import cifar_files, open_cifar
+from .cifar import cifar_files, open_cifar, refuse_python_version
 from .file_lists import SUFFIXES_OF_LISTS, open_list
 from .images import MAX_PIXELS, SUFFIXES, DataError
 from .index import Check, Checks, Index, open_folder
@@ -73,6 +73,7 @@ def open_source(
     place = place_of(path)
     kind = kind_of(place)
     if kind == "folder" and isinstance(place, Path):
+        refuse_python_version(place)
         return open_folder(
             place,
             split=split,

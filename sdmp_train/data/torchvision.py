@@ -73,7 +73,7 @@ class TorchvisionLoader(Loader):
                 return
             views, lost = self._next()
             if lost and self._schedule.fill is None:
-                raise bad_files_error([lost[place] for place in sorted(lost)])
+                raise bad_files_error([lost[place] for place in sorted(lost)], len(self._schedule.source))
             moved = [view.to(self._device, non_blocking=True) for view in views]
             yield made_batch(moved, self._schedule.rows(position), self._schedule.source.labels, lost)
 

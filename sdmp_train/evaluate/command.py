@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..advice import elsewhere
 from .embed import EmbedConfig, write_embeddings
 from .finetune import FinetuneConfig, evaluate_finetune
 from .knn import KnnConfig, evaluate_knn
@@ -39,5 +40,6 @@ def describe_protocols(program: str) -> str:
             *lines,
             "",
             f"{program} eval PROTOCOL --help lists a protocol's flags; docs/evaluation.md says what each measures.",
+            *elsewhere(),
         ]
     )

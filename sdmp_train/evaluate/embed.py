@@ -181,7 +181,11 @@ class Sink:
             if self._config.format == "npy":
                 array.flush()
             else:
-                save_file({name: array}, self._drafts[name])
+                draft = self._drafts[name]
+                draft.touch()
+                mode = draft.stat().st_mode  # as the umask says; safetensors writes for the owner alone
+                save_file({name: array}, draft)
+                draft.chmod(mode)
         return {name: tuple(array.shape) for name, array in self._arrays.items()}
 
 

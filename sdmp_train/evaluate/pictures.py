@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..advice import install
 from ..data import DataError, Index, eval_loader
 from ..data.images import DECODE_ERRORS, read_size
 from ..data.index import Paths
@@ -39,7 +40,7 @@ MOST_HEADS = 12
 CELL_INCHES = 1.15
 PNG_DPI = 110
 TSNE_SEED = 0
-NO_TSNE = "scikit-learn is not installed (pip install 'sdmp-kernels[plots]')"
+NO_TSNE = f"scikit-learn is not installed ({install('plots')})"
 RIGHT, WRONG = "#009e73", "#d55e00"
 
 

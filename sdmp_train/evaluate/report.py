@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..advice import command
 from ..config import flatten
 from ..durable import replacing, write_durably
 from ..flags import Positional, arg
@@ -334,14 +336,14 @@ def missing(records: Sequence[RunRecord], drawn: set[str]) -> list[str]:
     lines = []
     for record in records:
         mixes = getattr(record.config.method, "mixing", "") != "none"
+        made = command("sdmp_train", "eval", "pictures", "--run", os.path.abspath(record.folder))
         wants = {
             "curves: no step was logged": record.step > 0,
             "kNN over time: not measured by the run": "knn" in record.keys,
             "lam: no step that mixes is on record": not mixes or "lam" in drawn,
             "the picture of the mixing: the run has none": not mixes or (record.folder / "mix.png").is_file(),
             "evaluations: none on record": bool(record.evaluations),
-            f"nearest neighbours, attention, patch features, embedding: not made; python -m sdmp_train eval pictures "
-            f"--run {record.folder}": bool(record.pictures),
+            f"nearest neighbours, attention, patch features, embedding: not made; {made}": bool(record.pictures),
         }
         lines += [f"{record.name}: {text}" for text, there in wants.items() if not there]
         if not mixes:

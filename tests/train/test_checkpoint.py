@@ -45,6 +45,15 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path):
             assert loaded[part][name].dtype == tensor.dtype
 
 
+def test_whoever_may_read_a_new_file_may_read_a_checkpoint(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        saved = checkpoint.save_checkpoint(tmp_path, 1, {"student": {"w": torch.ones(1)}}, {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o640}
+
+
 def test_views_of_one_storage_are_saved_apart(tmp_path: Path):
     storage = torch.arange(4.0)
     path = save_checkpoint(tmp_path, 1, {"model": {"a": storage[:2], "b": storage[2:]}}, {})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sdmp_train import advice
+from sdmp_train.advice import install
 from sdmp_train.checkpoint import save_checkpoint
 from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
@@ -144,7 +148,7 @@ def test_resume_needs_a_run(tmp_path: Path):
     [
         (["pretrian"], "Did you mean pretrain"),
         (["eval", "linaer"], "unknown protocol 'linaer'"),
-        (["eval"], "expected knn"),
+        (["eval"], "protocol is missing. Known: knn, linear"),
         (["pretrain", "--preset", "quikstart"], "Did you mean quickstart"),
         (["pretrain", "--config", "missing.yaml"], "cannot read the config file"),
         (["pretrain", "--preset", "quickstart", "--data", "missing"], "there is no folder"),
@@ -228,12 +232,15 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
     assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
-    assert "already in use" in capsys.readouterr().err
-    capsys.readouterr()
+    said = "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on, --overwrite deletes it"
+    assert said in capsys.readouterr().err
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
     assert "resume   after step 3 of 5\n" in capsys.readouterr().out
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
-    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this run is finished, all 5 steps are made; a larger --max-steps goes on" in printed
+    assert re.search(r"^kNN      .*% raw pixels, .*% untrained backbone, .*% trained backbone$", printed, re.MULTILINE)
+    assert re.search(r"^loader   \w+: this run began with ", printed, re.MULTILINE)
     assert main(["pretrain", "--output", "run", "--resume", "--max-steps", "6"]) == 0
     assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
     assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err
@@ -274,8 +281,35 @@ def test_too_many_bad_images_exit_with_four(image_folder: Path, tmp_path: Path, 
     (folder / "bad.jpg").write_text("no image")
     words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run")]
     assert main([*words, "--bad-images", "skip"]) == 4
-    assert "more than the 1.0% " in capsys.readouterr().err
+    advice = capsys.readouterr().err
+    assert "more than the 1.0% " in advice
+    assert "--max-bad-frac 0.05 " in advice
     assert main(words) == 2
+    assert capsys.readouterr().err.rstrip().endswith("leave it out with --bad-images skip --max-bad-frac 0.05")
+    assert main(["plan", str(folder), *TINY, "--bad-images", "skip", "--max-bad-frac", "0.05"]) == 0
+
+
+def test_a_start_that_fails_says_what_it_left_and_how_to_leave_out_the_file(image_folder: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    cut = folder / "dots" / "5.jpg"
+    cut.write_bytes(cut.read_bytes()[:-40])  # its header is whole
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert f"no step was made: {tmp_path / 'run'} holds the start alone" in printed.out
+    assert "--bad-images skip --max-bad-frac 0.05, which" in printed.err
+    assert main([*words, "--overwrite", "--bad-images", "skip", "--max-bad-frac", "0.05"]) == 0
+
+
+def test_channels_that_no_image_has_are_the_flags_fault_before_anything_is_written(tmp_path: Path, capsys):
+    folder = make_folder(tmp_path / "images", 20)
+    words = ["pretrain", str(folder), *TINY, "--output", str(tmp_path / "run"), "--channels", "4"]
+    assert main([*words, "--mean", *["0.5"] * 4, "--std", *["0.2"] * 4]) == 2
+    printed = capsys.readouterr()
+    assert "--channels is 4, and none of 20 images under" in printed.err
+    assert "epair" not in printed.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_export_made_by_others_exits_with_two_and_one_line(image_folder: Path, tmp_path: Path, capsys):
@@ -304,7 +338,7 @@ NONSENSE = {
     "export nosuch": "cannot read the config file",
     "export nosuch --step x": "--step",
     "report nosuch": "is no run folder",
-    "eval": "unknown protocol",
+    "eval": "a protocol is missing. Known: knn, linear, finetune, robustness, pictures, embed; ",
     "eval nosuch": "unknown protocol",
     "eval linear nosuch --data IMAGES": "holds no exported backbone",
     "eval knn timm:nosuch --data IMAGES": "nosuch",
@@ -370,11 +404,15 @@ def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path):
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, monkeypatch):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
     done = program(tmp_path, "presets")
     assert done.returncode == 2
-    assert done.stderr == "error: tyro is not installed, which sdmp_train needs: pip install 'sdmp-kernels[train]'\n"
+    monkeypatch.chdir(tmp_path)
+    assert (
+        done.stderr
+        == f"error: tyro is not installed, which sdmp_train needs: {install('train')}{advice.own_environment('sdmp_train')}\n"
+    )
 
 
 def test_an_error_reaches_the_terminal_without_control_characters(capsys):
@@ -445,18 +483,21 @@ def test_version_and_the_help_of_eval(capsys):
 
 def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdmp_train.run.EMBEDDED", str(image_folder))  # after which own images are proposed
     assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "1", "--output", "my run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     done = next(line for line in lines if line.startswith("done"))
     assert "final loss " in done
-    assert "1 steps; this took " in done
+    assert "1 step; this took " in done
     monkeypatch.chdir("/")
     at = next(i for i, line in enumerate(lines) if line.startswith("load "))
     names: dict = {}
     exec("\n".join(line[9:] for line in lines[at : at + 2]), names)
     assert names["backbone"].num_features == 32
     command = shlex.split(next(line for line in lines if line.startswith("measure"))[9:])
-    assert command[:3] == ["python", "-m", "sdmp_train"]
+    assert command[:3] == [sys.executable if advice.elsewhere() else "python", "-m", "sdmp_train"]
     assert main([*command[3:], "--device", "cpu", "-j", "0", "--k", "1"]) == 0
+    own = shlex.split(next(line for line in lines if line.startswith("yours"))[9:])
+    assert parse_pretrain("pretrain", own[4:]).config.data.data == "YOUR_IMAGES"
     card = (tmp_path / "my run" / "exported" / "README.md").read_text()
     assert "| kNN (k = 20), trained backbone | " in card

@@ -244,7 +244,7 @@ def test_a_damaged_file_is_found_before_the_first_step_and_left_out_by_run_and_r
     cut.write_bytes(cut.read_bytes()[:-40])
     config = replace(tiny, data=replace(tiny.data, data=str(own), bad_images="skip"))
     assert pretrain(limit(config, max_steps=14), run) == 0  # a whole epoch
-    assert "1 bad files left out" in (run / "train.log").read_text()
+    assert "1 bad file left out" in (run / "train.log").read_text()
     cut.unlink()
     assert pretrain(limit(config, max_steps=15), run, resume=True) == 0
 
@@ -398,7 +398,7 @@ def test_a_run_folder_in_use_is_refused_and_overwritten_only_on_request(tiny: Co
     run, mine = tmp_path / "run", tmp_path / "mine"
     short = limit(tiny, max_steps=1)
     assert pretrain(short, run) == 0
-    refused(short, run, "already in use")
+    refused(short, run, "holds a run that is finished at its --max-steps, 1 of ")
     assert pretrain(short, run, overwrite=True) == 0
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")

@@ -15,7 +15,7 @@ import pytest
 
 from sdmp_train import run_folder
 from sdmp_train.card import CARD_MARK
-from sdmp_train.config import ConfigError
+from sdmp_train.config import Config, ConfigError, RunConfig, save_config
 from sdmp_train.run_folder import LOCK, MARKER, check_folder, claim, strangers
 
 HOLD = """
@@ -56,6 +56,28 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path: Path):
     with pytest.raises(ConfigError, match="already in use; --resume goes on"):
         claim(first.path, "new")
     assert claim(first.path, "resume").run_id == first.run_id
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "max_steps", "said"),
+    [
+        (8, 8, None, "is finished: all 8 steps are made (its schedules end.* a new one, with more --epochs"),
+        (3, 8, 3, "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on"),
+        (3, 8, None, "already in use; --resume goes on"),
+        (3, None, None, "already in use; --resume goes on"),
+    ],
+)
+def test_a_run_that_is_finished_is_said_to_be(
+    step: int, total: int | None, max_steps: int | None, said: str, tmp_path: Path
+):
+    with claim(tmp_path / "run", "new") as mine:
+        saved = mine.path / "checkpoints" / f"step-{step:06d}"
+    save_config(Config(run=RunConfig(max_steps=max_steps)), mine.path / "config.yaml")
+    saved.mkdir()
+    (saved / "state.json").write_text(json.dumps({"step": step, "total_steps": total}))
+    (mine.path / "checkpoints" / "latest").write_text(saved.name)
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        check_folder(mine.path, "new")
 
 
 def test_only_one_process_writes_and_a_dead_one_does_no_harm(tmp_path: Path):

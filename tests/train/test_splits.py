@@ -266,4 +266,4 @@ def test_verify_names_a_class_that_would_vanish(root: Path, capsys: pytest.Captu
     (root / "train" / "fig" / "1.heic").write_bytes(b"x")
     with pytest.raises(DataError, match=r"'fig' holds no usable image, only 1 \.heic"):
         verify_data(str(root / "train"))
-    assert "1 files passed over: 1 .heic (in fig)" in capsys.readouterr().out
+    assert "1 file passed over: 1 .heic (in fig)" in capsys.readouterr().out

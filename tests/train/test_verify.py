@@ -54,7 +54,7 @@ def test_a_bit_that_flips_without_a_trace_is_found_again_and_again(
         assert main(["verify", str(cached), "--bad-list", str(tmp_path / "bad.tsv")]) == 2
         printed = capsys.readouterr()
         assert ROTTED in printed.err and "0.bmp" in printed.err
-        assert f"1 bad files are listed in {tmp_path / 'bad.tsv'}" in printed.out
+        assert f"1 bad file is listed in {tmp_path / 'bad.tsv'}" in printed.out
         assert (tmp_path / "bad.tsv").read_text() == f"{str(path)!r}\t{ROTTED}\n"
     path.touch()  # somebody has changed it, and says so
     assert main(["verify", str(cached)]) == 0

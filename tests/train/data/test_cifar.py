@@ -81,3 +81,18 @@ def test_a_cut_archive_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DataError, match=r"cannot be read|lacks"):
         open_source(path)
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-100-python.tar.gz", "batches", "sets"])
+def test_the_version_for_python_is_refused_and_the_other_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    files = {"batches": ["data_batch_1", "test_batch", "batches.meta"], "sets": ["train", "test", "meta"]}.get(name)
+    if files is None:
+        path.write_bytes(b"pickles")
+    else:
+        path.mkdir()
+        for file in files:
+            (path / file).write_bytes(b"pickles")
+    other = "cifar-100-binary.tar.gz" if "100" in name or name == "sets" else "cifar-10-binary.tar.gz"
+    with pytest.raises(DataError, match=rf"The binary version is read, {other} from the same page"):
+        open_source(path)

@@ -189,7 +189,7 @@ def test_files_without_a_suffix_are_told_by_their_content(tmp_path: Path, cache:
     for _ in range(2):
         index = open_folder(root, on_bad="skip", max_bad_frac=0.2, cache_dir=cache)
         assert list(index.paths) == ["0", "1", "2", "3", "4"]
-        assert "1 files passed over: 1 no suffix" in index.summary()
+        assert "1 file passed over: 1 no suffix" in index.summary()
         assert [os.path.basename(bad.path) for bad in index.bad] == ["torn"]
 
 
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_listed_is_left_out(own: Path, cache: Path, monk
 def check_closed_folder(own: Path, cache: Path) -> None:
     (own / "plum").chmod(0)
     try:
-        with pytest.raises(DataError, match=r"1 folders .*\n.*plum' may not be read by this user"):
+        with pytest.raises(DataError, match=r"1 folder .*\n.*plum' may not be read by this user"):
             open_folder(own, cache_dir=cache)
         index = open_folder(own, on_bad="skip", cache_dir=cache)
     finally:

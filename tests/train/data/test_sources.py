@@ -191,7 +191,7 @@ def test_lines_of_a_list(tmp_path: Path, index: Index) -> None:
         ("c.jpg\nc.jpg\n", "line 2 of .* names c.jpg again"),
         ("c.jpg 1\nd.jpg\n", "some name a class and some none, as line 2"),
         ("c.jpg\0\n", "bytes that are no text"),
-        ("c.jpg\nd.jpg\n", r"1 of 2 files under .* are not readable images:\n.*d\.jpg. is gone"),
+        ("c.jpg\nd.jpg\n", r"1 of 2 files under .* is not a readable image:\n.*d\.jpg. is gone"),
     ],
 )
 def test_a_list_that_cannot_be_used(tmp_path: Path, index: Index, text: str, said: str) -> None:
