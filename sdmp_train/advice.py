@@ -1,4 +1,4 @@
-"""Commands that are printed for people to paste: they name the Python that runs now, and this source tree.
+"""Commands that are printed for people to paste, which Python they mean, and this source tree.
 
 And how a program leaves without a traceback. This is imported before anything that has to be installed, so that it can
 say what is missing.
@@ -34,13 +34,22 @@ def python() -> str:
 
 
 def command(module: str, *words: str) -> str:
-    """A command that runs a module of ours, such as "sdmp_train", with these words, which are quoted for a shell."""
-    return " ".join([python(), "-m", module, *map(shlex.quote, words)])
+    """A command that runs a module of ours, such as "sdmp_train", with these words, which are quoted for a shell.
+
+    It says `python`, as all pages do; `elsewhere` goes with it.
+    """
+    return " ".join(["python", "-m", module, *map(shlex.quote, words)])
 
 
 def elsewhere() -> list[str]:
-    """A line for the end of a help text that calls its program `python`, where a shell takes that for another one."""
-    return [] if python() == "python" else [f"Here `python` is {python()}"]
+    """A line beside commands that say `python`, where a shell takes that for another one: which it is, and what makes
+    it so for the shell.
+    """
+    if python() == "python":
+        return []
+    activate = Path(sys.executable).parent / "activate"
+    hint = f": source {shlex.quote(str(activate))}" if activate.is_file() else ""
+    return [f"`python` is here {python()}{hint}"]
 
 
 def install(extra: str = "") -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
-from .advice import command
+from .advice import command, elsewhere
 from .card import how_to_load, write_card
 from .config import ConfigError, to_dict
 from .curves import Curves
@@ -161,7 +161,8 @@ class Run:
 
     def say_how_to_go_on(self) -> None:
         """The command."""
-        self.log.say(f"go on with: {command('sdmp_train', 'pretrain', '--resume', self.place)}")
+        for line in (f"go on with: {command('sdmp_train', 'pretrain', '--resume', self.place)}", *elsewhere()):
+            self.log.say(line)
 
     def after_training(self) -> None:
         """The exported backbone, kNN, and what to do next.
@@ -277,6 +278,7 @@ class Run:
             f"run      {os.path.normpath(self.folder)}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),
+            *(f"shell    {line}" for line in elsewhere()),
             f"measure  {command('sdmp_train', 'eval', 'knn', '--run', self.place)}",
             f"report   {command('sdmp_train', 'report', self.place)}",
             *([f"yours    {command('sdmp_train', *yours)}"] if embedded else []),

@@ -26,7 +26,7 @@ def put(folder: Path, name: str, target: Path | None = None) -> Path:
 
 
 @pytest.mark.parametrize("case", ["the same", "another", "none", "another environment's link to one Python"])
-def test_python_is_printed_only_where_it_is_this_one(case: str, tmp_path: Path, monkeypatch):
+def test_which_python_is_meant_is_said_where_it_is_another(case: str, tmp_path: Path, monkeypatch):
     base = put(tmp_path / "base", "python3.12")
     own = put(tmp_path / "my env" / "bin", "python3", base)
     elsewhere = tmp_path / "elsewhere"
@@ -40,9 +40,11 @@ def test_python_is_printed_only_where_it_is_this_one(case: str, tmp_path: Path, 
         put(elsewhere, "python", base)
     monkeypatch.setattr(sys, "executable", str(own))
     monkeypatch.setenv("PATH", str(elsewhere))
-    expected = "python" if case == "the same" else f"'{own}'"
-    assert advice.command("sdmp_train", "report", "a b") == f"{expected} -m sdmp_train report 'a b'"
-    assert (advice.elsewhere() == []) == (case == "the same")
+    assert advice.command("sdmp_train", "report", "a b") == "python -m sdmp_train report 'a b'"
+    assert advice.python() == ("python" if case == "the same" else f"'{own}'")
+    assert advice.elsewhere() == ([] if case == "the same" else [f"`python` is here '{own}'"])
+    activate = put(own.parent, "activate")
+    assert advice.elsewhere() == ([] if case == "the same" else [f"`python` is here '{own}': source '{activate}'"])
 
 
 def test_a_clone_is_installed_from_where_it_lies(tmp_path: Path, monkeypatch):
