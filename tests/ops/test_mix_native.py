@@ -338,7 +338,9 @@ def build() -> dict[str, Any]:
 
 
 @needs_cpp
-@pytest.mark.parametrize("sets", [["portable"], ["portable", "avx2"]], ids="+".join)
+@pytest.mark.parametrize(
+    "sets", [pytest.param(["portable"], marks=pytest.mark.slow), ["portable", "avx2"]], ids="+".join
+)
 def test_kernels_for_lesser_processors_compute_the_same(build: dict[str, Any], sets: list[str], tmp_path: Path) -> None:
     """Bit for bit what the library as installed computes here, which takes the best instruction set there is."""
     library = tmp_path / "lesser.so"
