@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sdmp_kernels._memory import release_kept
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Constants of glibc's <malloc.h>; the largest int is "never".
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -57,6 +59,7 @@ def extra_peak(run: Callable[[], object], device: torch.device) -> tuple[int | N
         return None, "this system tells no resettable high-water mark"
     gc.collect()
     libc.malloc_trim(0)
+    release_kept()
     try:
         CLEAR.write_text("5")
     except OSError as error:

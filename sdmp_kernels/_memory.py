@@ -51,6 +51,10 @@ class _Blocks:
         """Bytes that nothing uses now."""
         return sum(map(len, self._free))
 
+    def release(self) -> None:
+        """Give back to the system what is kept."""
+        self._free.clear()
+
     def take(self, size: int) -> torch.UntypedStorage | None:
         """At least `size` bytes that nothing else uses, until the last tensor in them is gone; None if refused."""
         pages = self._again(size) or self._fresh(size)
@@ -92,6 +96,11 @@ class _Blocks:
 
 
 _BLOCKS = _Blocks()
+
+
+def release_kept() -> None:
+    """Give back to the system the freed blocks that this process keeps for the next large results."""
+    _BLOCKS.release()
 
 
 def is_on(device: torch.device, target: torch.device) -> bool:

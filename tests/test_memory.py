@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from sdmp_kernels._memory import _BLOCKS, empty_like, is_on, moved
+from sdmp_kernels._memory import _BLOCKS, empty_like, is_on, moved, release_kept
 
 CPU = torch.device("cpu")
 
@@ -86,6 +86,8 @@ def test_no_more_is_kept_than_stated() -> None:
     many = [empty_like(large(torch.float32)) for _ in range(6)]
     del many
     assert 0 < _BLOCKS.kept <= 256 * 2**20
+    release_kept()
+    assert _BLOCKS.kept == 0
 
 
 def test_a_refusal_by_the_system_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
