@@ -495,7 +495,7 @@ def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_pa
     exec("\n".join(line[9:] for line in lines[at : at + 2]), names)
     assert names["backbone"].num_features == 32
     command = shlex.split(next(line for line in lines if line.startswith("measure"))[9:])
-    assert command[:3] == [sys.executable if advice.elsewhere() else "python", "-m", "sdmp_train"]
+    assert command[:3] == ["python", "-m", "sdmp_train"]
     assert main([*command[3:], "--device", "cpu", "-j", "0", "--k", "1"]) == 0
     own = shlex.split(next(line for line in lines if line.startswith("yours"))[9:])
     assert parse_pretrain("pretrain", own[4:]).config.data.data == "YOUR_IMAGES"
