@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Mapping
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdmp_kernels._checks import check_integer, readable
-from sdmp_kernels.plan import MixPlan, Rule, Stream, TwoHot, make_plan
+from sdmp_kernels.plan import MixPlan, Rule, Stream, TwoHot, make_plan, picked
 
 LABELS = ("dense", "two_hot")
 
@@ -88,12 +87,8 @@ def fresh_seed() -> int:
 
 def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) -> np.ndarray:
     """(count,) uint8: independent rules of the given chances, which add up to 1."""
-    rules, edges = [int(rule) for rule in chances], list(itertools.accumulate(chances.values()))
-    edges, numbers = [edge / edges[-1] for edge in edges], rng.random(count)
-    if count == 1:  # of a whole batch, in every step
-        return np.array([rules[min(bisect.bisect_right(edges, numbers[0]), len(edges) - 1)]], dtype=np.uint8)
-    picks = np.searchsorted(edges, numbers, side="right")
-    return np.array(rules, dtype=np.uint8)[np.minimum(picks, len(edges) - 1)]
+    edges = list(itertools.accumulate(chances.values()))
+    return picked([int(rule) for rule in chances], [edge / edges[-1] for edge in edges], rng.random(count))
 
 
 def keep_plan(n: int, size: tuple[int, int]) -> MixPlan:

@@ -564,8 +564,10 @@ def draw_plan(
     total = n * world_size
     rng = _STREAM.at(seed, step)
     picks = rng.random(1 if per == "batch" else total)
-    one = law.one(picks[0]) if per == "batch" else None
-    rule = law.many(picks) if one is None else np.full(total, one, dtype=np.uint8)
+    rule = picked(law.rules, law.edges, picks)
+    one = int(rule[0]) if per == "batch" else None
+    if one is not None:
+        rule = np.full(total, one, dtype=np.uint8)
     mixed = rng.random(total)
     drawn = _draw_lam(rng, law, rule, shared=shared_lam)
     if prob < 1:
@@ -711,32 +713,30 @@ class _Law(NamedTuple):
     """The rules that are drawn from, in ascending order, so that the order of names never moves a draw.
 
     Attributes:
-        values: (R,) uint8, the rules.
-        numbers: the same as plain numbers.
+        rules: R of them, as plain numbers.
         edges: R numbers, their cumulated probabilities, the last 1.
         alphas: (4,) float64, alpha of every `Rule`.
-        alpha: the one alpha of all of `values`, or None.
+        alpha: the one alpha of all of `rules`, or None.
         likely: the rules of a probability above 0.
     """
 
-    values: np.ndarray
-    numbers: list[int]
+    rules: list[int]
     edges: list[float]
     alphas: np.ndarray
     alpha: float | None
     likely: tuple[Rule, ...]
 
-    def one(self, pick: float) -> int:
-        """The rule that a number in [0, 1) stands for."""
-        return self.numbers[min(bisect.bisect_right(self.edges, pick), len(self.values) - 1)]
-
-    def many(self, picks: np.ndarray) -> np.ndarray:
-        """The rules that numbers in [0, 1) stand for."""
-        return self.values[np.minimum(np.searchsorted(self.edges, picks, side="right"), len(self.values) - 1)]
-
     def occurring(self, prob: float) -> tuple[Rule, ...]:
         """The rules that may occur where each row is mixed with chance `prob`."""
         return tuple(sorted({Rule.KEEP, *self.likely})) if 0 < prob < 1 else self.likely if prob else (Rule.KEEP,)
+
+
+def picked(rules: Sequence[int], edges: Sequence[float], numbers: np.ndarray) -> np.ndarray:
+    """(N,) uint8: the rules that numbers in [0, 1) stand for; `edges`: cumulated probabilities, the last 1."""
+    last = len(rules) - 1
+    if len(numbers) == 1:  # of a whole batch, in every step
+        return np.array([rules[min(bisect.bisect_right(edges, numbers[0]), last)]], dtype=np.uint8)
+    return np.array(rules, dtype=np.uint8)[np.minimum(np.searchsorted(edges, numbers, side="right"), last)]
 
 
 def _law(rules: object, alpha: object) -> _Law:
@@ -775,8 +775,7 @@ def _make_law(rules: object, alpha: object) -> _Law:
     edges = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
     used = {alphas[rule] for rule in chances}
     return _Law(
-        values=np.array([int(rule) for rule in chances], dtype=np.uint8),
-        numbers=[int(rule) for rule in chances],
+        rules=[int(rule) for rule in chances],
         edges=(edges / edges[-1]).tolist(),
         alphas=np.array([alphas[rule] for rule in Rule], dtype=np.float64),
         alpha=used.pop() if len(used) == 1 else None,
