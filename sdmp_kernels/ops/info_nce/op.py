@@ -94,7 +94,7 @@ def _outputs(
     need_stats = any(need_k) and backend != "cpp"
     stats = q.new_empty((terms, 4, q.shape[0]) if need_stats else (0,), dtype=torch.float64)
     dq = q.new_empty((1 if summed else terms, *q.shape) if need_dq else (0,), dtype=dtype)
-    early = any(need_k) and backend == "cpp" and reduction != "none"
+    early = any(need_k) and backend == "cpp" and reduction != "none" and q.shape[0] > 0
     return loss, stats, dq, q.new_empty((sum(_rows_of(keys, need_k)), q.shape[1]) if early else (0,), dtype=dtype)
 
 
@@ -125,7 +125,7 @@ def info_nce_op(
     """
     backend = _backend(q, temperature, excluded)
     if q.shape[0] == 0:
-        losses, stats, dq, dk = _outputs(q, keys, bool(term_weight), "none", need_dq, need_k, backend)
+        losses, stats, dq, dk = _outputs(q, keys, bool(term_weight), reduction, need_dq, need_k, backend)
         return *_results(_sum(losses, reduction), term_weight), stats, dq, dk
     problem = _problem(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction)
     run = OP.module(backend).forward
@@ -138,9 +138,8 @@ def info_nce_op(
 
 @info_nce_op.register_fake
 def _(q, keys, first, second, weight, excluded, term_weight, temperature, form, reduction, need_dq, need_k):
-    made = reduction if q.shape[0] else "none"
     backend = _backend(q, temperature, excluded)
-    losses, *rest = _outputs(q, keys, bool(term_weight), made, need_dq, need_k, backend)
+    losses, *rest = _outputs(q, keys, bool(term_weight), reduction, need_dq, need_k, backend)
     return *_results(_sum(losses, reduction), term_weight), *rest
 
 
