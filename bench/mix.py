@@ -344,22 +344,30 @@ def eager_arms(ask: Ask) -> Iterator[Arm]:
     if ask.normalised:
         yield from _eager_uint8(ask)
         return
-    forms: dict[str, tuple[str, Callable[[Tensor, MixPlan, MixPlan, Tensor], Tensor], float | None]] = {}
-    if ask.rule == "mixup":
+    for name, (what, function, tolerance) in eager_forms(ask.rule).items():
+        yield _eager(name, what, function, tolerance)
+
+
+EagerForm = tuple[str, Callable[[Tensor, MixPlan, MixPlan, Tensor], Tensor], float | None]
+
+
+def eager_forms(rule: str) -> dict[str, EagerForm]:
+    """By name: what it is, function(images, plan, plan on the host, out), and its own tolerance, if it needs one."""
+    forms: dict[str, EagerForm] = {}
+    if rule == "mixup":
         forms["eager literal"] = ("lam * x + (1 - lam) * x.flip(0)", _mixup_literal, None)
         forms["eager lerp"] = ("torch.lerp(x.flip(0), x, lam, out=)", _mixup_lerp, None)
-    elif ask.rule == "cutmix":
+    elif rule == "cutmix":
         forms["eager where"] = ("torch.where(mask, x.flip(0), x, out=)", _cutmix_where, None)
         forms["eager slices"] = ("copy, then one slice per sample, boxes known to the host", _by_loop, None)
-    elif ask.rule == "resizemix":
+    elif rule == "resizemix":
         forms["eager F.interpolate loop"] = ("copy, then F.interpolate per sample into its box", _by_loop, None)
         # The sampling positions of grid_sample are rounded to float32 over the whole picture.
         forms["eager grid_sample"] = ("one grid_sample, then torch.where", _resize_grid, 1e-2)
     else:
         forms["eager loop"] = ("copy, then per sample its rule", _by_loop, None)
         forms["eager by rule"] = ("rows of one rule at a time: lerp, where, grid_sample", _by_rule, 1e-2)
-    for name, (what, function, tolerance) in forms.items():
-        yield _eager(name, what, function, tolerance)
+    return forms
 
 
 def _eager(name: str, what: str, function: Callable[..., Tensor], tolerance: float | None) -> Arm:

@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench import environment
+from bench.mix import eager_forms
 from sdmp_kernels import MixPlan, draw_plan, mix, use_backend
 
 SHAPE = (100, 3, 32, 32)
 CLASSES = 10
+RULES = ("mixup", "cutmix", "resizemix")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,18 +67,16 @@ def pairs() -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
 
         yield f"{rule}: draw_plan + mix, per sample, beside timm's batch mode", drawn, timm
         yield f"{rule}: the drop-in, beside timm's batch mode", drop_in, timm
-    for rule, forms in EAGER.items():
-        for form in forms:
+    for rule in RULES:
+        for form, (_, function, _) in eager_forms(rule).items():
             plan, out = draw_plan(SHAPE[0], SHAPE[2:], rules=(rule,), step=0), torch.empty(SHAPE)
 
             def composed(plan: MixPlan = plan, out: Tensor = out) -> None:
                 with use_backend("torch"):
                     mix(images, plan, out=out)
 
-            def eager(form: Any = form, plan: MixPlan = plan, out: Tensor = out) -> None:
-                form(images, plan, out)
-
-            yield f"{rule}: without compiled kernels, beside eager {form.__name__[1:]}", composed, eager
+            eager = functools.partial(function, images, plan, plan, out)
+            yield f"{rule}: without compiled kernels, beside {form}", composed, eager
 
 
 def measure(ours: Callable[[], object], theirs: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -94,42 +93,3 @@ def measure(ours: Callable[[], object], theirs: Callable[[], object], seconds: f
             kept.append(time.perf_counter() - begin)
     ratio = statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True))
     return {"ours": statistics.median(times[0]), "theirs": statistics.median(times[1]), "ratio": ratio}
-
-
-def _multiplication(images: Tensor, plan: MixPlan, out: Tensor) -> None:
-    lam = plan.lam.view(-1, 1, 1, 1)
-    torch.mul(images, lam, out=out).add_(images.flip(0).mul_(1 - lam))
-
-
-def _lerp(images: Tensor, plan: MixPlan, out: Tensor) -> None:
-    torch.lerp(images.flip(0), images, plan.lam.view(-1, 1, 1, 1), out=out)
-
-
-def _where(images: Tensor, plan: MixPlan, out: Tensor) -> None:
-    top, left, height, width = (side.view(-1, 1, 1, 1) for side in plan.box.unbind(1))
-    y, x = torch.arange(images.shape[2]).view(1, 1, -1, 1), torch.arange(images.shape[3]).view(1, 1, 1, -1)
-    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    torch.where(inside, images.flip(0), images, out=out)
-
-
-def _slices(images: Tensor, plan: MixPlan, out: Tensor) -> None:
-    out.copy_(images)
-    for i, (j, (top, left, height, width)) in enumerate(zip(plan.partner.tolist(), plan.box.tolist(), strict=True)):
-        box = slice(top, top + height), slice(left, left + width)
-        out[i, :, *box] = images[j, :, *box]
-
-
-def _interpolate(images: Tensor, plan: MixPlan, out: Tensor) -> None:
-    out.copy_(images)
-    for i, (j, (top, left, height, width)) in enumerate(zip(plan.partner.tolist(), plan.box.tolist(), strict=True)):
-        if height and width:
-            patch = F.interpolate(images[j : j + 1], size=(height, width), mode="bilinear", align_corners=False)
-            out[i, :, top : top + height, left : left + width] = patch[0]
-
-
-EAGER: dict[str, tuple[Callable[[Tensor, MixPlan, Tensor], None], ...]] = {
-    "mixup": (_multiplication, _lerp),
-    "cutmix": (_where, _slices),
-    "resizemix": (_interpolate,),
-}
-"""By rule, what a user writes of PyTorch's operators."""
