@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdmp_train.advice import drop_output, elsewhere, leave_without
+from sdmp_train.advice import elsewhere, no_traceback
 
 QUESTIONS = ("views", "mix", "losses", "step")
 OVERVIEW = """\
@@ -263,12 +263,7 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    code = 0
+    with no_traceback("bench"):
         code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
-        code = 0
-    except ModuleNotFoundError as error:
-        leave_without(error, "bench")
     sys.exit(code)

@@ -3,21 +3,16 @@
 import signal
 import sys
 
-from sdmp_train.advice import drop_output, leave_without
+from sdmp_train.advice import no_traceback
 
 if __name__ == "__main__":
     # While torch is imported Ctrl-C ends the process, and prints no traceback; a run then has handlers of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
+    code = 0
+    with no_traceback("sdmp_train"):
         from sdmp_train.cli import main
         from sdmp_train.stop import ignore_stop_signals
 
         code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
-        code = 0
-    except ModuleNotFoundError as error:
-        leave_without(error, "sdmp_train")
     ignore_stop_signals()  # what is left is to leave, with this code
     sys.exit(code)

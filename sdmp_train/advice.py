@@ -6,10 +6,12 @@ say what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -75,6 +77,18 @@ def drop_output() -> None:
     What Python still holds is dropped too; its flush at exit would fail.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def no_traceback(program: str) -> Iterator[None]:
+    """Around a program: a reader of its output that is gone is no error, and a package that is missing one line."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+    except ModuleNotFoundError as error:
+        leave_without(error, program)
 
 
 def leave_without(error: ModuleNotFoundError, program: str, extra: str = "train") -> None:

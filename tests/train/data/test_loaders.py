@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from file_kinds import HEIGHT, WIDTH, kinds, smooth_picture, without_segment
+from loaded import assert_same
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -49,14 +50,6 @@ def batches(index: Index, recipes: Sequence[ViewRecipe | EvalView] = (CROP,), **
     arguments = {"batch_size": 8, "steps": 3, "seed": 5, "device": "cpu", "workers": 0, **changes}
     with make_loader(index, recipes, **arguments) as loader:
         return list(loader)
-
-
-def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.labels, b.labels)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
 # What a batch is

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from file_kinds import smooth_picture
+from loaded import assert_same
 
 from sdmp_kernels.views import ViewRecipe, byol_views, dino_views
 from sdmp_train.data import Batch, DataError, Index, eval_loader, make_loader, open_folder, resident
@@ -22,14 +23,6 @@ def batches(index: Index, loader: str, recipes: Sequence[ViewRecipe] | None = No
     arguments = {"batch_size": 8, "steps": 5, "seed": 5, "device": "cpu", "workers": 0, **changes}
     with make_loader(index, recipes or byol_views(64), loader=loader, **arguments) as made:
         return list(made)
-
-
-def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
-    assert len(left) == len(right) > 0
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.labels, b.labels)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
 @pytest.mark.parametrize("recipes", [byol_views((48, 80)), dino_views(64, 32, 2)], ids=["byol", "dino"])
