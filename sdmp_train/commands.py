@@ -32,7 +32,6 @@ from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
 from .lost import NONE_LOST, Lost, LostImages, too_many_lost
-from .models import build_backbone
 from .pace import is_long, measure_pace, too_much
 from .run import Run
 from .run_folder import RunFolder
@@ -41,6 +40,7 @@ from .stop import Stopped, StopRequest
 from .text import counted, printable_lines, shown_size
 from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
+from .weights import checkpoint_backbone
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
 
@@ -364,19 +364,9 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
         raise ConfigError(f"there is no checkpoint {path}; finished ones: {known or 'none'}")
     if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
-    parts, state = checkpoint.load_checkpoint(path)
-    found = state.get("backbone")
-    part, _, place = found.partition(".") if isinstance(found, str) else ("", "", "")
-    if part not in parts:
-        raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
-    prefix = f"{place}." if place else ""
-    tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
-    backbone = build_backbone(
-        config.model, config.data.image_px, config.run.seed, channels=config.data.channels, **config.backbone_options
-    )
-    checkpoint.load_module(backbone, tensors, f"{path}/{part}")
+    backbone, made = checkpoint_backbone(path, config)
     try:
-        export_backbone(backbone, config, output, int(state["step"]))
+        export_backbone(backbone, config, output, made)
     except OSError as error:
         raise ConfigError(f"the export cannot be written to {output}: {error}") from error
     print(printable_lines(f"exported {path} to {output}"))

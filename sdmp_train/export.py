@@ -55,27 +55,31 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     Raises:
         RuntimeError: where what was written does not give the same model.
     """
+    frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
+    description = description_of(frozen, config, step)
+    write_export(frozen, description, folder, card=model_card(config, step, {}))
+
+
+def description_of(backbone: nn.Module, config: Config, step: int) -> dict[str, Any]:
+    """What config.json of an export says of the backbone of a run with these settings, after so many steps."""
     name, arguments = timm_arguments(
         config.model, config.data.image_px, channels=config.data.channels, **config.backbone_options
     )
-    arguments = {**arguments, **norm_arguments(backbone, name, arguments)}
-    frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
-    description = {
+    return {
         **named(name, config.model.stem),
         "num_classes": 0,
-        "num_features": int(frozen.num_features),  # type: ignore[arg-type]
-        "model_args": arguments,
+        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
+        "model_args": {**arguments, **norm_arguments(backbone, name, arguments)},
         "pretrained_cfg": {
             "input_size": [config.data.channels, *config.data.size_px],
             "mean": list(config.data.mean),
             "std": list(config.data.std),
             "num_classes": 0,
-            **layer_names(frozen),
+            **layer_names(backbone),
         },
         "stem": config.model.stem,
         "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
     }
-    write_export(frozen, description, folder, card=model_card(config, step, {}))
 
 
 def named(name: str, stem: str) -> dict[str, str]:
@@ -156,9 +160,8 @@ def load_exported(
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
     """
     folder = Path(folder)
+    description = read_description(folder)
     try:
-        description = read_json(folder / DESCRIPTION)
-        check_description(description)
         tensors = read_tensors(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
@@ -172,6 +175,16 @@ def load_exported(
         model = make_model(config, config.arch, arguments, "cpu", classes if classifier else 0)
     model.load_state_dict({key: tensors[key] for key in model.state_dict()})
     return model.eval(), description
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked config.json of an exported folder. Raises `ConfigError` where there is none, or none of ours."""
+    try:
+        description = read_json(folder / DESCRIPTION)
+        check_description(description)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
+    return description
 
 
 def check_description(description: dict[str, Any]) -> None:
