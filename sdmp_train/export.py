@@ -78,7 +78,16 @@ def description_of(backbone: nn.Module, config: Config, step: int) -> dict[str, 
             **layer_names(backbone),
         },
         "stem": config.model.stem,
-        "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
+        "pretraining": {
+            "preset": config.run.preset,
+            "method": config.method_name,
+            "steps": step,
+            **(
+                {key: getattr(config.model, key) for key in ("init_from", "init_sha256")}
+                if config.model.init_from
+                else {}
+            ),
+        },
     }
 
 
