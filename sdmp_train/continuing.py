@@ -131,18 +131,19 @@ def open_start(config: Config) -> Start | None:
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:
-    """The settings that decide a model's shape, as far as its family has them, read from the model itself."""
+    """What decides a model's shape and features, as far as its family has it, read from the model itself."""
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
     if isinstance(model, ResNet):
-        return {"width": model.layer1[0].conv1.out_channels}
+        return {"width": model.layer1[0].conv1.out_channels, "global_pool": model.global_pool.pool_type}
     if not isinstance(model, VisionTransformer):
         return {}
     sides = getattr(model.patch_embed, "patch_size", None)
     heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", None)
     patch = sides[0] if isinstance(sides, tuple) and len(set(sides)) == 1 else sides
-    return {"patch_px": patch, "width": model.embed_dim, "depth": len(model.blocks), "heads": heads}
+    sizes = {"patch_px": patch, "width": model.embed_dim, "depth": len(model.blocks), "heads": heads}
+    return {**sizes, "global_pool": model.global_pool}
 
 
 def fitted(weights: Weights, model: nn.Module) -> Start:

@@ -42,6 +42,8 @@ MODEL_ARGUMENTS = {
 }
 STAGES, WIDEST = 4, 2**14
 """What `channels` of a ResNet may be: that many numbers, up to that."""
+POOLS = ("token", "avg", "max", "avgmax", "catavgmax", "fast", "map")
+"""What `global_pool` may be, which timm's own exports name."""
 SWITCHES = ("fc_norm",)
 """Arguments of timm's models that are true or false."""
 TIMM_NAME = "timm_architecture"
@@ -211,9 +213,14 @@ def check_description(description: dict[str, Any]) -> None:
     )
     arguments = description.setdefault("model_args", {})
     require(isinstance(arguments, dict), "model_args", arguments, "names and values")
+    if arguments.get("num_classes") == classes:
+        del arguments["num_classes"]  # timm's own exports say it twice
     for key, value in arguments.items():
         if key == "stem_type":
             require(value == "deep", "model_args: stem_type", value, "'deep'")
+            continue
+        if key == "global_pool":
+            require(value in POOLS, "model_args: global_pool", value, f"one of {', '.join(POOLS)}")
             continue
         if key == "channels":
             four = (
@@ -221,7 +228,7 @@ def check_description(description: dict[str, Any]) -> None:
             )
             require(four, "model_args: channels", value, f"{STAGES} whole numbers from 1 to {WIDEST}")
             continue
-        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES, "channels", "stem_type"])
+        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES, "channels", "global_pool", "stem_type"])
         if key in SWITCHES:
             require(isinstance(value, bool), f"model_args: {key}", value, "true or false")
             continue

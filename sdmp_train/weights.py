@@ -18,7 +18,7 @@ from .export import DESCRIPTION, description_of, load_exported, read_description
 from .models import build_backbone, check_name
 from .run_folder import CHECKPOINTS, EXPORTED, is_run_folder, stored_config
 from .settings import ConfigError, require
-from .text import one_line
+from .text import one_line, printable
 
 TIMM = "timm:"
 """What begins the name of weights that timm knows."""
@@ -63,6 +63,7 @@ def open_weights(what: str) -> Weights:
     Raises:
         ConfigError: it cannot be had.
     """
+    check_place(what)
     if not is_unfinished_run(what):
         return load_weights(exported_of(what))
     config = stored_config(Path(what))
@@ -89,7 +90,14 @@ def describe_weights(what: str) -> Mapping[str, Any]:
         if known is None or not known.has_weights:
             raise ConfigError(f"timm has no weights of {name}")
         return describe_timm(name, known.to_dict())
+    check_place(what)
     return open_weights(what).description if is_unfinished_run(what) else read_description(Path(exported_of(what)))
+
+
+def check_place(what: str) -> None:
+    """Raise `ConfigError` for a folder that is not there."""
+    if not what.startswith(TIMM) and not Path(what).is_dir():
+        raise ConfigError(f"there is no folder {printable(what)}; give that of an export, that of a run, or timm:NAME")
 
 
 def is_unfinished_run(what: str) -> bool:
