@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Run:
     lost: Lost = NONE_LOST
     began_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
+    queries: int = 0
+    """Of the last kNN measurement."""
 
     def __post_init__(self) -> None:
         self.curves = Curves(self.folder, self.log)
@@ -253,19 +256,24 @@ class Run:
             f"kNN      {accuracy:6.1%} {what} (k = {KNN_K}, {len(bank.rows)} bank, {len(queries.rows)} queries)"
         )
         self.log.metrics({"step": self.training.step, key: accuracy})
-        self.accuracies[what] = accuracy
+        self.accuracies[what], self.queries = accuracy, len(queries.rows)
         # Of the trained backbone the last lines say it.
         if key == "knn" and what != TRAINED and (worse := self.below_the_start(accuracy)) is not None:
             self.log.say(worse)
 
     def below_the_start(self, accuracy: float) -> str | None:
-        """Where a run has less kNN accuracy than the trained weights it began with: by how much, and what to turn."""
+        """Where a run has less kNN accuracy than the trained weights it began with: by how much, and what to turn.
+
+        Beside it the standard error of the start's accuracy, as so many queries tell it.
+        """
         start = self.accuracies.get(self.after_epoch(0))
         if not self.continues or start is None or accuracy >= start:
             return None
+        error = 100 * math.sqrt(start * (1 - start) / max(self.queries, 1))
         return (
-            f"kNN      {accuracy:.1%}: {100 * (start - accuracy):.1f} points below the start ({start:.1%}). Give a "
-            "smaller --lr or --backbone-lr-scale, or more --heads-only-epochs"
+            f"kNN      {accuracy:.1%}: {100 * (start - accuracy):.1f} points below the start ({start:.1%}, give or take "
+            f"{error:.1f} with {counted(self.queries, 'query', 'queries')}). What keeps more of it: a smaller --lr or "
+            "--backbone-lr-scale, or more --heads-only-epochs"
         )
 
     def picture(self) -> None:
