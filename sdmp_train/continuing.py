@@ -18,8 +18,8 @@ from .settings import ConfigError, ModelConfig, require, with_channels
 from .text import counted, one_line, printable
 from .weights import Weights, describe_weights, open_weights
 
-HEADS_ONLY = 1 / 20
-"""Share of the epochs in which heads alone are trained: fresh ones would pull trained weights anywhere."""
+HEADS_ONLY = 20
+"""One of so many epochs is for the heads alone: fresh ones would pull trained weights anywhere."""
 LR_SCALE = 0.1
 """The backbone's learning rate, as a share of the heads'."""
 MEASURED = 10
@@ -72,7 +72,7 @@ def resolved(config: Config) -> Config:
         return config
     optim, run = config.optim, config.run
     if optim.heads_only_epochs is None:
-        optim = replace(optim, heads_only_epochs=optim.epochs * HEADS_ONLY)
+        optim = replace(optim, heads_only_epochs=optim.epochs / HEADS_ONLY)
     if optim.backbone_lr_scale is None:
         optim = replace(optim, backbone_lr_scale=LR_SCALE)
     if run.knn_every_epochs is None:

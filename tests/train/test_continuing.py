@@ -228,7 +228,9 @@ def test_a_run_from_trained_weights_resumes_without_them_and_says_where_it_is_wo
     printed = capsys.readouterr().out
     assert re.search(r"^init     .*net \(SHA-256 [0-9a-f]{12}\); fresh heads$", printed, re.MULTILINE)
     assert "adamw; the backbone at 0.25 x that from epoch 1 on" in printed
-    worse = "kNN      60.0%: 2.5 points below the start (62.5%, give or take 19.8 with 6 queries). What keeps more of it: "
+    worse = (
+        "kNN      60.0%: 2.5 points below the start (62.5%, give or take 19.8 with 6 queries). What keeps more of it: "
+    )
     assert printed.count(worse) == printed.count("below the start") == 1
     assert (
         "kNN      30.0% raw pixels, 62.5% backbone at the start, 62.5% backbone after epoch 1, 60.0% trained" in printed
