@@ -272,8 +272,8 @@ class Run:
         error = 100 * math.sqrt(start * (1 - start) / max(self.queries, 1))
         told = f"{start:.1%}, give or take {error:.1f} with {counted(self.queries, 'query', 'queries')}"
         return (
-            f"kNN      {accuracy:.1%}: {100 * (start - accuracy):.1f} points below the start ({told}). What keeps more of "
-            "it: a smaller --lr or --backbone-lr-scale, or more --heads-only-epochs"
+            f"kNN      {accuracy:.1%}: {100 * (start - accuracy):.1f} points below the start ({told}). What keeps more "
+            "of it: a smaller --lr or --backbone-lr-scale, or more --heads-only-epochs"
         )
 
     def picture(self) -> None:
