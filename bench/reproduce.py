@@ -292,7 +292,7 @@ def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, devi
     from sdmp_train.methods.contrast import ContrastConfig
 
     arm, recipe = ARMS[cell.arm], experiment.recipe
-    kind = METHODS[arm.method].Config
+    kind = METHODS[arm.method]
     # Heads, momentum encoder and temperature: what the arms have in common.
     common = {f.name: getattr(recipe.method, f.name) for f in dataclasses.fields(ContrastConfig)}
     method = kind(**common, **arm.settings)

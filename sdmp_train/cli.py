@@ -1,4 +1,7 @@
-"""The command line. `python -m sdmp_train` without an argument is the quickstart."""
+"""The command line. `python -m sdmp_train` without an argument is the quickstart.
+
+What runs is imported once its arguments are read: torch takes seconds to import, a wrong argument none to refuse.
+"""
 
 from __future__ import annotations
 
@@ -171,8 +174,6 @@ def take_folder(arguments: PretrainArguments) -> PretrainArguments:
 
 def run_pretrain(argv: Sequence[str]) -> int:
     with StopRequest() as stop:  # before anything that takes its time or leaves something behind
-        from .commands import pretrain
-
         arguments = parse_pretrain("pretrain", argv)
         output = Path(arguments.output) if arguments.output else None
         if arguments.resume:
@@ -181,6 +182,9 @@ def run_pretrain(argv: Sequence[str]) -> int:
             output = resumed_folder(arguments.resume, arguments.output)
         elif arguments.resume_previous:
             raise ConfigError("--resume-previous says which checkpoint --resume takes; give --resume too")
+
+        from .commands import pretrain
+
         return pretrain(
             arguments.config,
             output,
@@ -195,9 +199,10 @@ def run_pretrain(argv: Sequence[str]) -> int:
 
 
 def run_plan(argv: Sequence[str]) -> int:
+    arguments = parse_pretrain("plan", argv)
+
     from .commands import dry_run
 
-    arguments = parse_pretrain("plan", argv)
     return dry_run(arguments.config, Path(arguments.output) if arguments.output else None, arguments.overwrite)
 
 
@@ -225,10 +230,11 @@ def run_report(argv: Sequence[str]) -> int:
 
 
 def run_export(argv: Sequence[str]) -> int:
-    from .commands import export_checkpoint
-
     arguments = parse(ExportArguments, "export", argv)
     run = Path(one_of("run", arguments.run, arguments.folder))
+
+    from .commands import export_checkpoint
+
     return export_checkpoint(
         run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
     )
@@ -243,11 +249,13 @@ def run_presets(argv: Sequence[str]) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    from .verify import verify_data
-
     arguments = parse(VerifyArguments, "verify", argv)
     bad_list = None if arguments.bad_list is None else Path(arguments.bad_list)
-    return verify_data(one_of("data", arguments.data, arguments.folder), arguments.max_pixels, bad_list)
+    data = one_of("data", arguments.data, arguments.folder)
+
+    from .verify import verify_data
+
+    return verify_data(data, arguments.max_pixels, bad_list)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

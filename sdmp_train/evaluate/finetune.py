@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from torch import nn
 
@@ -138,8 +138,6 @@ class FinetuneConfig(FitConfig):
 
 class FineTuning(Supervised):
     """The method: a classifier on a pretrained backbone, trained as a whole."""
-
-    Config: ClassVar[type] = FinetuneConfig
 
     def __init__(self, config: FinetuneConfig, backbone: nn.Module, setup: Setup) -> None:
         self.asked = config

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from ..data import Batch, Index, ViewRecipe, crop_flip_view
 from ..distributed import World, distribute, join_world
 from ..flags import arg
 from ..log import Log
-from ..methods.method import At, Group, Loss, Pass, Setup
+from ..methods.method import At, Group, Loss, Setup
 from ..models import feature_width
 from ..run_folder import EXPORTED
-from ..settings import DataConfig, between, require
+from ..settings import between, require
 from ..stop import StopRequest
 from ..training import Training
 from .accuracy import accuracies
@@ -140,8 +140,6 @@ class LinearHeads(nn.Module):
 class LinearProbe:
     """The method: a frozen backbone, and heads that each have a learning rate of their own."""
 
-    Config: ClassVar[type] = LinearConfig
-
     def __init__(self, config: LinearConfig, backbone: nn.Module, setup: Setup) -> None:
         self.config, self.setup = config, setup
         self.backbone = backbone.requires_grad_(False).eval()
@@ -155,11 +153,6 @@ class LinearProbe:
     def backbone_options(config: Any) -> dict[str, Any]:
         """None: the backbone is given."""
         return {}
-
-    @staticmethod
-    def passes(config: Any, data: DataConfig) -> list[Pass]:
-        """One view, of which nothing goes back."""
-        return [Pass(data.image_px, trained=False)]
 
     @property
     def trained(self) -> nn.Module:
