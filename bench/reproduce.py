@@ -389,8 +389,9 @@ def by_protocol(run: Path, data: Path, device: str) -> dict[str, Any]:
 
     if "linear" not in PROTOCOLS:
         return {"linear": None, "no_linear": "this version has no eval linear"}
-    settings, evaluate = PROTOCOLS["linear"]
-    found = evaluate(settings(run=str(run), data=str(data), device=device))
+    where: dict[str, Any] = {"run": str(run), "data": str(data), "device": device}
+    asked = PROTOCOLS["linear"](**where)
+    found = asked.function()(asked)
     return {"linear": float(found["top1"]), "linear_protocol": "eval linear"}
 
 

@@ -217,15 +217,19 @@ def run_eval(argv: Sequence[str]) -> int:
         what = f"unknown protocol {name!r}.{near(name, PROTOCOLS)}" if name else "a protocol is missing."
         told = f"`{command('sdmp_train', 'eval', '--help')}` says what each measures"
         raise ConfigError(f"eval: {what} Known: {', '.join(PROTOCOLS)}; {told}")
-    settings, evaluate = PROTOCOLS[name]
-    evaluate(parse(settings, f"eval {name}", rest))
+    arguments = parse(PROTOCOLS[name], f"eval {name}", rest)
+    arguments.function()(arguments)
     return DONE
 
 
 def run_report(argv: Sequence[str]) -> int:
-    from .evaluate.report import ReportConfig, write_report
+    from .evaluate.settings.report import ReportConfig
 
-    write_report(parse(ReportConfig, "report", argv))
+    arguments = parse(ReportConfig, "report", argv)
+
+    from .evaluate.report import write_report
+
+    write_report(arguments)
     return DONE
 
 

@@ -21,6 +21,7 @@ from sdmp_train.advice import install
 from sdmp_train.checkpoint import save_checkpoint
 from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
+from sdmp_train.evaluate.command import PROTOCOLS
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
 
@@ -394,6 +395,53 @@ def program(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
+
+
+WITHOUT_TORCH = """
+import shlex, sys
+from sdmp_train.cli import main
+SLOW = "torch", "torchvision", "timm", "triton", "sdmp_kernels", "numpy", "PIL", "matplotlib"
+for line in sys.stdin:
+    try:
+        code = main(shlex.split(line))
+    except SystemExit as left:
+        code = left.code
+    print("code", code, *sorted(sys.modules.keys() & set(SLOW)))
+"""
+READ_WITHOUT_TORCH = {
+    "--help": 0,
+    "--version": 0,
+    "presets": 0,
+    "presets table1/dino-vit_s-sdmp": 0,
+    "eval --help": 0,
+    "pretrain --help": 0,
+    "pretrain --presett x": 2,
+    "pretrain --preset quikstart": 2,
+    "pretrain --lr -1": 2,
+    "pretrain --method dino --moco-dim 4": 2,
+    "plan --config missing.yaml": 2,
+    "pretrain --resume missing": 2,
+    "export --runn x": 2,
+    "verify": 2,
+    "report": 2,
+    "eval linaer": 2,
+    "eval finetune --epochs many": 2,
+    "eval robustness": 2,
+    **{f"eval {name} --helf": 2 for name in PROTOCOLS},
+}
+
+
+def test_arguments_are_read_and_refused_before_torch_is_imported():
+    """Torch alone takes seconds to import."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        cwd=advice.SOURCES,
+        input="\n".join(READ_WITHOUT_TORCH),
+        capture_output=True,
+        text=True,
+    )
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert codes == [f"code {code}" for code in READ_WITHOUT_TORCH.values()], done.stderr
 
 
 def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path):
