@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from . import run_folder
 from .advice import command, elsewhere
@@ -54,7 +55,7 @@ class PretrainArguments:
     config: OmitArgPrefixes[Config] = field(default_factory=Config)
     method: MethodName = DEFAULT_METHOD
     """Pretext task; it decides which flags there are."""
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same as --data."""
     config_file: Annotated[str | None, arg(name="config")] = None
     """YAML with some or all settings, such as a run folder's config.yaml."""
@@ -76,7 +77,7 @@ class PretrainArguments:
 class ExportArguments:
     """Write the backbone of a run's checkpoint as safetensors with timm's names."""
 
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[RUN]")] = None
     """The same as --run."""
     run: str | None = None
     """Run folder."""
@@ -90,7 +91,7 @@ class ExportArguments:
 class VerifyArguments:
     """Read and decode every image of a folder, list, archive or set of shards; compare with the last time."""
 
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same as --data."""
     data: str | None = None
     """Folder, list, archive or shards, or the URL of shards."""
@@ -110,10 +111,44 @@ def one_of(name: str, flag: str | None, positional: str | None) -> str:
     return given.pop()
 
 
+class OptionalAsItself:
+    """A rule for tyro: what may be None is shown as what it is otherwise, `STR` and not `{None}|STR`.
+
+    Its default says that it may be None, and `None` is taken as before.
+    """
+
+    def __init__(self) -> None:
+        self.asking = False
+        """Whether this rule asks tyro's own, which then is not to ask this one."""
+
+    def __call__(self, asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        kinds = tuple(kind for kind in get_args(asked.type) if kind is not type(None))
+        if self.asking or len(kinds) == len(get_args(asked.type)):
+            return None
+        self.asking = True
+        try:
+            whole = ConstructorRegistry.get_primitive_spec(asked)
+            other = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(Union[kinds], asked.markers))  # noqa: UP007
+        finally:
+            self.asking = False
+        if not isinstance(whole, PrimitiveConstructorSpec) or not isinstance(other, PrimitiveConstructorSpec):
+            return None  # a group of settings
+        if other.nargs != 1:
+            return replace(whole, metavar=other.metavar)
+
+        def read(words: list[str]) -> Any:  # whose error speaks of this kind alone
+            return None if words == ["None"] else other.instance_from_str(words)
+
+        return replace(whole, metavar=other.metavar, instance_from_str=read)
+
+
 def parse(kind: type[T], subcommand: str, argv: Sequence[str], default: T | None = None) -> T:
     """Arguments by tyro: exits with code 2, naming near matches, for a flag that does not exist."""
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
+    rules = ConstructorRegistry()
+    rules.primitive_rule(OptionalAsItself())
+    with rules:
+        return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
 
 
 def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:

@@ -211,6 +211,22 @@ def test_help_names_every_subcommand(capsys):
     assert all(f" {name} " in printed for name in ("pretrain", "plan", "eval", "export", "presets", "verify"))
 
 
+def test_what_may_be_none_is_shown_as_what_it_is_otherwise(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--method", "dino", "--help"])
+    printed = capsys.readouterr().out
+    assert "None}" not in printed and "{None" not in printed
+    for shown in ("[FOLDER]", "--config STR ", "--clip-grad FLOAT ", "-j INT, --workers INT ", "FLOAT FLOAT "):
+        assert shown in printed, shown
+    words = ["--clip-grad", "None", "--global-crops-scale", "0.4", "1", "--method", "dino"]
+    config = parse_pretrain("pretrain", words).config
+    assert (config.optim.clip_grad, config.method.global_crops_scale) == (None, (0.4, 1.0))
+    assert parse_pretrain("pretrain", ["--clip-grad", "3"]).config.optim.clip_grad == 3.0
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--width", "wide"])
+    assert "Error parsing --width: invalid literal for int()" in capsys.readouterr().err
+
+
 def test_presets_print_the_papers_numbers(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()

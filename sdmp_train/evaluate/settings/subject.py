@@ -16,7 +16,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 class SubjectConfig:
     """A backbone, images, and where to measure."""
 
-    what: Positional[str | None] = None
+    what: Annotated[Positional[str | None], arg(metavar="[WHAT]")] = None
     """The same as --run, or --weights where it is no run folder."""
     run: str | None = None
     """Run folder, whose exported backbone is measured; the result is added to its evaluations.jsonl."""
