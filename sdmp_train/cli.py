@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from . import run_folder
-from .advice import command, elsewhere
+from .advice import COMMAND, command, elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
 from .settings import with_channels
@@ -332,5 +332,6 @@ def main(argv: Sequence[str]) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        text = printable_lines(error)
+        print("\n".join([f"error: {text}", *(elsewhere() if COMMAND in text else [])]), file=sys.stderr)
         return int(code)

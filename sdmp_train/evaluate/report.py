@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..advice import command
+from ..advice import COMMAND, command, elsewhere
 from ..config import flatten
 from ..durable import replacing, write_durably
 from ..presets import presets
@@ -81,8 +81,11 @@ def write_report(config: ReportConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {printable(place)}: {error}") from error
     print(printable_lines(f"report   {place} (figures as PNG in {folder})"))
-    for line in missing(records, {name for name, _, _ in drawn}):
+    absent = missing(records, {name for name, _, _ in drawn})
+    for line in absent:
         print(printable_lines(f"missing  {line}"))
+    for line in elsewhere() if any(COMMAND in line for line in absent) else ():
+        print(f"shell    {line}")
     return place
 
 

@@ -479,6 +479,14 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path,
     )
 
 
+def test_an_error_that_names_a_command_says_which_python_it_means(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")  # so that a shell takes `python` for none
+    assert main(["pretrain", "--preset", "zz"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == advice.elsewhere() != []
+    assert main(["verify"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_an_error_reaches_the_terminal_without_control_characters(capsys):
     assert main(["pretrain", "--config", "no\x1b[2J.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
