@@ -21,7 +21,7 @@ from . import run_folder
 from .advice import COMMAND, command, elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
-from .settings import with_channels
+from .settings import named_place, with_channels
 from .stop import EndedElsewhere, Stopped, StopRequest
 from .text import printable_lines
 
@@ -217,6 +217,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
             output = resumed_folder(arguments.resume, arguments.output)
         elif arguments.resume_previous:
             raise ConfigError("--resume-previous says which checkpoint --resume takes; give --resume too")
+        named_place(arguments.config.data)
 
         from .commands import pretrain
 
@@ -235,6 +236,7 @@ def run_pretrain(argv: Sequence[str]) -> int:
 
 def run_plan(argv: Sequence[str]) -> int:
     arguments = parse_pretrain("plan", argv)
+    named_place(arguments.config.data)
 
     from .commands import dry_run
 

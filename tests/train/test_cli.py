@@ -437,6 +437,8 @@ READ_WITHOUT_TORCH = {
     "pretrain --method dino --moco-dim 4": 2,
     "plan --config missing.yaml": 2,
     "pretrain --resume missing": 2,
+    "pretrain": 2,
+    "plan --preset cifar10-r18": 2,
     "export --runn x": 2,
     "verify": 2,
     "report": 2,
