@@ -29,6 +29,7 @@ from ..models import feature_width
 from ..run_folder import EXPORTED
 from ..stop import StopRequest
 from ..training import Training
+from ..weights import weights_digest
 from .accuracy import accuracies
 from .classifier import export_classifier, lines_to_use
 from .features import feature_maker, standardise
@@ -42,7 +43,6 @@ from .subject import (
     open_subject,
     plain_settings,
     result_folder,
-    weights_digest,
 )
 
 HEAD_STD = 0.01
