@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sdmp_kernels import MixPlan
-from sdmp_kernels.views import Size
 
 from ..data import Batch, ViewRecipe
 from ..distributed import World
@@ -91,14 +90,6 @@ class Group(NamedTuple):
     """Frozen until then."""
 
 
-class Pass(NamedTuple):
-    """An image that goes through the backbone, for every image of a batch."""
-
-    px: Size
-    trained: bool
-    """Whether gradients go back through it."""
-
-
 class Step(NamedTuple):
     """What a step came to, on the device."""
 
@@ -116,19 +107,15 @@ class Method(Protocol):
     What `plan`, `mix` and `encode` return is the method's own business: the loop only hands it on.
     """
 
-    Config: ClassVar[type]
-    """Its own frozen dataclass of settings, mixing included."""
-
     def __init__(self, config: Any, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        """`build_backbone(**options)`, see `models.build_backbone`, gives an equal backbone at every call."""
+        """`config`: settings whose `method_class` this is.
+
+        `build_backbone(**options)`, see `models.build_backbone`, gives an equal backbone at every call.
+        """
 
     @staticmethod
     def backbone_options(config: Any) -> dict[str, Any]:
         """What is asked of the backbone that is evaluated and exported; see `models.timm_arguments`."""
-
-    @staticmethod
-    def passes(config: Any, data: DataConfig) -> list[Pass]:
-        """What goes through the backbone in a step, for every image of the batch."""
 
     @property
     def trained(self) -> nn.Module:
