@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -50,6 +50,8 @@ USUAL_BATCH = 1024
 
 class FineTuning(Supervised):
     """The method: a classifier on a pretrained backbone, trained as a whole."""
+
+    Config: ClassVar[type] = FinetuneConfig
 
     def __init__(self, config: FinetuneConfig, backbone: nn.Module, setup: Setup) -> None:
         self.asked = config

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,8 @@ class LinearHeads(nn.Module):
 
 class LinearProbe:
     """The method: a frozen backbone, and heads that each have a learning rate of their own."""
+
+    Config: ClassVar[type] = LinearConfig
 
     def __init__(self, config: LinearConfig, backbone: nn.Module, setup: Setup) -> None:
         self.config, self.setup = config, setup

@@ -15,6 +15,7 @@ Letters: N rows per rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ LAM_STREAM, PARTNER_STREAM = 2**60, 2**60 + 64
 
 class DACL(Contrast):
     """DACL inside MoCo v3."""
+
+    Config: ClassVar[type] = DACLConfig
 
     def __init__(self, config: DACLConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup)

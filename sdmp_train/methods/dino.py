@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,8 @@ class Center(nn.Module):
 
 class DINO:
     """DINO, plain or with SDMP, and the stages of its step."""
+
+    Config: ClassVar[type] = DINOConfig
 
     def __init__(self, config: DINOConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         px = setup.data.image_px

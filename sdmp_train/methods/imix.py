@@ -16,6 +16,7 @@ Letters: N rows per rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ LAM_STREAM, PARTNER_STREAM, BOX_STREAM = 2**61, 2**61 + 1, 2**61 + 2
 
 class IMix(Contrast):
     """i-mix inside MoCo v3."""
+
+    Config: ClassVar[type] = IMixConfig
 
     def __init__(self, config: IMixConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup)

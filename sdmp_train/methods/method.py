@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,11 @@ class Method(Protocol):
     What `plan`, `mix` and `encode` return is the method's own business: the loop only hands it on.
     """
 
+    Config: ClassVar[type]
+    """Its own frozen dataclass of settings, mixing included; its `method_class` leads back here."""
+
     def __init__(self, config: Any, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        """`config`: settings whose `method_class` this is.
+        """`config`: an instance of `Config`.
 
         `build_backbone(**options)`, see `models.build_backbone`, gives an equal backbone at every call.
         """

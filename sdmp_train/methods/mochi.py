@@ -26,7 +26,7 @@ Letters: N rows per rank, M keys (N * ranks), D features, S, S' synthetic negati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class Draws(NamedTuple):
 
 class MoCHi(Contrast):
     """MoCHi inside MoCo v3."""
+
+    Config: ClassVar[type] = MoCHiConfig
 
     def __init__(self, config: MoCHiConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup)

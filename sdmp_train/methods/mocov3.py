@@ -9,6 +9,7 @@ Letters: N rows per rank, H W pixels. Views are named a, b, c, d; a~ is a mixed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ SWAP_STREAM = 2**62
 
 class MoCoV3(Contrast):
     """MoCo v3, plain or with SDMP."""
+
+    Config: ClassVar[type] = MoCoV3Config
 
     def __init__(self, config: MoCoV3Config, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         super().__init__(config, build_backbone, setup, global_flip=config.flip == "global")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Classifier(nn.Module):
 
 class Supervised:
     """A classifier, and the four stages of its step."""
+
+    Config: ClassVar[type] = SupervisedConfig
 
     def __init__(self, config: SupervisedConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
         if setup.classes < 2:
