@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from ..advice import command
 from ..data import Index
 from ..distributed import World
 from ..log import LineFile, Log
@@ -26,7 +27,7 @@ from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
 from ..text import printable
 from ..training import versions
-from ..weights import TIMM, load_weights, weights_digest
+from ..weights import TIMM, check_place, is_unfinished_run, load_weights, weights_digest
 from .settings.subject import Precision, SubjectConfig
 
 EVERY_IMAGE = 10**9
@@ -65,6 +66,13 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
     if run is None and weights is None:
         raise ConfigError(
             f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
+        )
+    check_place(str(weights if weights is not None else run))
+    if weights is None and is_unfinished_run(str(run)):
+        go_on = command("sdmp_train", "pretrain", "--resume", str(run))
+        raise ConfigError(
+            f"{printable(str(run))} has exported nothing yet: `{go_on}` goes on to its end, "
+            f"`{command('sdmp_train', 'export', str(run))}` exports its newest checkpoint"
         )
     loaded = load_weights(weights if weights is not None else str(Path(run or "") / EXPORTED), drop_path=drop_path)
     pixels = loaded.description["pretrained_cfg"]
