@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.reference import store
-from sdmp_kernels.plan import Rule
+from sdmp_kernels.plan import MixPlan, Rule
 
 # A source pixel lies between at most this many pixels of a box that is not larger than the image: two in exact
 # arithmetic, and one more on either side for the rounding of the float32 tap positions.
@@ -105,6 +105,10 @@ def mix(
         _mix_rows(images, partners, plan, norm, outputs, treatments)
     if erasure is not None:
         (_erase_rows if treatments else _erase_masked)(outputs.mixed, erasure)
+
+
+def mix_plain(images: Tensor, plan: MixPlan, out: Tensor) -> bool:
+    return False
 
 
 def _worth_masks(treatments: list[tuple[int, ...]], rules: list[int], elements: int) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sdmp_kernels import _backends
 from sdmp_kernels._memory import empty_like
-from sdmp_kernels._operators import operator
+from sdmp_kernels._operators import operator, unwatched
 from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
-from sdmp_kernels.plan import Rule
+from sdmp_kernels.plan import MixPlan, Rule
 
 OP = _backends.register("mix", cpu=("cpp", "torch", "reference"), cuda=("triton", "cuda", "torch", "reference"))
 
@@ -25,6 +25,35 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype, erases: bool = False
     if backend == "triton" and images.device.type == "cpu" and torch.bfloat16 in (images.dtype, out):
         return "triton's interpreter rounds bfloat16 wrongly"
     return None
+
+
+def mix_plain(images: Tensor, plan: MixPlan, out: Tensor | None) -> Tensor | None:
+    """The mixed images, in `out` where that is given; None, and nothing is done, where anything is unusual or wrong.
+
+    For the calls that most loops make, on small images, where checks and operators cost more than pixels: images and
+    output packed one behind the other, of one dtype, on a CPU, without gradients.
+    """
+    if not unwatched() or type(images) is not Tensor or type(plan) is not MixPlan:
+        return None
+    if not images.is_cpu or not plan.rule.is_cpu or images.requires_grad and torch.is_grad_enabled():
+        return None
+    if out is None:
+        mixed = empty_like(images)
+    elif (
+        type(out) is Tensor
+        and out.is_cpu
+        and not out.is_inference()
+        and not (out.requires_grad and torch.is_grad_enabled())
+    ):
+        mixed = out
+    else:
+        return None
+    backend = _backends.choose(OP, images.device)
+    if backend not in ("cpp", "torch") or not OP.module(backend).mix_plain(images, plan, mixed):
+        return None
+    if mixed is out:
+        torch.autograd.graph.increment_version(out)
+    return mixed
 
 
 def _run(
