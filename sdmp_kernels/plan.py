@@ -556,7 +556,7 @@ def draw_plan(
     law = _law(size, rules, alpha, per, prob, lam_range, box, shared_lam, flip)
     if partner is None and (native := law.native()) is not None:
         columns = native.draw_plan_cpu.default(law.numbers, n, signed(seed), signed(step), view, rank, world_size)
-        plan = _trusted(*columns, law.size, True, law.occurring)
+        plan = trusted(*columns, law.size, True, law.occurring)
     else:
         plan = _draw_rows(law, n, partner, step, seed, view, rank, world_size)
     return plan if device == "cpu" else plan.to(device)
@@ -600,7 +600,7 @@ def _draw_rows(
     if world_size > 1:  # copies, so that the rows of the other ranks are let go
         rule, lam, boxes = rule[here].copy(), lam[here].copy(), boxes[here].copy()
     columns = (torch.from_numpy(column) for column in (rule, partners, lam, partner_lam, boxes))
-    return _trusted(*columns, law.size, mirrored, law.occurring)
+    return trusted(*columns, law.size, mirrored, law.occurring)
 
 
 @_on_the_host
@@ -613,7 +613,7 @@ def flipped_plan(
     """
     lam = count_lam(rule, drawn, boxes, size[0] * size[1])
     columns = (rule, np.arange(len(rule) - 1, -1, -1), lam, lam[::-1].copy(), boxes)
-    return _trusted(*map(torch.from_numpy, columns), size, True, rules)
+    return trusted(*map(torch.from_numpy, columns), size, True, rules)
 
 
 @_on_the_host
@@ -681,13 +681,13 @@ def make_plan(
     else:
         partner_shares = counted[partners]
     columns = map(torch.from_numpy, (chosen, partners, counted, partner_shares, boxes))
-    return _trusted(*columns, (height, width), partner is None, rules).to(device)
+    return trusted(*columns, (height, width), partner is None, rules).to(device)
 
 
 _FIELDS = ("rule", "partner", "lam", "partner_lam", "box", "size", "mirrored", "rules")
 
 
-def _trusted(*fields: Any) -> MixPlan:
+def trusted(*fields: Any) -> MixPlan:
     """A plan of fields that need no check, since they were made here of what was checked already."""
     plan = object.__new__(MixPlan)
     vars(plan).update(zip(_FIELDS, fields, strict=True))
@@ -1105,7 +1105,7 @@ def _flatten(plan: MixPlan) -> tuple[list[Tensor], tuple[tuple[int, int], bool, 
 def _unflatten(tensors: Iterable[Any], host: tuple[tuple[int, int], bool, tuple[Rule, ...]]) -> MixPlan:
     size, mirrored, rules = host
     parts = dict(zip(_TENSORS, tensors, strict=True))
-    return _trusted(*(parts[name] for name in _DTYPES), size, mirrored, rules)
+    return trusted(*(parts[name] for name in _DTYPES), size, mirrored, rules)
 
 
 register_pytree_node(MixPlan, _flatten, _unflatten, serialized_type_name="sdmp_kernels.plan.MixPlan")
