@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -443,6 +442,11 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
     """`function`, kept out of graphs: a compiler must neither record a draw as a constant nor round it otherwise."""
     untraced: list[Callable[P, MixPlan]] = []
 
+    def apart(*args: P.args, **kwargs: P.kwargs) -> MixPlan:
+        if not untraced:  # asking for `disable` loads the compiler
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*args, **kwargs)
+
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> MixPlan:
         if torch.compiler.is_compiling():
@@ -450,13 +454,11 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
                 msg="draw_plan and make_plan decide on the host: call them outside the compiled function and hand the "
                 "plan in as an argument"
             )
-        # What a graph break returns to runs by the frame evaluation of torch.compile, too. Asking for `disable` loads
-        # the compiler, so it is asked for only where that is loaded already.
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not untraced:
-            untraced.append(torch.compiler.disable(function))
-        return untraced[0](*args, **kwargs)
+            return apart(*args, **kwargs)
+        # What a graph break returns to runs by the frame evaluation of torch.compile, too.
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            return apart(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return called
 
