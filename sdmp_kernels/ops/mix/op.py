@@ -35,7 +35,7 @@ def mix_plain(images: Tensor, plan: MixPlan, out: Tensor | None) -> Tensor | Non
     """
     if not unwatched() or type(images) is not Tensor or type(plan) is not MixPlan:
         return None
-    if not images.is_cpu or not plan.rule.is_cpu or images.requires_grad and torch.is_grad_enabled():
+    if not images.is_cpu or not plan.rule.is_cpu or (images.requires_grad and torch.is_grad_enabled()):
         return None
     if out is None:
         mixed = empty_like(images)
