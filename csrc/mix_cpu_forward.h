@@ -1,6 +1,7 @@
 // Mixing on the CPU: one task after another, both images of a mirrored pair together.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -131,16 +132,33 @@ class Mixer {
       mask_columns<Word>(second, scratch_.rows[1]);
       masked_ = true;
     }
-    for (int64_t y = begin > top ? begin : top; y < bottom && y * g_.length < run_.end(); ++y) {
-      const Stretch from_b = within(first, y), from_a = within(second, y);
-      if (from_b.count() > 0 && from_a.count() > 0) {
-        exchange_row(reinterpret_cast<Word*>(a), reinterpret_cast<Word*>(b), from_b.with(from_a), y);
-      } else if (from_b.count() > 0) {
-        copy_bytes(a + from_b.begin * in_size_, b + from_b.begin * in_size_, from_b.count() * in_size_);
-      } else if (from_a.count() > 0) {
-        copy_bytes(b + from_a.begin * in_size_, a + from_a.begin * in_size_, from_a.count() * in_size_);
-      }
+    if (run_.begin % g_.length == 0 && run_.count % g_.length == 0) {
+      const int64_t end = begin + run_.count / g_.length;
+      int64_t cuts[] = {first.top, first.bottom, second.top, second.bottom};
+      for (int64_t& cut : cuts) cut = cut < begin ? begin : smaller(cut, end);
+      std::sort(cuts, cuts + 4);
+      for (int k = 0; k < 3; ++k) exchange_rows<Word>(a, b, cuts[k], cuts[k + 1] - cuts[k]);
+      return;
     }
+    for (int64_t y = begin > top ? begin : top; y < bottom && y * g_.length < run_.end(); ++y) {
+      exchange_rows<Word>(a, b, y, 1);
+    }
+  }
+
+  // `rows` rows of the tile from `y` on, all of which are in the same of the two boxes.
+  template <class Word>
+  void exchange_rows(char* a, char* b, int64_t y, int64_t rows) const {
+    const Stretch from_b = within(member_[0].row, y), from_a = within(member_[1].row, y);
+    if (rows == 0) return;
+    if (from_b.count() > 0 && from_a.count() > 0) {
+      exchange_masked(reinterpret_cast<Word*>(a), reinterpret_cast<Word*>(b), from_b.with(from_a), y, rows);
+      return;
+    }
+    const Stretch stretch = from_b.count() > 0 ? from_b : from_a;
+    char* to = (from_b.count() > 0 ? a : b) + stretch.begin * in_size_;
+    const char* from = (from_b.count() > 0 ? b : a) + stretch.begin * in_size_;
+    const int64_t bytes = stretch.count() * in_size_, step = g_.length * in_size_;
+    for (int64_t k = 0; k < rows; ++k, to += step, from += step) copy_bytes(to, from, bytes);
   }
 
   // Elements of the tile.
@@ -174,20 +192,23 @@ class Mixer {
 
   // Where a mask has bits, the two images' change places. The stretch grows to whole vectors where the row goes on.
   template <class Word>
-  void exchange_row(Word* a, Word* b, Stretch stretch, int64_t y) const {
+  void exchange_masked(Word* a, Word* b, Stretch stretch, int64_t y, int64_t rows) const {
     constexpr int64_t kWords = 32 / sizeof(Word);
     const int64_t at = y * g_.length - run_.begin, first = in_tile(at), last = in_tile(at + g_.length);
     const int64_t begin = first + (stretch.begin - first) / kWords * kWords;
     const int64_t end = smaller(last, begin + (stretch.end - begin + kWords - 1) / kWords * kWords);
     const Word* into_a = reinterpret_cast<const Word*>(scratch_.rows[0]) + (begin - at);
     const Word* into_b = reinterpret_cast<const Word*>(scratch_.rows[1]) + (begin - at);
+    const int64_t count = end - begin;
     a += begin;
     b += begin;
+    for (int64_t row = 0; row < rows; ++row, a += g_.length, b += g_.length) {
 #pragma GCC ivdep
-    for (int64_t k = 0; k < end - begin; ++k) {
-      const Word x = a[k], other = b[k], differ = static_cast<Word>(x ^ other);
-      a[k] = static_cast<Word>(x ^ (differ & into_a[k]));
-      b[k] = static_cast<Word>(other ^ (differ & into_b[k]));
+      for (int64_t k = 0; k < count; ++k) {
+        const Word x = a[k], other = b[k], differ = static_cast<Word>(x ^ other);
+        a[k] = static_cast<Word>(x ^ (differ & into_a[k]));
+        b[k] = static_cast<Word>(other ^ (differ & into_b[k]));
+      }
     }
   }
 
