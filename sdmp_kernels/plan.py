@@ -773,7 +773,7 @@ def picked(rules: Sequence[int], edges: Sequence[float], numbers: np.ndarray) ->
     return np.array(rules, dtype=np.uint8)[np.minimum(np.searchsorted(edges, numbers, side="right"), last)]
 
 
-def _law(*given: object) -> _Law:
+def _law(*given: Any) -> _Law:
     """The law of arguments of `draw_plan`, checked; what was checked once is not checked for every step."""
     key = _plain(given)
     if key is None:

@@ -156,10 +156,9 @@ class Mixup(Drawing):
             TypeError, ValueError: naming the argument, before anything is written.
         """
         if plan is None and (found := self._at_once(x, target)) is not None:
-            plan, labels = found
-            _mix_in_place(x, x, plan)
-            self.last_plan = plan
-            return x, labels
+            self.last_plan, dense = found
+            _mix_in_place(x, x, self.last_plan)
+            return x, dense
         if plan is not None and not isinstance(plan, MixPlan):
             raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
         if plan is not None and not self.correct_lam:

@@ -27,7 +27,7 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype, erases: bool = False
     return None
 
 
-def mix_plain(images: Tensor, plan: MixPlan, out: Tensor | None) -> Tensor | None:
+def mix_plain(images: Tensor, plan: MixPlan, out: object) -> Tensor | None:
     """The mixed images, in `out` where that is given; None, and nothing is done, where anything is unusual or wrong.
 
     For the calls that most loops make, on small images, where checks and operators cost more than pixels: images and
