@@ -3,7 +3,7 @@
 `sdmp::mix` makes its outputs, `sdmp::mix_out` writes into given ones, `sdmp::mix_` works in place.
 """
 
-from typing import Optional
+from typing import Any, Optional, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,33 +27,30 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype, erases: bool = False
     return None
 
 
-def mix_plain(images: Tensor, plan: MixPlan, out: object) -> Tensor | None:
+def mix_plain(images: Tensor, plan: MixPlan, out: Any) -> Tensor | None:
     """The mixed images, in `out` where that is given; None, and nothing is done, where anything is unusual or wrong.
 
     For the calls that most loops make, on small images, where checks and operators cost more than pixels: images and
     output packed one behind the other, of one dtype, on a CPU, without gradients.
     """
-    if not unwatched() or type(images) is not Tensor or type(plan) is not MixPlan:
+    if not unwatched() or type(plan) is not MixPlan or not plan.rule.is_cpu or not _plain(images):
         return None
-    if not images.is_cpu or not plan.rule.is_cpu or (images.requires_grad and torch.is_grad_enabled()):
+    if out is not None and (not _plain(out) or out.is_inference()):
         return None
-    if out is None:
-        mixed = empty_like(images)
-    elif (
-        type(out) is Tensor
-        and out.is_cpu
-        and not out.is_inference()
-        and not (out.requires_grad and torch.is_grad_enabled())
-    ):
-        mixed = out
-    else:
-        return None
+    mixed = empty_like(images) if out is None else out
     backend = _backends.choose(OP, images.device)
     if backend not in ("cpp", "torch") or not OP.module(backend).mix_plain(images, plan, mixed):
         return None
     if mixed is out:
         torch.autograd.graph.increment_version(out)
     return mixed
+
+
+def _plain(tensor: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of values in memory of the CPU, without a gradient."""
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+        return False
+    return not tensor.requires_grad or not torch.is_grad_enabled()
 
 
 def _run(
