@@ -222,13 +222,8 @@ void finish_queries(const InfoNceSweep& job, const Task& task, int64_t i, const 
               second = representable(ends.second * job.gain);
   const float* one = t.w > 0 ? row_of(job.k, t.first, task.first) : task.zeros;
   const float* two = t.v > 0 ? row_of(job.k, t.second, task.second) : task.zeros;
-  if (job.add) {
 #pragma GCC ivdep
-    for (int64_t c = 0; c < width; ++c) out[c] += from[c] * by + one[c] * first + two[c] * second;
-  } else {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < width; ++c) out[c] = from[c] * by + one[c] * first + two[c] * second;
-  }
+  for (int64_t c = 0; c < width; ++c) out[c] = from[c] * by + one[c] * first + two[c] * second;
 }
 
 // Kept exponentials of row i become the gradient of its products with q and k as given, but for the target's.

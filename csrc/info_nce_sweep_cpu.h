@@ -21,7 +21,6 @@ struct InfoNceSweep {
   double slope;              // of the gradients
   double* losses;            // (rows,)
   float* gradient = nullptr; // of q, (rows, width) contiguous, or null
-  bool add = false;          // to what `gradient` holds
   const float* packed = nullptr;       // every block of keys, packed beforehand, or null: each task packs them as it goes
   float largest_key = 0;               // of those
   int64_t kept_rows = 0, kept_from = 0;

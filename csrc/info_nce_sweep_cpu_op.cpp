@@ -105,7 +105,7 @@ float* result_of(std::optional<Tensor>& tensor, const char* name, const Matrix& 
 
 // Whether it was done; where not, the results hold anything.
 bool info_nce_sweep_cpu(const Tensor& q, const Tensor& k, const Tensor& first, const Tensor& second,
-                        const Tensor& weight, double temperature, bool mixture, double slope, bool add, Tensor loss,
+                        const Tensor& weight, double temperature, bool mixture, double slope, Tensor loss,
                         std::optional<Tensor> dq, std::optional<Tensor> dk) {
   InfoNceSweep job;
   job.q = matrix_of(q, "q");
@@ -115,7 +115,6 @@ bool info_nce_sweep_cpu(const Tensor& q, const Tensor& k, const Tensor& first, c
   job.gain = std::min(1 / temperature, static_cast<double>(std::numeric_limits<float>::max()));
   job.mixture = mixture;
   job.slope = slope;
-  job.add = add;
   STD_TORCH_CHECK(loss.dim() == 1 && loss.size(0) == job.q.rows && loss.is_contiguous() &&
                       loss.scalar_type() == ScalarType::Double,
                   "loss must be contiguous float64 of shape (", job.q.rows, ",)");
@@ -133,7 +132,7 @@ bool info_nce_sweep_cpu(const Tensor& q, const Tensor& k, const Tensor& first, c
 STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
   m.def(
       "info_nce_sweep_cpu(Tensor q, Tensor k, Tensor first, Tensor second, Tensor weight, float temperature, "
-      "bool mixture, float slope, bool add, Tensor(a!) loss, Tensor(b!)? dq, Tensor(c!)? dk) -> bool");
+      "bool mixture, float slope, Tensor(a!) loss, Tensor(b!)? dq, Tensor(c!)? dk) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdmp, CPU, m) { m.impl("info_nce_sweep_cpu", TORCH_BOX(&sdmp::info_nce_sweep_cpu)); }

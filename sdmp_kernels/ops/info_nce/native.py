@@ -34,6 +34,12 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     """
     q, terms = problem.q, len(problem.sets)
     n, d = q.shape
+    if terms == 1 and not need_k[0] and problem.sets[0].excluded is None and _few(q, problem.sets[0].k):
+        # The same as below, in as few steps of the host's as there are.
+        loss = q.new_empty(() if reduced else (n,), dtype=torch.float32)
+        dq = q.new_empty((1, n, d) if need_dq else 0, dtype=torch.float32)
+        _at_once(problem, 0, reduced, loss, dq if need_dq else None, None)
+        return loss, dq, q.new_empty(0, dtype=torch.float32)
     loss = q.new_empty((*((terms,) if terms > 1 else ()), *(() if reduced else (n,))), dtype=torch.float32)
     dq = q.new_empty((terms, n, d), dtype=torch.float32) if need_dq else None
     rows = [len(keys.k) if need and reduced else 0 for keys, need in zip(problem.sets, need_k, strict=True)]
@@ -41,13 +47,7 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     for t, (keys, part) in enumerate(zip(problem.sets, dk.split(rows) if any(rows) else [None] * terms, strict=True)):
         to_keys = part if rows[t] else None
         if keys.excluded is None and _few(q, keys.k):
-            options = (problem.temperature, problem.form == "log_mixture", problem.scale)
-            target = (keys.first, keys.second, keys.weight)
-            results = (loss, dq, to_keys)
-            torch.ops.sdmp.info_nce_few_cpu.default(q, keys.k, *target, *options, None, t, reduced, *results)
-            for made in (None if dq is None else dq[t], to_keys) if keys.factor != 1 else ():
-                if made is not None:
-                    made.mul_(keys.factor)
+            _at_once(problem, t, reduced, loss, dq, to_keys)
             continue
         losses = q.new_empty(n, dtype=torch.float64)
         to_q = None if dq is None else dq[t]
@@ -59,6 +59,31 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     if dq is None:
         return loss, q.new_empty(0, dtype=torch.float32), dk
     return loss, dq.sum(dim=0, keepdim=True) if problem.summed and terms > 1 else dq, dk
+
+
+def _at_once(problem: Problem, t: int, reduced: bool, loss: Tensor, dq: Tensor | None, dk: Tensor | None) -> None:
+    """Fills what belongs to key set t of a few rows by one call."""
+    keys = problem.sets[t]
+    torch.ops.sdmp.info_nce_few_cpu.default(
+        problem.q,
+        keys.k,
+        keys.first,
+        keys.second,
+        keys.weight,
+        problem.temperature,
+        problem.form == "log_mixture",
+        problem.scale,
+        None,
+        t,
+        reduced,
+        loss,
+        dq,
+        dk,
+    )
+    if keys.factor != 1:
+        for made in (None if dq is None else dq[t], dk):
+            if made is not None:
+                made.mul_(keys.factor)
 
 
 def _rows(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> None:
@@ -126,7 +151,7 @@ def _many(q: Tensor, keys: KeySet) -> bool:
 def _swept(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> bool:
     """As `_rows`, by one call; False, and nothing is right, where products may overflow or something is not finite."""
     target = (keys.first, keys.second, keys.weight)
-    options = (problem.temperature, problem.form == "log_mixture", problem.scale * keys.factor, False)
+    options = (problem.temperature, problem.form == "log_mixture", problem.scale * keys.factor)
     return torch.ops.sdmp.info_nce_sweep_cpu.default(problem.q, keys.k, *target, *options, losses, dq, dk)
 
 
