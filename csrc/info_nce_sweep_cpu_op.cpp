@@ -8,9 +8,9 @@
 namespace sdmp {
 namespace {
 
-// Rows of a task: a block of keys in the cache serves all of them.
+// Rows of a task at most: a block of keys in the cache serves all of them.
 constexpr int64_t kTaskRows = 96;
-// Rows where every task packs the keys for itself, so that this costs little beside the products.
+// The same where every task packs the keys for itself: then this costs little beside the products.
 constexpr int64_t kLoneRows = 384;
 // Bytes of keys that are packed for all tasks, and of kept gradients of products.
 constexpr int64_t kPackedBytes = int64_t{12} << 20, kKeptBytes = int64_t{8} << 20;
@@ -50,9 +50,16 @@ void larger_of(std::atomic<float>& largest, float size) {
   }
 }
 
-// All rows: of those from `begin` on as many at a time as there is room for in `job.kept`.
+// Rows of each task, at most `most`, so that every thread has as many tasks.
+int64_t task_rows(int64_t rows, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = (rows + threads - 1) / threads, tasks = (share + most - 1) / most;
+  return rounded_up((share + tasks - 1) / tasks, kRowUnit);
+}
+
+// Rows [begin, end).
 bool run_rows(InfoNceSweep& job, const Kernels& run, int64_t begin, int64_t end) {
-  const int64_t step = job.packed == nullptr ? kLoneRows : kTaskRows;
+  const int64_t step = task_rows(end - begin, job.packed == nullptr ? kLoneRows : kTaskRows);
   std::atomic<bool> fine{true};
   run_tasks((end - begin + step - 1) / step, sweep_scratch(job, step), [&](int64_t i, float* scratch) {
     const int64_t from = begin + i * step;
