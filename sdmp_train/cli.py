@@ -119,14 +119,17 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--preset", "--method", "--config", "--resume", "--output", "--channels"):
         early.add_argument(flag, nargs="?")  # without its value it is tyro that complains
+    early.add_argument("--init-from", "--init_from", nargs="?")
     first = early.parse_known_args(argv)[0]
-    base = get_preset(first.preset or "custom")
-    if first.config:
-        base = load_config(Path(first.config), base)
-    elif first.resume and not first.preset:
+    base, stored = get_preset(first.preset or "custom"), None
+    if first.resume:
         folder = resumed_folder(first.resume, first.output)
         if (folder / run_folder.SETTINGS).exists():  # not so where a run was killed as it began
-            base = run_folder.stored_config(folder)
+            stored = run_folder.stored_config(folder)
+    if stored is not None and not first.config and not first.preset:
+        base = stored
+    else:
+        base = as_weights_are(base, first.config, first.init_from, stored)
     if first.preset:
         base = replace(base, run=replace(base.run, preset=first.preset))
     if first.method:
@@ -136,6 +139,28 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
         base = replace(base, data=with_channels(base.data, int(first.channels)))
     arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
+
+
+def as_weights_are(base: Config, config_file: str | None, init_from: str | None, stored: Config | None) -> Config:
+    """`base`, changed by the weights that the run continues from, where it does, and then by the config file.
+
+    `stored`: the settings of the run that is gone on with, which needs those weights no more.
+    """
+
+    def read(base: Config) -> Config:
+        return load_config(Path(config_file), base) if config_file else base
+
+    what = init_from or read(base).model.init_from
+    if what in (None, "None"):  # tyro's spelling
+        base = read(base)
+        return base if what is None else replace(base, model=replace(base.model, init_from=None, init_sha256=None))
+    from .continuing import following, following_run
+
+    kept = stored is not None and stored.model.init_from == what
+    base = read(following_run(base, stored) if stored is not None and kept else following(base, what))
+    if base.model.init_from != what:  # --init-from, in place of what the file names
+        base = replace(base, model=replace(base.model, init_from=what, init_sha256=None))
+    return base
 
 
 def fill_resume(argv: Sequence[str]) -> list[str]:

@@ -58,6 +58,10 @@ Mode = Literal["new", "resume", "auto", "overwrite"]
 """How a folder is used: it must be free; it must hold a run; either; or a former run is deleted."""
 
 
+class FolderInUse(ConfigError):
+    """Another process is at work in a run folder."""
+
+
 def default_folder(preset: str) -> Path:
     """`runs/<date>-<time>-<preset>` under the current folder."""
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{preset.replace('/', '-')}"
@@ -267,7 +271,7 @@ def _lock_folder(path: Path) -> tuple[FileIO, str | None]:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "another process"
             file.close()
-            raise ConfigError(
+            raise FolderInUse(
                 f"the run folder {path} is in use by {holder}; wait for it, stop it, or give another --output"
             ) from error
         unlocked = f"{path} cannot be locked ({error}): see yourself that no other run uses it"

@@ -32,6 +32,7 @@ from ..run_folder import EXPORTED
 from ..settings import DataConfig, between, require
 from ..stop import StopRequest
 from ..training import Training
+from ..weights import weights_digest
 from .accuracy import accuracies
 from .classifier import export_classifier, lines_to_use
 from .features import FeatureName, feature_maker, standardise
@@ -44,7 +45,6 @@ from .subject import (
     open_subject,
     plain_settings,
     result_folder,
-    weights_digest,
 )
 
 HEAD_STD = 0.01

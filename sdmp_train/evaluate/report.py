@@ -173,6 +173,22 @@ def last_knn(record: RunRecord) -> float | None:
     return next((row["knn"] for row in reversed(record.rows) if row["step"] > 0 and "knn" in row), None)
 
 
+def against_the_start(record: RunRecord) -> str:
+    """How many points of kNN accuracy a run has won, or lost, of what the trained weights had it began from."""
+    first, last = first_knn(record), last_knn(record)
+    if first is None or last is None or not math.isfinite(last - first):
+        return NOT_MEASURED
+    points = 100 * (last - first)
+    return f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if round(points, 1) else "as at the start"
+
+
+def began_from(record: RunRecord) -> str:
+    """The trained weights that a run continued from."""
+    if record.config.model.init_from is None:
+        return "random weights"
+    return record.said.get("init", printable(record.config.model.init_from))
+
+
 def steps_made(record: RunRecord) -> str:
     """How far it came."""
     if record.step == 0:
@@ -192,6 +208,7 @@ def summary(records: Sequence[RunRecord]) -> str:
         "loader": "loader",
         "batch": "batch",
     }
+    continued = any(record.config.model.init_from for record in records)
     lines: dict[str, Callable[[RunRecord], str]] = {
         "preset": lambda r: r.config.run.preset,
         "method": lambda r: r.config.method_name,
@@ -204,8 +221,9 @@ def summary(records: Sequence[RunRecord]) -> str:
         "images per second, mean": lambda r: number(r.mean("images_per_second")),
         "waiting for data, mean": lambda r: percent(r.mean("data_wait_fraction")),
         "kNN, raw pixels": lambda r: percent(r.last("knn_raw_pixels")),
-        "kNN, untrained": lambda r: percent(first_knn(r)),
+        "kNN, at the start" if continued else "kNN, untrained": lambda r: percent(first_knn(r)),
         "kNN, trained (newest)": lambda r: percent(last_knn(r)),
+        **({"kNN, against the start": against_the_start, "began from": began_from} if continued else {}),
         "kNN measured on": lambda r: r.said.get("knn", NOT_MEASURED),
         "seed": lambda r: str(r.config.run.seed),
     }

@@ -25,18 +25,16 @@ from ..settings import ConfigError, DataConfig, require
 from ..splits import class_numbers, reporting, some
 from ..stop import StopRequest
 from ..text import printable
+from ..weights import TIMM, describe_timm, load_timm
 from .accuracy import accuracies
 from .classifier import holds_classifier, load_classifier
 from .subject import (
     IMAGENET_CLASSES,
     PLACES,
-    TIMM,
     Precision,
     Subject,
     SubjectConfig,
-    describe_timm,
     keep_result,
-    load_timm,
     named_backbone,
     plain_settings,
     resolved_precision,
@@ -252,7 +250,7 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
     if weights is not None and weights.startswith(TIMM):
         name = weights.removeprefix(TIMM)
         model, pixels = load_timm(name, num_classes=None)
-        classes, description, place = imagenet_classes(model), describe_timm(name, model, pixels), weights
+        classes, description, place = imagenet_classes(model), describe_timm(name, pixels), weights
     else:
         given = run or weights or ""
         folder = next(filter(holds_classifier, places(given)), Path(given))

@@ -6,7 +6,6 @@ Every protocol's settings begin with those of `SubjectConfig`. N images, D featu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,23 +15,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..data import Index
 from ..distributed import World
-from ..export import load_exported
 from ..flags import Positional, arg
 from ..log import LineFile, Log
-from ..models import check_name
 from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
 from ..settings import ConfigError, DataConfig, require
 from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
-from ..text import one_line, printable
+from ..text import printable
 from ..training import versions
+from ..weights import TIMM, load_weights, weights_digest
 
-TIMM = "timm:"
 EVERY_IMAGE = 10**9
 IMAGENET_CLASSES = 1000
 PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
@@ -110,29 +106,10 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
         raise ConfigError(
             f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
         )
-    if weights is not None and weights.startswith(TIMM):
-        architecture = weights.removeprefix(TIMM)
-        backbone, pixels = load_timm(architecture, **({"drop_path_rate": drop_path} if drop_path else {}))
-        name, description = weights, describe_timm(architecture, backbone, pixels)
-    else:
-        exported = Path(weights) if weights is not None else Path(run or "") / EXPORTED
-        backbone, description = load_exported(exported, drop_path=drop_path, classifier=False)
-        pixels, name = description["pretrained_cfg"], str(exported)
+    loaded = load_weights(weights if weights is not None else str(Path(run or "") / EXPORTED), drop_path=drop_path)
+    pixels = loaded.description["pretrained_cfg"]
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
-    return Subject(backbone, name, Path(run) if run is not None else None, data, description)
-
-
-def describe_timm(name: str, backbone: nn.Module, pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of an export of timm's weights says."""
-    cfg = {"input_size": list(pixels["input_size"]), "mean": list(pixels["mean"]), "std": list(pixels["std"])}
-    return {
-        "architecture": name,
-        "num_classes": 0,
-        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
-        "model_args": {},
-        "pretrained_cfg": {**cfg, "num_classes": 0},
-        "stem": "imagenet",
-    }
+    return Subject(loaded.backbone, loaded.name, Path(run) if run is not None else None, data, loaded.description)
 
 
 def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
@@ -141,29 +118,6 @@ def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
         return config.run, config.weights
     is_run = not config.what.startswith(TIMM) and is_run_folder(Path(config.what))
     return (config.what, None) if is_run else (None, config.what)
-
-
-def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with the weights that timm knows by this name, in eval mode, and its `pretrained_cfg`.
-
-    Without classifier, unless `options` of `timm.create_model` say otherwise.
-
-    Raises:
-        ConfigError: there is no such model, it has no weights, or they cannot be fetched.
-    """
-    import timm
-
-    check_name(name)
-    options = {"num_classes": 0, **options}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, pretrained=True, **options)
-    except Exception as error:  # the hub, the network and timm raise whatever they like
-        raise ConfigError(f"timm's weights of {name} cannot be had: {one_line(error)}") from error
-    pixels = dict(model.pretrained_cfg)
-    _, height, width = pixels["input_size"]
-    require(height == width, f"the image size of {name}", (height, width), "a square")
-    return model.eval(), pixels
 
 
 def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfig:
@@ -238,15 +192,6 @@ def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "f
     if precision == "auto":
         return "bf16" if world.device.type == "cuda" else "fp32"
     return precision
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def plain_settings(config: Any, *left_out: str) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from sdmp_train.distributed import World
 from sdmp_train.evaluate import fitting
 from sdmp_train.evaluate.features import feature_maker
 from sdmp_train.evaluate.linear import RECIPES, LinearConfig, LinearProbe, evaluate_linear
-from sdmp_train.evaluate.subject import weights_digest
 from sdmp_train.export import load_exported
 from sdmp_train.loop import step
 from sdmp_train.models import build_backbone
 from sdmp_train.stop import Stopped, StopRequest
 from sdmp_train.training import Training, assemble
+from sdmp_train.weights import weights_digest
 
 CPU = World(torch.device("cpu"))
 RATES = (0.1, 3.0, 30.0)
