@@ -37,9 +37,9 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     if terms == 1 and not need_k[0] and problem.sets[0].excluded is None and _few(q, problem.sets[0].k):
         # The same as below, in as few steps of the host's as there are.
         loss = q.new_empty(() if reduced else (n,), dtype=torch.float32)
-        dq = q.new_empty((1, n, d) if need_dq else 0, dtype=torch.float32)
-        _at_once(problem, 0, reduced, loss, dq if need_dq else None, None)
-        return loss, dq, q.new_empty(0, dtype=torch.float32)
+        made = q.new_empty((1, n, d) if need_dq else 0, dtype=torch.float32)
+        _at_once(problem, 0, reduced, loss, made if need_dq else None, None)
+        return loss, made, q.new_empty(0, dtype=torch.float32)
     loss = q.new_empty((*((terms,) if terms > 1 else ()), *(() if reduced else (n,))), dtype=torch.float32)
     dq = q.new_empty((terms, n, d), dtype=torch.float32) if need_dq else None
     rows = [len(keys.k) if need and reduced else 0 for keys, need in zip(problem.sets, need_k, strict=True)]
