@@ -301,7 +301,7 @@ def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, devi
     from sdmp_train.methods.contrast import ContrastConfig
 
     arm, recipe = ARMS[cell.arm], experiment.recipe
-    kind = METHODS[arm.method].Config
+    kind = METHODS[arm.method]
     # Heads, momentum encoder and temperature: what the arms have in common.
     common = {f.name: getattr(recipe.method, f.name) for f in dataclasses.fields(ContrastConfig)}
     method = kind(**common, **arm.settings)
@@ -398,8 +398,9 @@ def by_protocol(run: Path, data: Path, device: str) -> dict[str, Any]:
 
     if "linear" not in PROTOCOLS:
         return {"linear": None, "no_linear": "this version has no eval linear"}
-    settings, evaluate = PROTOCOLS["linear"]
-    found = evaluate(settings(run=str(run), data=str(data), device=device))
+    where: dict[str, Any] = {"run": str(run), "data": str(data), "device": device}
+    asked = PROTOCOLS["linear"](**where)
+    found = asked.function()(asked)
     return {"linear": float(found["top1"]), "linear_protocol": "eval linear"}
 
 

@@ -33,7 +33,7 @@ from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
-from .text import counted, duration
+from .text import counted, duration, shown_size
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
@@ -285,7 +285,10 @@ class Run:
             examples = self.training.method.example(batch)
             if examples:
                 second = batch.views[1] if len(batch.views) > 1 else None
-                save_mix_picture(path, f"What {config.run.preset} mixes ({config.method_name})", examples, second)
+                title = f"What {config.run.preset} mixes ({config.method_name})"
+                grey = f", grey with chance {config.data.gray_prob:g} (--gray-prob)" if config.data.gray_prob else ""
+                note = f"Views of {shown_size(config.data.image_px)} px, as training makes them{grey}"
+                save_mix_picture(path, title, examples, second, note)
         except (OSError, *DECODE_ERRORS) as error:
             self.log.say(f"{path} cannot be written: {error}")
 

@@ -26,11 +26,10 @@ from typing import Literal, Self
 
 from .card import CARD, is_edited
 from .config import Config, ConfigError, load_config
-from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
 from .reading import open_for_append, parse_json, read_json, read_text
 
-MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
+MARKER, LOCK, SETTINGS = ".sdmp-run.json", ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
 CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 EVALUATIONS, EVALUATED = "evaluations.jsonl", "evaluations"

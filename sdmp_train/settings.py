@@ -116,6 +116,13 @@ class DataConfig:
         return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
 
 
+def named_place(data: DataConfig) -> str:
+    """Where the images are. Raises `ConfigError` where no place is named."""
+    if data.data is None:
+        raise ConfigError("data is missing; give --data DIR, a folder of images (or --data embedded)")
+    return data.data
+
+
 def with_channels(data: DataConfig, channels: int) -> DataConfig:
     """`data` for images of so many channels; mean and std, where those are others than before, are the defaults."""
     if channels == data.channels:

@@ -11,21 +11,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from ..advice import command
+from ..advice import COMMAND, command, elsewhere
 from ..config import flatten
 from ..durable import replacing, write_durably
-from ..flags import Positional, arg
 from ..presets import presets
 from ..settings import ConfigError, require
 from ..text import printable, printable_lines
 from .figures import NAMES, figures
 from .record import PICTURES, RunRecord, departures, paper_row, read_record
+from .settings.report import ReportConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,20 +51,6 @@ th { font-weight: 600; } figure { margin: 1em 0; } figcaption { color: #555; fon
 img { max-width: 100%; height: auto; } .none { color: #8a5a00; } .small { color: #555; font-size: .88em; }
 .wide { overflow-x: auto; } code { font-size: .92em; }
 """
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """A page about runs: settings, curves, kNN, pictures, evaluations beside the paper's numbers."""
-
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]")]
-    """Run folders; several stand side by side."""
-    output: str | None = None
-    """HTML file; default report.html in the run's folder, of several beside the first one's. PNG files go beside it."""
-
-    def __post_init__(self) -> None:
-        require(len(self.runs) > 0, "runs", self.runs, "at least one run folder")
-        require(len(set(self.runs)) == len(self.runs), "runs", self.runs, "each run once")
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -96,8 +81,11 @@ def write_report(config: ReportConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {printable(place)}: {error}") from error
     print(printable_lines(f"report   {place} (figures as PNG in {folder})"))
-    for line in missing(records, {name for name, _, _ in drawn}):
+    absent = missing(records, {name for name, _, _ in drawn})
+    for line in absent:
         print(printable_lines(f"missing  {line}"))
+    for line in elsewhere() if any(COMMAND in line for line in absent) else ():
+        print(f"shell    {line}")
     return place
 
 

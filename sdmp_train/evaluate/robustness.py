@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Index, open_folder
 from ..distributed import World, join_world
-from ..flags import arg
 from ..log import Log
 from ..run_folder import EVALUATED, EXPORTED
 from ..settings import ConfigError, DataConfig, require
@@ -28,12 +27,11 @@ from ..text import printable
 from ..weights import TIMM, describe_timm, load_timm
 from .accuracy import accuracies
 from .classifier import holds_classifier, load_classifier
+from .settings.robustness import RobustnessConfig
 from .subject import (
     IMAGENET_CLASSES,
     PLACES,
-    Precision,
     Subject,
-    SubjectConfig,
     keep_result,
     named_backbone,
     plain_settings,
@@ -64,31 +62,6 @@ PAPER = (
     "Table 4, ViT-S fine-tuned for 100 epochs, A / R / C: MoCo v3 18.1 / 42.1 / 52.9 %, + SDMP 18.9 / 42.8 / 53.4 %; "
     "DINO 20.0 / 44.9 / 54.7 %, + SDMP 21.1 / 45.3 / 55.0 %"
 )
-
-
-@dataclass(frozen=True)
-class RobustnessConfig(SubjectConfig):
-    """Top-1 accuracy of a fine-tuned classifier, or one of timm's, on ImageNet-A, -R and -C."""
-
-    imagenet_a: str | None = None
-    """Folder of ImageNet-A: one folder per class, named by its WordNet id."""
-    imagenet_r: str | None = None
-    """Folder of ImageNet-R, likewise."""
-    imagenet_c: str | None = None
-    """Folder of ImageNet-C: CORRUPTION/SEVERITY/CLASS/*, the corruptions perhaps a folder deeper."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-    precision: Precision = "auto"
-    """Autocast of the backbone; auto is bf16 on a GPU, fp32 elsewhere."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        for name in ("data", "test_data"):
-            value = getattr(self, name)
-            require(value is None, name, value, "none: name the sets by --imagenet-a, --imagenet-r, --imagenet-c")
-        if not (self.imagenet_a or self.imagenet_r or self.imagenet_c):
-            raise ConfigError("no images are given; name at least one of --imagenet-a, --imagenet-r, --imagenet-c")
 
 
 @dataclass(frozen=True)

@@ -12,67 +12,27 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
 from ..data import Index
 from ..distributed import World
-from ..flags import Positional, arg
 from ..log import LineFile, Log
 from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
-from ..settings import ConfigError, DataConfig, require
+from ..settings import ConfigError, DataConfig
 from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
 from ..text import printable
 from ..training import versions
 from ..weights import TIMM, load_weights, weights_digest
+from .settings.subject import Precision, SubjectConfig
 
 EVERY_IMAGE = 10**9
 IMAGENET_CLASSES = 1000
 PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
 """Settings that say where things lie, not how they are measured."""
-
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class SubjectConfig:
-    """A backbone, images, and where to measure."""
-
-    what: Positional[str | None] = None
-    """The same as --run, or --weights where it is no run folder."""
-    run: str | None = None
-    """Run folder, whose exported backbone is measured; the result is added to its evaluations.jsonl."""
-    weights: str | None = None
-    """Or the folder of an exported backbone, or timm:NAME for weights that timm knows."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of class folders; default: the run's."""
-    test_data: str | None = None
-    """Folder of the images to measure on; default: the run's, the test split of --data, else every fifth of --data."""
-    output: str | None = None
-    """Folder for the result; default: the run's."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
-    bad_images: Literal["stop", "skip"] | None = None
-    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    max_bad_frac: float | None = None
-    """With --bad-images skip: the share of files that may be left out; default: the run's."""
-    max_pixels: int | None = None
-    """Files that claim more pixels are bad; default: the run's."""
-    loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
-    """Who decodes; default: the run's choice."""
-
-    def __post_init__(self) -> None:
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
-        given = [name for name in ("what", "run", "weights") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(
-                "more than one backbone is given; give --run RUN (a run folder) or --weights DIR (an export), once"
-            )
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,16 @@ def test_a_stopped_cell_is_the_unbroken_one(small, pictures: Path, tmp_path: Pat
 def test_the_papers_kind_of_linear_evaluation_is_that_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from sdmp_train.evaluate import command
 
+    class Asked(dict):
+        @staticmethod
+        def function():
+            return evaluate
+
     def evaluate(config):
         assert (config["run"], config["data"], config["device"]) == (str(tmp_path), "images", "cpu")
         return {"top1": 0.75}
 
-    monkeypatch.setitem(command.PROTOCOLS, "linear", (dict, evaluate))
+    monkeypatch.setitem(command.PROTOCOLS, "linear", Asked)
     assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["linear"] == 0.75
     monkeypatch.delitem(command.PROTOCOLS, "linear")
     assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["no_linear"] == "this version has no eval linear"
