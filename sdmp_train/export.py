@@ -27,7 +27,7 @@ from .durable import draft_of
 from .models import check_name, create, make_model, timm_arguments
 from .reading import is_whole_number, read_json, read_tensors
 from .settings import require
-from .text import one_line
+from .text import one_line, printable
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 # What a description may pass to timm, and from where to where. timm itself knows arguments that open files.
@@ -156,6 +156,8 @@ def load_exported(
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {printable(folder)}; expected that of a run or of an export")
     try:
         description = read_json(folder / DESCRIPTION)
         check_description(description)

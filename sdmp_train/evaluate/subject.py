@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..advice import command
 from ..data import Index
 from ..distributed import World
 from ..export import load_exported
@@ -115,7 +116,7 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
         backbone, pixels = load_timm(architecture, **({"drop_path_rate": drop_path} if drop_path else {}))
         name, description = weights, describe_timm(architecture, backbone, pixels)
     else:
-        exported = Path(weights) if weights is not None else Path(run or "") / EXPORTED
+        exported = Path(weights) if weights is not None else exported_of(Path(run or ""))
         backbone, description = load_exported(exported, drop_path=drop_path, classifier=False)
         pixels, name = description["pretrained_cfg"], str(exported)
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
@@ -141,6 +142,20 @@ def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
         return config.run, config.weights
     is_run = not config.what.startswith(TIMM) and is_run_folder(Path(config.what))
     return (config.what, None) if is_run else (None, config.what)
+
+
+def exported_of(run: Path) -> Path:
+    """The folder of a run's export.
+
+    Raises:
+        ConfigError: there is none, as in a run that has not ended; the message has the command that writes one.
+    """
+    if is_run_folder(run) and not (run / EXPORTED).exists():
+        raise ConfigError(
+            f"{printable(run)} has no export yet, which the end of a run writes; of its newest checkpoint: "
+            f"{command('sdmp_train', 'export', str(run))}"
+        )
+    return run / EXPORTED
 
 
 def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
