@@ -131,17 +131,18 @@ def first_line(compiler: str) -> str:
     return (run([compiler, "--version"]).splitlines() or [compiler])[0]
 
 
-def build_cpu(library: Path, folder: Path, sets: Sequence[str] | None = None) -> str:
+def build_cpu(library: Path, folder: Path, sets: Sequence[str] | None = None, sources: str = "*.cpp") -> str:
     """Compile the CPU library, its objects into `folder`; returns what it was built with.
 
     Args:
         sets: the names in `SETS` to compile kernels for; default all where the machine is an x86-64, else the first.
+        sources: which of the files, for a library of some ops.
     """
     torch, compiler = load_torch(), cpp_compiler()
     if sets is None:
         sets = list(SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
     commands, objects = [], []
-    for source in sorted(SOURCES.glob("*.cpp")):
+    for source in sorted(SOURCES.glob(sources)):
         if "_cuda" in source.stem:
             continue
         if source.stem.endswith("_cpu"):

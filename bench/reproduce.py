@@ -29,6 +29,7 @@ import torch
 from bench import environment, reproduced
 from bench.environment import ROOT, shared_data
 from sdmp_train.advice import install
+from sdmp_train.run_folder import FolderInUse
 
 if TYPE_CHECKING:
     from sdmp_train.config import Config
@@ -175,16 +176,24 @@ def run(args: argparse.Namespace) -> int:
     state = reproduced.State(place, experiment.name, environment.describe())
     configs = {cell: config_of(experiment, cell, data, folder, args.device) for cell in cells}
 
+    elsewhere: set[Cell] = set()
+    """Cells that another process is training."""
+
     def left() -> list[Cell]:
         state.document = state.read()  # another process may have measured some meanwhile
         return [cell for cell in cells if not state.has(cell, digest(configs[cell]))]
 
     with stopping_at(time.monotonic() + 60 * args.minutes if args.minutes else None) as stop:
-        while (todo := left()) and not stop.asked:
+        while (todo := [cell for cell in left() if cell not in elsewhere]) and not stop.asked:
             cell = todo[0]
             print(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.name}", flush=True)
             begun = time.monotonic()
-            code = train(configs[cell], folder / cell.name, stop, quiet=experiment.small)
+            try:
+                code = train(configs[cell], folder / cell.name, stop, quiet=experiment.small)
+            except FolderInUse as error:
+                print(f"    left to another process: {error}", flush=True)
+                elsewhere.add(cell)
+                continue
             state.spend(cell, digest(configs[cell]), time.monotonic() - begun)
             if code not in (DONE, NOT_FINITE, LATER):
                 print(f"    it ended with exit code {code}; see {folder / cell.name / 'train.log'}")
@@ -292,7 +301,7 @@ def config_of(experiment: Experiment, cell: Cell, data: Path, folder: Path, devi
     from sdmp_train.methods.contrast import ContrastConfig
 
     arm, recipe = ARMS[cell.arm], experiment.recipe
-    kind = METHODS[arm.method].Config
+    kind = METHODS[arm.method]
     # Heads, momentum encoder and temperature: what the arms have in common.
     common = {f.name: getattr(recipe.method, f.name) for f in dataclasses.fields(ContrastConfig)}
     method = kind(**common, **arm.settings)
@@ -389,8 +398,9 @@ def by_protocol(run: Path, data: Path, device: str) -> dict[str, Any]:
 
     if "linear" not in PROTOCOLS:
         return {"linear": None, "no_linear": "this version has no eval linear"}
-    settings, evaluate = PROTOCOLS["linear"]
-    found = evaluate(settings(run=str(run), data=str(data), device=device))
+    where: dict[str, Any] = {"run": str(run), "data": str(data), "device": device}
+    asked = PROTOCOLS["linear"](**where)
+    found = asked.function()(asked)
     return {"linear": float(found["top1"]), "linear_protocol": "eval linear"}
 
 

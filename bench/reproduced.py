@@ -28,7 +28,7 @@ COLOURS = {"MoCo v3": "#000000", "i-mix": "#e69f00", "SDMP": "#0072b2"}
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Half the width of Student's 95 % interval in standard errors, by degrees of freedom."""
 ENOUGH = 3
-"""Seeds from which a difference can be decided; fewer are told one by one."""
+"""Seeds from which a difference can be decided."""
 APART = 1.07
 """By which factor of passes the arms stand beside each other in the picture, so that none hides another."""
 ALL_IMAGES = 50_000
@@ -199,39 +199,39 @@ def _rows(document: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def finding(document: dict[str, Any]) -> str:
-    """What the differences between SDMP and MoCo v3 say: where it is ahead or behind, and where neither is sure.
+    """What the differences between SDMP and MoCo v3 say: in how many settings it is ahead or behind, and by how much.
 
-    Sure is what Student's 95 % interval over the seeds excludes: three seeds make it 4.3 standard errors wide. Of two
-    seeds it is said what each was, and nothing of one.
+    Of one seed nothing is said.
     """
-    said = []
+    counts, numbers = [], []
     for measure, name in MEASURES.items():
-        told: dict[str, list[str]] = {}
-        for setting in settings_of(document):
-            found = differences(document, "SDMP", setting, measure)
-            if len(found) > 1:
-                place = f"{setting[0]:,} images x {setting[1]} ({percent(*mean_and_error(found), sign=True)})"
-                told.setdefault(verdict(found), []).append(place)
+        told = [(setting, differences(document, "SDMP", setting, measure)) for setting in settings_of(document)]
+        told = [(setting, found) for setting, found in told if len(found) > 1]
         if told:
-            sides = [f"{words} at {', '.join(places)}" for words, places in sorted(told.items())]
-            said.append(f"{name}: {'; '.join(sides)}.")
-    if not said:
+            sides = [verdict(found) for _, found in told]
+            counted = ", ".join(f"{side} in {sides.count(side)}" for side in ("ahead", "behind", "undecided"))
+            counts.append(f"by {name} {counted}")
+            numbers.append(f"{name} {', '.join(_difference(*pair) for pair in told)}")
+    if not counts:
         return "No setting has two seeds of both SDMP and MoCo v3 yet, so nothing can be said."
     return (
-        f"SDMP beside MoCo v3 at equal student cost, images x passes, in points. {' '.join(said)} Decided is what "
-        "three or more seeds say whose 95 % interval excludes 0."
+        f"SDMP beside MoCo v3 at equal student cost: {'; '.join(counts)} of the settings. In points, images x passes "
+        f"(± standard error; bold is decided: the 95 % interval of {ENOUGH} or more seeds excludes 0): "
+        f"{'; '.join(numbers)}."
     )
 
 
+def _difference(setting: tuple[int, int], found: Sequence[float]) -> str:
+    """A setting's difference, bold where it is decided."""
+    number = percent(*mean_and_error(found), sign=True)
+    seeds = "" if len(found) >= ENOUGH else f", {len(found)} seeds"
+    return f"{number if verdict(found) == 'undecided' else f'**{number}**'} ({setting[0]:,} x {setting[1]}{seeds})"
+
+
 def verdict(found: Sequence[float]) -> str:
-    """What the differences of two or more seeds say, in words."""
-    if len(found) < ENOUGH:
-        ahead = sum(difference > 0 for difference in found)
-        behind = sum(difference < 0 for difference in found)
-        each = "ahead in both" if ahead == 2 else "behind in both" if behind == 2 else "of two minds"
-        return f"two of three seeds so far, {each},"
+    """Whether the differences of two or more seeds decide: by Student's 95 % interval, 4.3 standard errors of three."""
     mean, error = mean_and_error(found)
-    if abs(mean) <= T95.get(len(found) - 1, 2.0) * error:
+    if len(found) < ENOUGH or abs(mean) <= T95.get(len(found) - 1, 2.0) * error:
         return "undecided"
     return "ahead" if mean > 0 else "behind"
 

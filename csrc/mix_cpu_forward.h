@@ -1,6 +1,7 @@
 // Mixing on the CPU: one task after another, both images of a mirrored pair together.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -29,6 +30,7 @@ class Mixer {
     plane_ = plane;
     if (job_.scale != nullptr && !g_.interleaved) scaling_ = Scaling{job_.centre + plane_, job_.scale + plane_, 1};
     members_ = 0;
+    masked_ = false;
     add_member(unit);
     if (job_.pairs && unit != job_.n - 1 - unit) add_member(job_.n - 1 - unit);
     each_tile(g_, chunk, [this](const Run& run) { tile(run); });
@@ -125,42 +127,88 @@ class Mixer {
     const Row &first = member_[0].row, &second = member_[1].row;
     const int64_t top = smaller(first.top, second.top), begin = run_.begin / g_.length;
     const int64_t bottom = first.bottom > second.bottom ? first.bottom : second.bottom;
-    for (int64_t y = begin > top ? begin : top; y < bottom && y * g_.length < run_.end(); ++y) {
-      const Stretch from_b = within(first, y), from_a = within(second, y);
-      if (from_b.count() > 0 && from_a.count() > 0) {
-        exchange_row(reinterpret_cast<Word*>(a), reinterpret_cast<Word*>(b), from_b, from_a);
-      } else if (from_b.count() > 0) {
-        copy_bytes(a + from_b.begin * in_size_, b + from_b.begin * in_size_, from_b.count() * in_size_);
-      } else if (from_a.count() > 0) {
-        copy_bytes(b + from_a.begin * in_size_, a + from_a.begin * in_size_, from_a.count() * in_size_);
-      }
+    if (!masked_) {
+      mask_columns<Word>(first, scratch_.rows[0]);
+      mask_columns<Word>(second, scratch_.rows[1]);
+      masked_ = true;
     }
+    if (run_.begin % g_.length == 0 && run_.count % g_.length == 0) {
+      const int64_t end = begin + run_.count / g_.length;
+      int64_t cuts[] = {first.top, first.bottom, second.top, second.bottom};
+      for (int64_t& cut : cuts) cut = cut < begin ? begin : smaller(cut, end);
+      std::sort(cuts, cuts + 4);
+      for (int k = 0; k < 3; ++k) exchange_rows<Word>(a, b, cuts[k], cuts[k + 1] - cuts[k]);
+      return;
+    }
+    for (int64_t y = begin > top ? begin : top; y < bottom && y * g_.length < run_.end(); ++y) {
+      exchange_rows<Word>(a, b, y, 1);
+    }
+  }
+
+  // `rows` rows of the tile from `y` on, all of which are in the same of the two boxes.
+  template <class Word>
+  void exchange_rows(char* a, char* b, int64_t y, int64_t rows) const {
+    const Stretch from_b = within(member_[0].row, y), from_a = within(member_[1].row, y);
+    if (rows == 0) return;
+    if (from_b.count() > 0 && from_a.count() > 0) {
+      exchange_masked(reinterpret_cast<Word*>(a), reinterpret_cast<Word*>(b), from_b.with(from_a), y, rows);
+      return;
+    }
+    const Stretch stretch = from_b.count() > 0 ? from_b : from_a;
+    char* to = (from_b.count() > 0 ? a : b) + stretch.begin * in_size_;
+    const char* from = (from_b.count() > 0 ? b : a) + stretch.begin * in_size_;
+    const int64_t bytes = stretch.count() * in_size_, step = g_.length * in_size_;
+    for (int64_t k = 0; k < rows; ++k, to += step, from += step) copy_bytes(to, from, bytes);
   }
 
   // Elements of the tile.
   struct Stretch {
-    int32_t begin, end;
+    int64_t begin, end;
 
-    int32_t count() const { return end - begin; }
-    bool holds(int32_t k) const { return (k >= begin) & (k < end); }
+    int64_t count() const { return end - begin; }
+
+    // From the first element of either to the last.
+    Stretch with(Stretch other) const {
+      return Stretch{smaller(begin, other.begin), end > other.end ? end : other.end};
+    }
   };
 
   // Of the tile's row `y` what the box covers.
   Stretch within(const Row& row, int64_t y) const {
     if (y < row.top || y >= row.bottom) return Stretch{0, 0};
     const int64_t at = y * g_.length - run_.begin;
-    return Stretch{clamp(at + row.left * g_.group, 0, run_.count), clamp(at + row.right * g_.group, 0, run_.count)};
+    return Stretch{in_tile(at + row.left * g_.group), in_tile(at + row.right * g_.group)};
   }
 
+  int64_t in_tile(int64_t position) const { return position < 0 ? 0 : smaller(position, run_.count); }
+
+  // All bits of a row's elements that lie in the columns of the box.
   template <class Word>
-  static void exchange_row(Word* a, Word* b, Stretch from_b, Stretch from_a) {
-    const int32_t begin = from_b.begin < from_a.begin ? from_b.begin : from_a.begin;
-    const int32_t end = from_b.end > from_a.end ? from_b.end : from_a.end;
+  void mask_columns(const Row& row, float* memory) const {
+    Word* mask = reinterpret_cast<Word*>(memory);
+    for (int64_t k = 0; k < g_.length; ++k) mask[k] = 0;
+    for (int64_t k = row.left * g_.group; k < row.right * g_.group; ++k) mask[k] = static_cast<Word>(~Word{0});
+  }
+
+  // Where a mask has bits, the two images' change places. The stretch grows to whole vectors where the row goes on.
+  template <class Word>
+  void exchange_masked(Word* a, Word* b, Stretch stretch, int64_t y, int64_t rows) const {
+    constexpr int64_t kWords = 32 / sizeof(Word);
+    const int64_t at = y * g_.length - run_.begin, first = in_tile(at), last = in_tile(at + g_.length);
+    const int64_t begin = first + (stretch.begin - first) / kWords * kWords;
+    const int64_t end = smaller(last, begin + (stretch.end - begin + kWords - 1) / kWords * kWords);
+    const Word* into_a = reinterpret_cast<const Word*>(scratch_.rows[0]) + (begin - at);
+    const Word* into_b = reinterpret_cast<const Word*>(scratch_.rows[1]) + (begin - at);
+    const int64_t count = end - begin;
+    a += begin;
+    b += begin;
+    for (int64_t row = 0; row < rows; ++row, a += g_.length, b += g_.length) {
 #pragma GCC ivdep
-    for (int32_t k = begin; k < end; ++k) {
-      const Word x = a[k], y = b[k];
-      a[k] = from_b.holds(k) ? y : x;
-      b[k] = from_a.holds(k) ? x : y;
+      for (int64_t k = 0; k < count; ++k) {
+        const Word x = a[k], other = b[k], differ = static_cast<Word>(x ^ other);
+        a[k] = static_cast<Word>(x ^ (differ & into_a[k]));
+        b[k] = static_cast<Word>(other ^ (differ & into_b[k]));
+      }
     }
   }
 
@@ -348,6 +396,7 @@ class Mixer {
   Member member_[2];
   Source source_[2];
   int members_ = 0;
+  bool masked_ = false;  // whether scratch holds the columns of both boxes
 };
 
 }  // namespace

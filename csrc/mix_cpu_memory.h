@@ -39,6 +39,16 @@ void scatter(const char* in, int64_t step, int64_t n, int64_t size, char* out) {
               : scatter<uint32_t>(in, step, n, out);
 }
 
+// From `size` to twice as many bytes.
+template <int64_t size>
+void copy_ends(char* to, const char* from, int64_t bytes) {
+  char first[size], last[size];
+  std::memcpy(first, from, size);
+  std::memcpy(last, from + bytes - size, size);
+  std::memcpy(to, first, size);
+  std::memcpy(to + bytes - size, last, size);
+}
+
 // Runs of a few hundred bytes, for which a call of memcpy costs as much as the copy.
 void copy_bytes(char* to, const char* from, int64_t bytes) {
   constexpr int64_t kBlock = 32;
@@ -46,6 +56,12 @@ void copy_bytes(char* to, const char* from, int64_t bytes) {
   for (; k + kBlock <= bytes; k += kBlock) std::memcpy(to + k, from + k, kBlock);
   if (bytes >= kBlock) {
     std::memcpy(to + bytes - kBlock, from + bytes - kBlock, kBlock);
+  } else if (bytes >= 16) {
+    copy_ends<16>(to, from, bytes);
+  } else if (bytes >= 8) {
+    copy_ends<8>(to, from, bytes);
+  } else if (bytes >= 4) {
+    copy_ends<4>(to, from, bytes);
   } else {
     for (; k < bytes; ++k) to[k] = from[k];
   }

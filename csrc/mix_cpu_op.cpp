@@ -1,4 +1,4 @@
-// `mix` on the CPU: the operators sdmp::mix_cpu and sdmp::mix_backward_cpu, and how their work is cut into tasks.
+// `mix` on the CPU: the operators sdmp::mix_cpu, sdmp::mix_plain_cpu and sdmp::mix_backward_cpu, and how their work is cut into tasks.
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
@@ -106,6 +106,58 @@ void mix_cpu(const Tensor& images, const std::optional<Tensor>& partners, const 
   run_tasks(job, SDMP_BEST(mix));
 }
 
+// Whether a view holds images one behind the other, in rows of planes or of pixels.
+bool packed(const View& view, int64_t channels, int64_t height, int64_t width) {
+  const bool planes = view.w == 1 && view.h == width && view.c == height * width;
+  const bool pixels = view.c == 1 && view.w == channels && view.h == width * channels;
+  return (planes || pixels) && view.n == channels * height * width;
+}
+
+bool plain_vector(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return tensor.dim() == (columns == 0 ? 1 : 2) && tensor.size(0) == rows &&
+         (columns == 0 || tensor.size(1) == columns) && tensor.is_contiguous();
+}
+
+// Mixes packed images of `height` x `width` pixels into `mixed`, of their dtype, elsewhere or in place. False, and
+// nothing is done, where anything is wrong or unusual: the caller's checks then say what, or go another way.
+bool mix_plain_cpu(const Tensor& images, const Tensor& rule, const Tensor& partner, const Tensor& lam,
+                   const Tensor& box, bool mirrored, int64_t height, int64_t width, Tensor mixed) {
+  if (images.dim() != 4 || mixed.dim() != 4 || images.numel() == 0) return false;
+  const int64_t n = images.size(0), channels = images.size(1);
+  const ScalarType type = images.scalar_type();
+  if (images.size(2) != height || images.size(3) != width || mixed.scalar_type() != type) return false;
+  for (int64_t d = 0; d < 4; ++d) {
+    if (mixed.size(d) != images.size(d)) return false;
+  }
+  if (type != ScalarType::Byte && type != ScalarType::Half && type != ScalarType::BFloat16 &&
+      type != ScalarType::Float) {
+    return false;
+  }
+  if (type == ScalarType::Byte && width <= 4) return false;  // which may be images with their channels last
+  if (!plain_vector(rule, n, 0) || !plain_vector(partner, n, 0) || !plain_vector(lam, n, 0) ||
+      !plain_vector(box, n, 4)) {
+    return false;
+  }
+  const View from = view_of(images), to = view_of(mixed);
+  if (!packed(from, channels, height, width) || !packed(to, channels, height, width)) return false;
+  const PlanView plan = plan_of(rule, partner, lam, box, mirrored, n);
+  bool resizes = false;
+  for (int64_t i = 0; i < n; ++i) {
+    if (plan.rule[i] > static_cast<uint8_t>(kLastRule)) return false;
+    if (!mirrored && (plan.partner[i] < 0 || plan.partner[i] >= n)) return false;
+    resizes = resizes || plan.rule[i] == static_cast<uint8_t>(Rule::kResizeMix);
+  }
+  const int64_t bytes = images.numel() * static_cast<int64_t>(images.element_size());
+  if (same_place(from, to)) {
+    if (!mirrored || resizes) return false;
+  } else if (from.data < to.data + bytes && to.data < from.data + bytes) {
+    return false;
+  }
+  mix_cpu(images, std::nullopt, rule, partner, lam, box, mirrored, std::nullopt, std::nullopt, mixed, std::nullopt,
+          std::nullopt, std::nullopt, false);
+  return true;
+}
+
 void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_clean,
                       const Tensor& rule, const Tensor& partner, const Tensor& lam, const Tensor& box, bool mirrored,
                       const std::optional<Tensor>& order, const std::optional<Tensor>& starts,
@@ -155,9 +207,13 @@ void mix_backward_cpu(const std::optional<Tensor>& grad_mixed, const std::option
 STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
   m.def("mix_cpu" SDMP_MIX_ERASE_SCHEMA);
   m.def("mix_backward_cpu" SDMP_MIX_BACKWARD_SCHEMA);
+  m.def(
+      "mix_plain_cpu(Tensor images, Tensor rule, Tensor partner, Tensor lam, Tensor box, bool mirrored, int height, "
+      "int width, Tensor(a!) mixed) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdmp, CPU, m) {
   m.impl("mix_cpu", TORCH_BOX(&sdmp::mix_cpu));
   m.impl("mix_backward_cpu", TORCH_BOX(&sdmp::mix_backward_cpu));
+  m.impl("mix_plain_cpu", TORCH_BOX(&sdmp::mix_plain_cpu));
 }

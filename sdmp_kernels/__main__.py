@@ -3,6 +3,7 @@
 import torch
 
 import sdmp_kernels
+from sdmp_train.advice import no_traceback
 
 
 def main() -> None:
@@ -15,4 +16,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with no_traceback("sdmp_kernels"):
+        main()

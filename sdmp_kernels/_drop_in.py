@@ -44,12 +44,17 @@ class Draws:
 
     def next(self) -> np.random.Generator:
         """The stream of the next call."""
+        seed, step, salt = self.words()
+        self.step += 1
+        return _STREAM.at(seed, step, last=salt, third=1)
+
+    def words(self) -> tuple[int, int, int]:
+        """(seed, step, salt): what the stream of the next call is keyed and counted by, its third counter word 1."""
         # Workers get copies of one object, anew every epoch: torch's seed of the worker tells them, and epochs, apart.
         # The third counter word keeps clear of the streams that `draw_plan` takes from the same key.
         worker = get_worker_info()
         salt = 0 if worker is None else worker.seed % 2**64
-        self.step += 1
-        return _STREAM.at(self.seed, self.step - 1, last=salt, third=1)
+        return self.seed, self.step, salt
 
 
 _STREAM = Stream()
@@ -87,8 +92,13 @@ def fresh_seed() -> int:
 
 def choose(rng: np.random.Generator, chances: Mapping[Rule, float], count: int) -> np.ndarray:
     """(count,) uint8: independent rules of the given chances, which add up to 1."""
+    return picked(*law_of(chances), rng.random(count))
+
+
+def law_of(chances: Mapping[Rule, float]) -> tuple[list[int], list[float]]:
+    """The rules as plain numbers, and their cumulated chances, the last 1."""
     edges = list(itertools.accumulate(chances.values()))
-    return picked([int(rule) for rule in chances], [edge / edges[-1] for edge in edges], rng.random(count))
+    return [int(rule) for rule in chances], [edge / edges[-1] for edge in edges]
 
 
 def keep_plan(n: int, size: tuple[int, int]) -> MixPlan:

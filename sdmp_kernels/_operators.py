@@ -141,6 +141,19 @@ class Operator:
         _LIBRARY.impl(self.name, counted, "ADInplaceOrView", with_keyset=True)
 
 
+def unwatched() -> bool:
+    """Whether nothing but its kernel answers to an operator of plain tensors called now: no graph, trace, transform,
+    mode or forward-mode derivative. Whether a gradient is wanted, the tensors say.
+    """
+    return not (
+        torch.compiler.is_compiling()  # first: a compiler must not look at the others
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
     """Decorates the implementation of `torch.ops.sdmp.<name>`, whose annotations are its schema.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from sdmp_kernels._backends import native_library
 from sdmp_kernels._checks import check_choice, check_integer, check_number, check_tensor, near, readable
 from sdmp_kernels._memory import is_on, moved, pinned
+from sdmp_kernels._operators import unwatched
 
 
 class Rule(IntEnum):
@@ -441,6 +442,11 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
     """`function`, kept out of graphs: a compiler must neither record a draw as a constant nor round it otherwise."""
     untraced: list[Callable[P, MixPlan]] = []
 
+    def apart(*args: P.args, **kwargs: P.kwargs) -> MixPlan:
+        if not untraced:  # asking for `disable` loads the compiler
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*args, **kwargs)
+
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> MixPlan:
         if torch.compiler.is_compiling():
@@ -448,13 +454,11 @@ def _on_the_host(function: Callable[P, MixPlan]) -> Callable[P, MixPlan]:
                 msg="draw_plan and make_plan decide on the host: call them outside the compiled function and hand the "
                 "plan in as an argument"
             )
-        # What a graph break returns to runs by the frame evaluation of torch.compile, too. Asking for `disable` loads
-        # the compiler, so it is asked for only where that is loaded already.
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not untraced:
-            untraced.append(torch.compiler.disable(function))
-        return untraced[0](*args, **kwargs)
+            return apart(*args, **kwargs)
+        # What a graph break returns to runs by the frame evaluation of torch.compile, too.
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            return apart(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return called
 
@@ -546,62 +550,59 @@ def draw_plan(
         ValueError: for a value outside what is said above, naming the argument.
     """
     n = check_integer("n", n, low=0, what="a number of rows, 0 or more")
-    height, width = check_size(size)
     seed = check_integer("seed", seed, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
     step = check_integer("step", step, low=0, high=2**64 - 1, what="an integer in [0, 2**64)")
     view = check_integer("view", view, low=0, high=2**32 - 1, what="a view number, 0 or more")
     world_size = check_integer("world_size", world_size, low=1, what="a number of ranks, 1 or more")
     rank = check_integer("rank", rank, low=0, high=world_size - 1, what=f"a rank in [0, world_size={world_size})")
-    prob = check_number("prob", prob, low=0.0, high=1.0, what="a probability in [0, 1]")
-    check_choice("per", per, ("batch", "sample"))
-    check_choice("box", box, ("inside", "clip"))
-    check_choice("flip", flip, ("local", "global"))
-    law = _law(rules, alpha)
-    low, high = _check_lam_range(lam_range)
-    partners, mirrored = _check_partner(partner, n, flip)
+    law = _law(size, rules, alpha, per, prob, lam_range, box, shared_lam, flip)
+    if partner is None and (native := law.native()) is not None:
+        columns = native.draw_plan_cpu.default(law.numbers, n, signed(seed), signed(step), view, rank, world_size)
+        plan = trusted(*columns, law.size, True, law.occurring)
+    else:
+        plan = _draw_rows(law, n, partner, step, seed, view, rank, world_size)
+    return plan if device == "cpu" else plan.to(device)
+
+
+def _draw_rows(
+    law: _Law, n: int, partner: Tensor | None, step: int, seed: int, view: int, rank: int, world_size: int
+) -> MixPlan:
+    """What `draw_plan` draws, on the CPU: the definition of its numbers."""
+    partners, mirrored = _check_partner(partner, n, "global" if law.globally else "local")
 
     # Drawn for all ranks, then sliced. The order of these draws is pinned by tests/golden; do not reorder.
     total = n * world_size
     rng = _STREAM.at(seed, step)
-    picks = rng.random(1 if per == "batch" else total)
+    picks = rng.random(1 if law.one_rule else total)
     rule = picked(law.rules, law.edges, picks)
-    one = int(rule[0]) if per == "batch" else None
+    one = int(rule[0]) if law.one_rule else None
     if one is not None:
         rule = np.full(total, one, dtype=np.uint8)
     mixed = rng.random(total)
-    drawn = _draw_lam(rng, law, rule, shared=shared_lam)
-    if prob < 1:
-        rule[mixed >= prob] = _KEEP
+    drawn = _draw_lam(rng, law, rule)
+    if law.prob < 1:
+        rule[mixed >= law.prob] = _KEEP
 
-    only = one if prob == 1 else None
+    only = one if law.prob == 1 else None
     pasted = which_boxed(rule, only)
     if pasted is not False:
         # The last counter word gives every view its own stream, far from the one above, which starts at counter 0.
         rng = _STREAM.at(seed, step, view + 1)
-        boxes = draw_boxes(rng, rule, drawn, (low, high), (height, width), clip=box == "clip", only=only)
+        boxes = draw_boxes(rng, rule, drawn, law.lam_range, law.size, clip=law.clip, only=only)
     else:
         boxes = np.zeros((total, 4), dtype=np.int32)
-    lam = count_lam(rule, drawn, boxes, height * width, only=only)
+    lam = count_lam(rule, drawn, boxes, law.size[0] * law.size[1], only=only)
     here = slice(rank * n, (rank + 1) * n)
     if not mirrored:
         partner_lam = lam[here][partners]
-    elif flip == "global":
+    elif law.globally:
         partner_lam = lam[::-1][here].copy()
     else:
         partner_lam = lam[here][::-1].copy()
     if world_size > 1:  # copies, so that the rows of the other ranks are let go
         rule, lam, boxes = rule[here].copy(), lam[here].copy(), boxes[here].copy()
-    plan = _trusted(
-        rule=torch.from_numpy(rule),
-        partner=torch.from_numpy(partners),
-        lam=torch.from_numpy(lam),
-        partner_lam=torch.from_numpy(partner_lam),
-        box=torch.from_numpy(boxes),
-        size=(height, width),
-        mirrored=mirrored,
-        rules=law.occurring(prob),
-    )
-    return plan if device == "cpu" else plan.to(device)
+    columns = (torch.from_numpy(column) for column in (rule, partners, lam, partner_lam, boxes))
+    return trusted(*columns, law.size, mirrored, law.occurring)
 
 
 @_on_the_host
@@ -613,16 +614,8 @@ def flipped_plan(
     rule: (N,) uint8. drawn: (N,) lam. boxes: (N, 4) int32, inside images of `size`. rules: those that may occur.
     """
     lam = count_lam(rule, drawn, boxes, size[0] * size[1])
-    return _trusted(
-        rule=torch.from_numpy(rule),
-        partner=torch.from_numpy(np.arange(len(rule) - 1, -1, -1)),
-        lam=torch.from_numpy(lam),
-        partner_lam=torch.from_numpy(lam[::-1].copy()),
-        box=torch.from_numpy(boxes),
-        size=size,
-        mirrored=True,
-        rules=rules,
-    )
+    columns = (rule, np.arange(len(rule) - 1, -1, -1), lam, lam[::-1].copy(), boxes)
+    return trusted(*map(torch.from_numpy, columns), size, True, rules)
 
 
 @_on_the_host
@@ -689,46 +682,87 @@ def make_plan(
         )
     else:
         partner_shares = counted[partners]
-    plan = _trusted(
-        rule=torch.from_numpy(chosen),
-        partner=torch.from_numpy(partners),
-        lam=torch.from_numpy(counted),
-        partner_lam=torch.from_numpy(partner_shares),
-        box=torch.from_numpy(boxes),
-        size=(height, width),
-        mirrored=partner is None,
-        rules=rules,
-    )
-    return plan.to(device)
+    columns = map(torch.from_numpy, (chosen, partners, counted, partner_shares, boxes))
+    return trusted(*columns, (height, width), partner is None, rules).to(device)
 
 
-def _trusted(**fields: Any) -> MixPlan:
+_FIELDS = ("rule", "partner", "lam", "partner_lam", "box", "size", "mirrored", "rules")
+
+
+def trusted(*fields: Any) -> MixPlan:
     """A plan of fields that need no check, since they were made here of what was checked already."""
     plan = object.__new__(MixPlan)
-    vars(plan).update(fields)
+    vars(plan).update(zip(_FIELDS, fields, strict=True))
     return plan
 
 
-class _Law(NamedTuple):
-    """The rules that are drawn from, in ascending order, so that the order of names never moves a draw.
+@functools.cache
+def compiled_draws() -> Any:
+    """The operators that draw by compiled code, the very same numbers; None where it is not there."""
+    return None if native_library("cpu") else torch.ops.sdmp
+
+
+# Of this much numpy's Beta is Johnk's algorithm as csrc/plan.h has it; above, it draws by other distributions.
+_COMPILED_ALPHA = (0.05, 1.0)
+
+
+def compiled_law(
+    rules: Sequence[int], edges: Sequence[float], alphas: Sequence[float], size: tuple[int, int], *others: float
+) -> Tensor | None:
+    """A law of drawing as compiled code reads it, `Law` in csrc/plan.h; None where it cannot draw by that.
+
+    rules, edges: as `picked` takes them. alphas: (4,) of every `Rule`. others: prob, the range of ResizeMix's lam, and
+    one of a `_Law`'s one_rule, one_lam, clip and globally each.
+    """
+    low, high = _COMPILED_ALPHA
+    if not all(low <= alphas[rule] <= high for rule in rules):
+        return None
+    padded = [values + [0.0] * (4 - len(rules)) for values in (list(map(float, rules)), list(edges))]
+    return torch.tensor([len(rules), *padded[0], *padded[1], *alphas, *size, *map(float, others)], dtype=torch.float64)
+
+
+def signed(word: int) -> int:
+    """64 bits as the operators take them."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+@dataclass(frozen=True, eq=False)
+class _Law:
+    """What is drawn alike in every step, checked.
 
     Attributes:
-        rules: R of them, as plain numbers.
+        rules: R rules that are drawn from, as plain numbers, in ascending order, so that the order of names never moves
+            a draw.
         edges: R numbers, their cumulated probabilities, the last 1.
         alphas: (4,) float64, alpha of every `Rule`.
         alpha: the one alpha of all of `rules`, or None.
-        likely: the rules of a probability above 0.
+        occurring: the rules that may occur.
+        size: (H, W) of the images.
+        prob: chance of a row to be mixed.
+        lam_range: what ResizeMix maps its lam onto.
+        one_rule, one_lam: whether all rows have one.
+        clip: whether boxes are clipped.
+        globally: whether partners are the flip over all ranks.
+        numbers: all that for compiled code, or None where it cannot draw by it.
     """
 
     rules: list[int]
     edges: list[float]
     alphas: np.ndarray
     alpha: float | None
-    likely: tuple[Rule, ...]
+    occurring: tuple[Rule, ...]
+    size: tuple[int, int]
+    prob: float
+    lam_range: tuple[float, float]
+    one_rule: bool
+    one_lam: bool
+    clip: bool
+    globally: bool
+    numbers: Tensor | None
 
-    def occurring(self, prob: float) -> tuple[Rule, ...]:
-        """The rules that may occur where each row is mixed with chance `prob`."""
-        return tuple(sorted({Rule.KEEP, *self.likely})) if 0 < prob < 1 else self.likely if prob else (Rule.KEEP,)
+    def native(self) -> Any:
+        """The compiled operators, where they draw by this law and now."""
+        return compiled_draws() if self.numbers is not None and unwatched() else None
 
 
 def picked(rules: Sequence[int], edges: Sequence[float], numbers: np.ndarray) -> np.ndarray:
@@ -739,14 +773,14 @@ def picked(rules: Sequence[int], edges: Sequence[float], numbers: np.ndarray) ->
     return np.array(rules, dtype=np.uint8)[np.minimum(np.searchsorted(edges, numbers, side="right"), last)]
 
 
-def _law(rules: object, alpha: object) -> _Law:
-    """The law of `rules` and `alpha`, checked; what was checked once is not checked for every step."""
-    key = _plain(rules), _plain(alpha)
-    if None in key:
-        return _make_law(rules, alpha)
+def _law(*given: Any) -> _Law:
+    """The law of arguments of `draw_plan`, checked; what was checked once is not checked for every step."""
+    key = _plain(given)
+    if key is None:
+        return _make_law(*given)
     found = _LAWS.get(key)
     if found is None:
-        found = _make_law(rules, alpha)
+        found = _make_law(*given)
         if len(_LAWS) < 256:
             _LAWS[key] = found
     return found
@@ -758,39 +792,73 @@ _LAWS: dict[object, _Law] = {}
 def _plain(value: object) -> object:
     """A key for a number, a name, or a sequence or mapping of such, that tells 1 from True; None for anything else."""
     kind = type(value)
-    if kind in (float, int, str, Rule):
+    if kind in _ATOMS:
         return kind, value
-    if isinstance(value, dict):
-        parts = tuple(_plain(part) for item in value.items() for part in item)
-    elif isinstance(value, (tuple, list)):
-        parts = tuple(_plain(part) for part in value)
+    if kind in _SEQUENCES:
+        parts = tuple(map(_plain, value))  # type: ignore[call-overload]
+    elif kind is dict:
+        parts = tuple(_plain(part) for item in value.items() for part in item)  # type: ignore[attr-defined]
     else:
         return None
     return None if None in parts else (kind, parts)
 
 
-def _make_law(rules: object, alpha: object) -> _Law:
+_ATOMS = frozenset((float, int, str, bool, Rule))
+_SEQUENCES = frozenset((tuple, list, torch.Size))
+
+
+def _make_law(
+    size: object,
+    rules: object,
+    alpha: object,
+    per: str,
+    prob: object,
+    lam_range: object,
+    box: str,
+    shared_lam: object,
+    flip: str,
+) -> _Law:
+    size = check_size(size)
+    prob = check_number("prob", prob, low=0.0, high=1.0, what="a probability in [0, 1]")
+    check_choice("per", per, ("batch", "sample"))
+    check_choice("box", box, ("inside", "clip"))
+    check_choice("flip", flip, ("local", "global"))
     chances = _check_rules(rules)
     alphas = _check_alpha(alpha, tuple(chances))
-    edges = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
+    low, high = _check_lam_range(lam_range)
+    cumulated = np.cumsum(np.array(list(chances.values()), dtype=np.float64))
     used = {alphas[rule] for rule in chances}
+    numbers, edges = [int(rule) for rule in chances], (cumulated / cumulated[-1]).tolist()
+    each = [alphas[rule] for rule in Rule]
+    likely = tuple(rule for rule, chance in chances.items() if chance > 0)
+    one_rule, one_lam, clip, globally = per == "batch", bool(shared_lam), box == "clip", flip == "global"
+    others = (prob, low, high, one_rule, one_lam, clip, globally)
     return _Law(
-        rules=[int(rule) for rule in chances],
-        edges=(edges / edges[-1]).tolist(),
-        alphas=np.array([alphas[rule] for rule in Rule], dtype=np.float64),
+        rules=numbers,
+        edges=edges,
+        alphas=np.array(each, dtype=np.float64),
         alpha=used.pop() if len(used) == 1 else None,
-        likely=tuple(rule for rule, chance in chances.items() if chance > 0),
+        occurring=tuple(sorted({Rule.KEEP, *likely})) if 0 < prob < 1 else likely if prob else (Rule.KEEP,),
+        size=size,
+        prob=prob,
+        lam_range=(low, high),
+        one_rule=one_rule,
+        one_lam=one_lam,
+        clip=clip,
+        globally=globally,
+        # One lam for the rows of each alpha is drawn in another order.
+        numbers=None if one_lam and len(set(each)) > 1 else compiled_law(numbers, edges, each, size, *others),
     )
 
 
-def _draw_lam(rng: np.random.Generator, law: _Law, rule: np.ndarray, *, shared: bool) -> np.ndarray:
-    """lam ~ Beta(alpha, alpha) for every row, or, with `shared`, one draw for all rows of one alpha."""
+def _draw_lam(rng: np.random.Generator, law: _Law, rule: np.ndarray) -> np.ndarray:
+    """lam ~ Beta(alpha, alpha) for every row, or, of a law with one lam, one draw for all rows of one alpha."""
     if law.alpha is not None:  # draws the very numbers of the general case, faster
-        rows = min(len(rule), 1) if shared else len(rule)
+        rows = min(len(rule), 1) if law.one_lam else len(rule)
         numbers = rng.beta(law.alpha, law.alpha, size=rows)
-        return np.full(len(rule), numbers) if shared else numbers
+        return np.full(len(rule), numbers) if law.one_lam else numbers
     alpha = law.alphas[rule]
-    if not shared:
+    if not law.one_lam:
         return rng.beta(alpha, alpha)
     kinds, inverse = np.unique(alpha, return_inverse=True)
     return rng.beta(kinds, kinds)[inverse]
@@ -1038,7 +1106,8 @@ def _flatten(plan: MixPlan) -> tuple[list[Tensor], tuple[tuple[int, int], bool, 
 
 def _unflatten(tensors: Iterable[Any], host: tuple[tuple[int, int], bool, tuple[Rule, ...]]) -> MixPlan:
     size, mirrored, rules = host
-    return _trusted(**dict(zip(_TENSORS, tensors, strict=True)), size=size, mirrored=mirrored, rules=rules)
+    parts = dict(zip(_TENSORS, tensors, strict=True))
+    return trusted(*(parts[name] for name in _DTYPES), size, mirrored, rules)
 
 
 register_pytree_node(MixPlan, _flatten, _unflatten, serialized_type_name="sdmp_kernels.plan.MixPlan")

@@ -6,7 +6,7 @@ import sys
 from sdmp_train.advice import no_traceback
 
 if __name__ == "__main__":
-    # While torch is imported Ctrl-C ends the process, and prints no traceback; a run then has handlers of its own.
+    # While packages are imported Ctrl-C ends the process, and prints no traceback; a run then has handlers of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = 0
     with no_traceback("sdmp_train"):

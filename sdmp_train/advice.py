@@ -35,12 +35,16 @@ def python() -> str:
     return "python" if found and same_folder and os.path.samefile(found, own) else shlex.quote(own)
 
 
+COMMAND = "python -m"
+"""How every command begins that is printed for people to paste."""
+
+
 def command(module: str, *words: str) -> str:
     """A command that runs a module of ours, such as "sdmp_train", with these words, which are quoted for a shell.
 
     It says `python`, as all pages do; `elsewhere` goes with it.
     """
-    return " ".join(["python", "-m", module, *map(shlex.quote, words)])
+    return " ".join([COMMAND, module, *map(shlex.quote, words)])
 
 
 def elsewhere() -> list[str]:

@@ -60,6 +60,7 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
     rows = {
         "data": printable(data.data or "not stated"),
         "preset": config.run.preset,
+        **({"began from": began_from(config)} if config.model.init_from else {}),
         "steps": str(step),
         "batch": str(optim.batch_size),
         "epochs": str(optim.epochs),
@@ -78,6 +79,11 @@ def model_card(config: Config, step: int, numbers: Mapping[str, str]) -> str:
         task="image-feature-extraction",
         tag=config.method_name,
     )
+
+
+def began_from(config: Config) -> str:
+    """The trained weights that a run continued from."""
+    return f"{printable(config.model.init_from)}, SHA-256 {config.model.init_sha256}"
 
 
 def classifier_card(description: Mapping[str, Any], made: Mapping[str, Any], numbers: Mapping[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""The command line. `python -m sdmp_train` without an argument is the quickstart."""
+"""The command line. `python -m sdmp_train` without an argument is the quickstart.
+
+What runs is imported once its arguments are read: torch takes seconds to import, a wrong argument none to refuse.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from . import run_folder
-from .advice import command, elsewhere
+from .advice import COMMAND, command, elsewhere
 from .config import DEFAULT_METHOD, Config, ConfigError, MethodName, load_config, near, with_method
 from .presets import get_preset, origins_of, table_of_presets
-from .settings import with_channels
+from .settings import named_place, with_channels
 from .stop import EndedElsewhere, Stopped, StopRequest
 from .text import printable_lines
 
@@ -51,7 +55,7 @@ class PretrainArguments:
     config: OmitArgPrefixes[Config] = field(default_factory=Config)
     method: MethodName = DEFAULT_METHOD
     """Pretext task; it decides which flags there are."""
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same as --data."""
     config_file: Annotated[str | None, arg(name="config")] = None
     """YAML with some or all settings, such as a run folder's config.yaml."""
@@ -73,7 +77,7 @@ class PretrainArguments:
 class ExportArguments:
     """Write the backbone of a run's checkpoint as safetensors with timm's names."""
 
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[RUN]")] = None
     """The same as --run."""
     run: str | None = None
     """Run folder."""
@@ -87,7 +91,7 @@ class ExportArguments:
 class VerifyArguments:
     """Read and decode every image of a folder, list, archive or set of shards; compare with the last time."""
 
-    folder: Positional[str | None] = None
+    folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same as --data."""
     data: str | None = None
     """Folder, list, archive or shards, or the URL of shards."""
@@ -107,10 +111,44 @@ def one_of(name: str, flag: str | None, positional: str | None) -> str:
     return given.pop()
 
 
+class OptionalAsItself:
+    """A rule for tyro: what may be None is shown as what it is otherwise, `STR` and not `{None}|STR`.
+
+    Its default says that it may be None, and `None` is taken as before.
+    """
+
+    def __init__(self) -> None:
+        self.asking = False
+        """Whether this rule asks tyro's own, which then is not to ask this one."""
+
+    def __call__(self, asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        kinds = tuple(kind for kind in get_args(asked.type) if kind is not type(None))
+        if self.asking or len(kinds) == len(get_args(asked.type)):
+            return None
+        self.asking = True
+        try:
+            whole = ConstructorRegistry.get_primitive_spec(asked)
+            other = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(Union[kinds], asked.markers))  # noqa: UP007
+        finally:
+            self.asking = False
+        if not isinstance(whole, PrimitiveConstructorSpec) or not isinstance(other, PrimitiveConstructorSpec):
+            return None  # a group of settings
+        if other.nargs != 1:
+            return replace(whole, metavar=other.metavar)
+
+        def read(words: list[str]) -> Any:  # whose error speaks of this kind alone
+            return None if words == ["None"] else other.instance_from_str(words)
+
+        return replace(whole, metavar=other.metavar, instance_from_str=read)
+
+
 def parse(kind: type[T], subcommand: str, argv: Sequence[str], default: T | None = None) -> T:
     """Arguments by tyro: exits with code 2, naming near matches, for a flag that does not exist."""
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
+    rules = ConstructorRegistry()
+    rules.primitive_rule(OptionalAsItself())
+    with rules:
+        return tyro.cli(kind, args=list(argv), prog=f"{PROGRAM} {subcommand}", **given)
 
 
 def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
@@ -119,14 +157,17 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--preset", "--method", "--config", "--resume", "--output", "--channels"):
         early.add_argument(flag, nargs="?")  # without its value it is tyro that complains
+    early.add_argument("--init-from", "--init_from", nargs="?")
     first = early.parse_known_args(argv)[0]
-    base = get_preset(first.preset or "custom")
-    if first.config:
-        base = load_config(Path(first.config), base)
-    elif first.resume and not first.preset:
+    base, stored = get_preset(first.preset or "custom"), None
+    if first.resume:
         folder = resumed_folder(first.resume, first.output)
         if (folder / run_folder.SETTINGS).exists():  # not so where a run was killed as it began
-            base = run_folder.stored_config(folder)
+            stored = run_folder.stored_config(folder)
+    if stored is not None and not first.config and not first.preset:
+        base = stored
+    else:
+        base = as_weights_are(base, first.config, first.init_from, stored)
     if first.preset:
         base = replace(base, run=replace(base.run, preset=first.preset))
     if first.method:
@@ -136,6 +177,28 @@ def parse_pretrain(subcommand: str, argv: Sequence[str]) -> PretrainArguments:
         base = replace(base, data=with_channels(base.data, int(first.channels)))
     arguments = parse(PretrainArguments, subcommand, argv, PretrainArguments(config=base, method=base.method_name))
     return take_folder(arguments)
+
+
+def as_weights_are(base: Config, config_file: str | None, init_from: str | None, stored: Config | None) -> Config:
+    """`base`, changed by the weights that the run continues from, where it does, and then by the config file.
+
+    `stored`: the settings of the run that is gone on with, which needs those weights no more.
+    """
+
+    def read(base: Config) -> Config:
+        return load_config(Path(config_file), base) if config_file else base
+
+    what = init_from or read(base).model.init_from
+    if what in (None, "None"):  # tyro's spelling
+        base = read(base)
+        return base if what is None else replace(base, model=replace(base.model, init_from=None, init_sha256=None))
+    from .continuing import following, following_run
+
+    kept = stored is not None and stored.model.init_from == what
+    base = read(following_run(base, stored) if stored is not None and kept else following(base, what))
+    if base.model.init_from != what:  # --init-from, in place of what the file names
+        base = replace(base, model=replace(base.model, init_from=what, init_sha256=None))
+    return base
 
 
 def fill_resume(argv: Sequence[str]) -> list[str]:
@@ -171,8 +234,6 @@ def take_folder(arguments: PretrainArguments) -> PretrainArguments:
 
 def run_pretrain(argv: Sequence[str]) -> int:
     with StopRequest() as stop:  # before anything that takes its time or leaves something behind
-        from .commands import pretrain
-
         arguments = parse_pretrain("pretrain", argv)
         output = Path(arguments.output) if arguments.output else None
         if arguments.resume:
@@ -181,6 +242,10 @@ def run_pretrain(argv: Sequence[str]) -> int:
             output = resumed_folder(arguments.resume, arguments.output)
         elif arguments.resume_previous:
             raise ConfigError("--resume-previous says which checkpoint --resume takes; give --resume too")
+        named_place(arguments.config.data)
+
+        from .commands import pretrain
+
         return pretrain(
             arguments.config,
             output,
@@ -195,9 +260,11 @@ def run_pretrain(argv: Sequence[str]) -> int:
 
 
 def run_plan(argv: Sequence[str]) -> int:
+    arguments = parse_pretrain("plan", argv)
+    named_place(arguments.config.data)
+
     from .commands import dry_run
 
-    arguments = parse_pretrain("plan", argv)
     return dry_run(arguments.config, Path(arguments.output) if arguments.output else None, arguments.overwrite)
 
 
@@ -212,23 +279,28 @@ def run_eval(argv: Sequence[str]) -> int:
         what = f"unknown protocol {name!r}.{near(name, PROTOCOLS)}" if name else "a protocol is missing."
         told = f"`{command('sdmp_train', 'eval', '--help')}` says what each measures"
         raise ConfigError(f"eval: {what} Known: {', '.join(PROTOCOLS)}; {told}")
-    settings, evaluate = PROTOCOLS[name]
-    evaluate(parse(settings, f"eval {name}", rest))
+    arguments = parse(PROTOCOLS[name], f"eval {name}", rest)
+    arguments.function()(arguments)
     return DONE
 
 
 def run_report(argv: Sequence[str]) -> int:
-    from .evaluate.report import ReportConfig, write_report
+    from .evaluate.settings.report import ReportConfig
 
-    write_report(parse(ReportConfig, "report", argv))
+    arguments = parse(ReportConfig, "report", argv)
+
+    from .evaluate.report import write_report
+
+    write_report(arguments)
     return DONE
 
 
 def run_export(argv: Sequence[str]) -> int:
-    from .commands import export_checkpoint
-
     arguments = parse(ExportArguments, "export", argv)
     run = Path(one_of("run", arguments.run, arguments.folder))
+
+    from .commands import export_checkpoint
+
     return export_checkpoint(
         run, arguments.step, Path(arguments.output) if arguments.output else run / run_folder.EXPORTED
     )
@@ -243,11 +315,13 @@ def run_presets(argv: Sequence[str]) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    from .verify import verify_data
-
     arguments = parse(VerifyArguments, "verify", argv)
     bad_list = None if arguments.bad_list is None else Path(arguments.bad_list)
-    return verify_data(one_of("data", arguments.data, arguments.folder), arguments.max_pixels, bad_list)
+    data = one_of("data", arguments.data, arguments.folder)
+
+    from .verify import verify_data
+
+    return verify_data(data, arguments.max_pixels, bad_list)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -285,5 +359,6 @@ def main(argv: Sequence[str]) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise  # not foreseen: the traceback is what helps, and Python's exit code is 1
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        text = printable_lines(error)
+        print("\n".join([f"error: {text}", *(elsewhere() if COMMAND in text else [])]), file=sys.stderr)
         return int(code)

@@ -14,7 +14,8 @@ from torch import nn
 from sdmp_kernels import backends
 
 from . import certify, checkpoint, run_folder
-from .config import Config, ConfigError, save_config, to_dict
+from .config import Config, ConfigError, OptimConfig, save_config, to_dict
+from .continuing import Start, line_of, open_start, resolved
 from .data import (
     LOADERS,
     Choice,
@@ -32,7 +33,6 @@ from .file_list import store_file_list
 from .log import Log
 from .loop import Outcome, train
 from .lost import NONE_LOST, Lost, LostImages, too_many_lost
-from .models import build_backbone
 from .pace import is_long, measure_pace, too_much
 from .run import Run
 from .run_folder import RunFolder
@@ -41,6 +41,7 @@ from .stop import Stopped, StopRequest
 from .text import counted, printable_lines, shown_size
 from .trackers import asked_for, open_trackers
 from .training import Training, build, load_state, memory_bytes
+from .weights import checkpoint_backbone
 
 EXIT_CODES = {Outcome.DONE: 0, Outcome.NOT_FINITE: 3, Outcome.STOPPED: Stopped.exit_code}
 
@@ -76,6 +77,7 @@ def pretrain(
         stop.speaks = world.is_first
         log = stack.enter_context(log or Log(quiet=not world.is_first))
         folder, claimed = output or run_folder.default_folder(config.run.preset), None
+        config = kept_start(config, folder) if resume else config
         kept = kept_loader(config, folder, world) if resume else None
         asked, config = config, resolve(kept or config, world)
         with together(world):
@@ -90,10 +92,13 @@ def pretrain(
                 f"--data {config.data.data} does not hold the same files for all {world.size} processes; expected one "
                 "folder that all nodes see, or copies of the same files by the same names"
             )
-        training = build(config, world, index)
+        goes_on = resume and (previous or bool(checkpoint.step_folders(folder / run_folder.CHECKPOINTS)))
+        start, config = (None, config) if goes_on else begin_from(config, world)
+        stop.check()
+        training = build(config, world, index, start)
         remarks: list[str] = []
         with together(world):  # no rank has found a fault: only after this is anything written
-            if resume and (previous or checkpoint.step_folders(folder / run_folder.CHECKPOINTS)):
+            if goes_on:
                 remarks = load_state(
                     training, folder, index, previous=previous, accept_changed_data=accept_changed_data
                 )
@@ -108,7 +113,7 @@ def pretrain(
                 begin(claimed, config, log, training, index)
         if resume and training.step:
             remarks = [resumed(training), *remarks]
-        for line in [*describe(training, index, loader), *remarks]:
+        for line in [*describe(training, index, loader, start), *remarks]:
             log.say(line)
         if is_long(config, world) and (pace := measure_pace(config, world, len(index.classes))) is not None:
             log.say(pace.line(training.last_step - training.step))
@@ -138,6 +143,32 @@ def pretrain(
             if outcome is Outcome.DONE:
                 run.after_training()
         return EXIT_CODES[outcome]
+
+
+def begin_from(config: Config, world: World) -> tuple[Start | None, Config]:
+    """The trained weights that a run begins with, and its configuration with their digest; no weights where none are
+    asked for.
+
+    Raises:
+        ConfigError: they cannot be had or are of another model; or they are not the same for all processes.
+    """
+    with together(world):
+        start = open_start(config)
+    if start is None:
+        return None, config
+    if not same_on_all(start.weights.digest, world):
+        raise ConfigError(f"--init-from {config.model.init_from} does not hold the same weights for all processes")
+    return start, replace(config, model=replace(config.model, init_sha256=start.weights.digest))
+
+
+def kept_start(config: Config, folder: Path) -> Config:
+    """`config` with the digest of the weights that the run in `folder` began with, where it names the same."""
+    if config.model.init_from is None or not (folder / run_folder.SETTINGS).exists():
+        return config
+    model = run_folder.stored_config(folder).model
+    if model.init_from != config.model.init_from or config.model.init_sha256 is not None:
+        return config
+    return replace(config, model=replace(config.model, init_sha256=model.init_sha256))
 
 
 def resumed(training: Training) -> str:
@@ -205,7 +236,7 @@ def resolve(config: Config, world: World) -> Config:
     except DataError as error:
         raise ConfigError(f"--loader {config.data.loader}: {error}; a run that began with one keeps it") from error
     data = replace(config.data, loader=loader)
-    return replace(config, data=data, run=replace(config.run, precision=precision))
+    return resolved(replace(config, data=data, run=replace(config.run, precision=precision)))
 
 
 def kept_loader(config: Config, folder: Path, world: World) -> Config | None:
@@ -292,8 +323,8 @@ def lost_images(training: Training, index: Index) -> Lost:
     return LostImages(training.world, training.steps_per_epoch, max(0, limit), training.step, training.lost_images)
 
 
-def describe(training: Training, index: Index, loader: Loader | None) -> list[str]:
-    """What runs where and why, one line each."""
+def describe(training: Training, index: Index, loader: Loader | None, start: Start | None = None) -> list[str]:
+    """What runs where and why, one line each. start: the weights that were loaded for it now."""
     config, world, method = training.config, training.world, training.method
     optim = config.optim
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -317,11 +348,21 @@ def describe(training: Training, index: Index, loader: Loader | None) -> list[st
         f"batch    global {optim.batch_size} = {world.size} x {rows} x accum 1",
         f"steps    {training.steps_per_epoch} per epoch x {optim.epochs} epochs = {training.total_steps}"
         + (f", stopping after {training.last_step}" if training.last_step < training.total_steps else ""),
-        f"lr       {optim.lr:.3g} = {optim.base_lr:g} x {optim.batch_size} / 256, {optim.opt}",
+        f"lr       {optim.lr:.3g} = {optim.base_lr:g} x {optim.batch_size} / 256, {optim.opt}{of_backbone(optim)}",
     ]
+    if config.model.init_from is not None:
+        lines.insert(5, line_of(config, start))
     if loader is not None:
         lines.insert(3, f"loader   {loader.name}: {loader.why}")
     return lines
+
+
+def of_backbone(optim: OptimConfig) -> str:
+    """At which rate and from when on the backbone is trained, where that is not as the heads are."""
+    scale, begin = optim.backbone_lr_scale or 1.0, optim.heads_only_epochs or 0.0
+    rate = "" if scale == 1 else f" at {scale:g} x that"
+    later = "" if begin == 0 else f" from epoch {begin:g} on"
+    return f"; the backbone{rate}{later}" if rate or later else ""
 
 
 def millions(module: nn.Module) -> str:
@@ -336,9 +377,10 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         if output is not None:
             run_folder.check_folder(output, "overwrite" if overwrite else "new")
         index, test_index = open_images(config, say=print)
-        training = build(config, world, index)
+        start, config = begin_from(config, world)
+        training = build(config, world, index, start)
         with open_loader(training, index, loader_choice(training, index, asked, measure=True)) as loader:
-            for line in describe(training, index, loader):
+            for line in describe(training, index, loader, start):
                 print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
@@ -364,19 +406,9 @@ def export_checkpoint(run: Path, step: int | None, output: Path) -> int:
         raise ConfigError(f"there is no checkpoint {path}; finished ones: {known or 'none'}")
     if output.exists() and output != run / run_folder.EXPORTED:
         raise ConfigError(f"output is {str(output)!r}, which exists; give a new folder")
-    parts, state = checkpoint.load_checkpoint(path)
-    found = state.get("backbone")
-    part, _, place = found.partition(".") if isinstance(found, str) else ("", "", "")
-    if part not in parts:
-        raise ConfigError(f"{path} does not say where its backbone is: it was written by another version")
-    prefix = f"{place}." if place else ""
-    tensors = {name.removeprefix(prefix): t for name, t in parts[part].items() if name.startswith(prefix)}
-    backbone = build_backbone(
-        config.model, config.data.image_px, config.run.seed, channels=config.data.channels, **config.backbone_options
-    )
-    checkpoint.load_module(backbone, tensors, f"{path}/{part}")
+    backbone, made = checkpoint_backbone(path, config)
     try:
-        export_backbone(backbone, config, output, int(state["step"]))
+        export_backbone(backbone, config, output, made)
     except OSError as error:
         raise ConfigError(f"the export cannot be written to {output}: {error}") from error
     print(printable_lines(f"exported {path} to {output}"))

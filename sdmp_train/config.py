@@ -17,16 +17,19 @@ import yaml
 
 from .durable import write_durably
 from .flags import AvoidSubcommands, OmitArgPrefixes
-from .methods.dacl import DACL
-from .methods.dino import DINO
-from .methods.imix import IMix
-from .methods.method import Method
-from .methods.mochi import MoCHi
-from .methods.mocov3 import MoCoV3
-from .methods.supervised import Supervised
+from .methods.settings.dacl import DACLConfig
+from .methods.settings.dino import DINOConfig
+from .methods.settings.imix import IMixConfig
+from .methods.settings.method import Settings
+from .methods.settings.mochi import MoCHiConfig
+from .methods.settings.mocov3 import MoCoV3Config
+from .methods.settings.supervised import SupervisedConfig
 from .reading import read_yaml
 from .settings import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, near, with_channels
 from .text import brief, one_line
+
+if typing.TYPE_CHECKING:
+    from .methods.method import Method
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -47,14 +50,15 @@ __all__ = [
     "with_method",
 ]
 
-METHODS: dict[str, type[Method]] = {
-    "mocov3": MoCoV3,
-    "dino": DINO,
-    "imix": IMix,
-    "dacl": DACL,
-    "mochi": MoCHi,
-    "supervised": Supervised,
+METHODS: dict[str, type[Settings]] = {
+    "mocov3": MoCoV3Config,
+    "dino": DINOConfig,
+    "imix": IMixConfig,
+    "dacl": DACLConfig,
+    "mochi": MoCHiConfig,
+    "supervised": SupervisedConfig,
 }
+"""Settings by the name that `--method` knows them by; they know their method."""
 
 DEFAULT_METHOD = next(iter(METHODS))
 
@@ -64,12 +68,12 @@ if typing.TYPE_CHECKING:
     MethodSettings = Any
 else:
     MethodName = Literal[tuple(METHODS)]
-    MethodSettings = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
+    MethodSettings = Union[tuple(METHODS.values())]  # noqa: UP007
 
 
 def first_settings() -> MethodSettings:
     """The settings of the default method."""
-    return METHODS[DEFAULT_METHOD].Config()
+    return METHODS[DEFAULT_METHOD]()
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ class Config:
     @property
     def method_name(self) -> str:
         """What `--method` calls the method whose settings these are."""
-        return next(name for name, method in METHODS.items() if method.Config is type(self.method))
+        return next(name for name, settings in METHODS.items() if settings is type(self.method))
 
     @property
     def method_class(self) -> type[Method]:
-        """The method itself."""
-        return METHODS[self.method_name]
+        """The method itself, which needs torch; the settings do not."""
+        return self.method.method_class()
 
     @property
     def backbone_options(self) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def with_method(config: Config, name: str) -> Config:
     """
     if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method is {brief(name)}; expected one of {', '.join(METHODS)}.{near(name, METHODS)}")
-    return config if name == config.method_name else dataclasses.replace(config, method=METHODS[name].Config())
+    return config if name == config.method_name else dataclasses.replace(config, method=METHODS[name]())
 
 
 # Fields that may differ between a run and its resumption: they move no number of the training itself. The data folder

@@ -9,14 +9,13 @@ Heads, losses, augmentation and optimiser are left out. The rate is an assumptio
 from __future__ import annotations
 
 from functools import cache
-
-import torch
-
-from sdmp_kernels.views import Size, view_size
+from typing import TYPE_CHECKING
 
 from .config import Config
-from .models import make_model, timm_arguments
 from .settings import ModelConfig
+
+if TYPE_CHECKING:
+    from sdmp_kernels.views import Size
 
 GPU = "H100"
 SUSTAINED = {"vit": 280.0, "conv": 75.0}
@@ -47,7 +46,12 @@ def count_gflop(model: ModelConfig, image_px: Size) -> float:
     Raises:
         ConfigError: for a model that timm cannot build.
     """
+    import torch  # not above: the table of presets needs none of this
     from torch.utils.flop_counter import FlopCounterMode
+
+    from sdmp_kernels.views import view_size
+
+    from .models import make_model, timm_arguments
 
     name, arguments = timm_arguments(model, image_px)
     backbone = make_model(model, name, arguments, "meta").eval()
@@ -71,7 +75,7 @@ def forward_gflop(model: ModelConfig, image_px: Size) -> float:
 
 def image_gflop(config: Config) -> float:
     """Operations of the backbone for every image of a batch: forward passes, and twice as much for gradients."""
-    passes = config.method_class.passes(config.method, config.data)
+    passes = config.method.passes(config.data)
     return sum((3 if one.trained else 1) * forward_gflop(config.model, one.px) for one in passes)
 
 

@@ -42,6 +42,8 @@ MODEL_ARGUMENTS = {
 }
 STAGES, WIDEST = 4, 2**14
 """What `channels` of a ResNet may be: that many numbers, up to that."""
+POOLS = ("token", "avg", "max", "avgmax", "catavgmax", "fast", "map")
+"""What `global_pool` may be, which timm's own exports name."""
 SWITCHES = ("fc_norm",)
 """Arguments of timm's models that are true or false."""
 TIMM_NAME = "timm_architecture"
@@ -55,27 +57,40 @@ def export_backbone(backbone: nn.Module, config: Config, folder: Path, step: int
     Raises:
         RuntimeError: where what was written does not give the same model.
     """
+    frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
+    description = description_of(frozen, config, step)
+    write_export(frozen, description, folder, card=model_card(config, step, {}))
+
+
+def description_of(backbone: nn.Module, config: Config, step: int) -> dict[str, Any]:
+    """What config.json of an export says of the backbone of a run with these settings, after so many steps."""
     name, arguments = timm_arguments(
         config.model, config.data.image_px, channels=config.data.channels, **config.backbone_options
     )
-    arguments = {**arguments, **norm_arguments(backbone, name, arguments)}
-    frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()
-    description = {
+    return {
         **named(name, config.model.stem),
         "num_classes": 0,
-        "num_features": int(frozen.num_features),  # type: ignore[arg-type]
-        "model_args": arguments,
+        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
+        "model_args": {**arguments, **norm_arguments(backbone, name, arguments)},
         "pretrained_cfg": {
             "input_size": [config.data.channels, *config.data.size_px],
             "mean": list(config.data.mean),
             "std": list(config.data.std),
             "num_classes": 0,
-            **layer_names(frozen),
+            **layer_names(backbone),
         },
         "stem": config.model.stem,
-        "pretraining": {"preset": config.run.preset, "method": config.method_name, "steps": step},
+        "pretraining": {
+            "preset": config.run.preset,
+            "method": config.method_name,
+            "steps": step,
+            **(
+                {key: getattr(config.model, key) for key in ("init_from", "init_sha256")}
+                if config.model.init_from
+                else {}
+            ),
+        },
     }
-    write_export(frozen, description, folder, card=model_card(config, step, {}))
 
 
 def named(name: str, stem: str) -> dict[str, str]:
@@ -156,11 +171,8 @@ def load_exported(
         ConfigError: where the folder holds no export, or its tensors are not those of the model it describes.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise ConfigError(f"there is no folder {printable(folder)}; expected that of a run or of an export")
+    description = read_description(folder)
     try:
-        description = read_json(folder / DESCRIPTION)
-        check_description(description)
         tensors = read_tensors(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
@@ -174,6 +186,18 @@ def load_exported(
         model = make_model(config, config.arch, arguments, "cpu", classes if classifier else 0)
     model.load_state_dict({key: tensors[key] for key in model.state_dict()})
     return model.eval(), description
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked config.json of an exported folder. Raises `ConfigError` where there is none, or none of ours."""
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {printable(folder)}; expected that of a run or of an export")
+    try:
+        description = read_json(folder / DESCRIPTION)
+        check_description(description)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no exported backbone: {one_line(error)}") from error
+    return description
 
 
 def check_description(description: dict[str, Any]) -> None:
@@ -191,9 +215,14 @@ def check_description(description: dict[str, Any]) -> None:
     )
     arguments = description.setdefault("model_args", {})
     require(isinstance(arguments, dict), "model_args", arguments, "names and values")
+    if arguments.get("num_classes") == classes:
+        del arguments["num_classes"]  # timm's own exports say it twice
     for key, value in arguments.items():
         if key == "stem_type":
             require(value == "deep", "model_args: stem_type", value, "'deep'")
+            continue
+        if key == "global_pool":
+            require(value in POOLS, "model_args: global_pool", value, f"one of {', '.join(POOLS)}")
             continue
         if key == "channels":
             four = (
@@ -201,7 +230,7 @@ def check_description(description: dict[str, Any]) -> None:
             )
             require(four, "model_args: channels", value, f"{STAGES} whole numbers from 1 to {WIDEST}")
             continue
-        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES, "channels", "stem_type"])
+        known = ", ".join([*MODEL_ARGUMENTS, *SWITCHES, "channels", "global_pool", "stem_type"])
         if key in SWITCHES:
             require(isinstance(value, bool), f"model_args: {key}", value, "true or false")
             continue

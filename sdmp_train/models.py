@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,7 @@ def timm_arguments(
     return name, {**size, **by_method, **given, **inputs}
 
 
+@cache
 def is_resnet(name: str) -> bool:
     """Whether timm's model of that name is of its one family of ResNets."""
     from timm.models.resnet import ResNet
@@ -85,6 +87,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"unknown arch {brief(name)}.{near(name, [*SHORT_NAMES, *timm.list_models()])}")
 
 
+@cache
 def takes(name: str, argument: str, value: Any) -> bool:
     """Whether the model has an argument of this name, such as the size of its images (for positions or windows)."""
     try:
@@ -105,6 +108,10 @@ def create(name: str, arguments: dict[str, Any], device: str, classes: int = 0) 
 
     with torch.device(device):
         return timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
+
+
+_CHECKED: set[str] = set()
+"""What `check_forward` has passed in this process: student and teacher, or the runs of a benchmark, are alike."""
 
 
 def build_backbone(
@@ -139,7 +146,10 @@ def build_backbone(
         arguments = {**arguments, "dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
         for px in (image_px, *more_px):
-            check_forward(make_model(config, name, arguments, "meta"), name, px, channels)
+            asked = repr((config, arguments, px, channels))
+            if asked not in _CHECKED:
+                check_forward(make_model(config, name, arguments, "meta"), name, px, channels)
+                _CHECKED.add(asked)
         torch.manual_seed(seed)
         backbone = make_model(config, name, arguments, "cpu")
         if isinstance(backbone, VisionTransformer) and start is not None:

@@ -145,6 +145,22 @@ Optimizer = AdamW | SGD | LARS
 """Those that read `found_inf` and name their `moments`."""
 
 
+def apart(groups: Iterable[Group], backbone: Iterable[nn.Parameter], config: OptimConfig) -> list[Group]:
+    """The same groups, with the backbone's parameters in groups of their own behind the heads', where they are to be
+    trained later (`heads_only_epochs`) or at another rate (`backbone_lr_scale`)."""
+    scale = 1.0 if config.backbone_lr_scale is None else config.backbone_lr_scale
+    begin, known = config.heads_only_epochs or 0.0, {id(parameter) for parameter in backbone}
+    if scale == 1 and begin == 0:
+        return list(groups)
+    split: list[Group] = []
+    for group in groups:
+        heads = [p for p in group.parameters if id(p) not in known]
+        rest = [p for p in group.parameters if id(p) in known]
+        later, slower = max(group.from_epoch, begin), group.lr_scale * scale
+        split += [group._replace(parameters=heads), Group(rest, slower, group.decays, later)]
+    return [group for group in split if group.parameters]
+
+
 def make_optimizer(config: OptimConfig, groups: Iterable[Group]) -> Optimizer:
     """The optimiser for those parameters of `groups` that are trained; `set_schedules` sets its rates at every step."""
     trained = [

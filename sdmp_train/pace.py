@@ -88,7 +88,8 @@ def measure_pace(config: Config, world: World, classes: int) -> Pace | None:
     images = rows
     if world.device.type == "cpu":
         images = min(rows, max(FEW, int(FEW_GFLOP / image_gflop(config))))
-    small = replace(config, optim=replace(config.optim, batch_size=images * world.size))
+    # From the first step on as in the later ones, which train the backbone too.
+    small = replace(config, optim=replace(config.optim, batch_size=images * world.size, heads_only_epochs=0.0))
     before = memory_gib(world.device)
     try:
         training = assemble(small, world, steps_per_epoch=1000, classes=classes)

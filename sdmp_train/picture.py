@@ -18,9 +18,10 @@ from .durable import replacing
 LAM = (0.35, 0.65)
 """Samples are shown whose lam is nearest to these: at 0 or 1 nothing would be seen of the mixing."""
 CELL_PX = 128
+"""The longer side of an image that is made smaller; one that is smaller is shown by its first multiple from here on."""
 GAP_PX = 8
 BETWEEN_PX = 40
-TITLE_PX, HEADING_PX, CAPTION_PX = 24, 20, 16
+TITLE_PX, NOTE_PX, HEADING_PX, CAPTION_PX = 24, 16, 20, 16
 _NAMES = {"mixup": "Mixup", "cutmix": "CutMix", "resizemix": "ResizeMix"}
 
 
@@ -44,21 +45,30 @@ def views_of(source: Source, recipes: Sequence[ViewRecipe], seed: int) -> Batch:
 
 
 def save_mix_picture(
-    path: Path, title: str, examples: Sequence[tuple[str, Tensor, MixPlan]], other_view: Tensor | None = None
+    path: Path,
+    title: str,
+    examples: Sequence[tuple[str, Tensor, MixPlan]],
+    other_view: Tensor | None = None,
+    note: str = "",
 ) -> None:
     """One band per example with two samples in it, each as its views, its partner's view and the mixture with its lam.
 
-    examples: one or more of (the rule, (N, 3, S, S) uint8 views, their plan), all on the CPU. other_view: (N, 3, S, S),
-    the second view of the same images, where the method has one.
+    examples: one or more of (the rule, (N, 3, H, W) uint8 views, their plan), all on the CPU. other_view: (N, 3, H, W),
+    the second view of the same images, where the method has one. note: a line below the title.
     """
     cells = 3 + (other_view is not None)
     count = min(len(LAM), *(len(images) for _, images, _ in examples))
-    group = cells * (CELL_PX + GAP_PX) - GAP_PX
+    high, wide = cell_size(*examples[0][1].shape[-2:])
+    step = max(wide, CELL_PX) + GAP_PX  # a caption takes its room
+    group = cells * step - GAP_PX
     width = 2 * GAP_PX + count * group + (count - 1) * BETWEEN_PX
-    head, band = TITLE_PX + 3 * GAP_PX, HEADING_PX + CELL_PX + CAPTION_PX + 4 * GAP_PX
+    head = TITLE_PX + 3 * GAP_PX + (NOTE_PX + GAP_PX if note else 0)
+    band = HEADING_PX + high + CAPTION_PX + 4 * GAP_PX
     picture = Image.new("RGB", (width, head + len(examples) * band), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((GAP_PX, GAP_PX), title, fill="black", font=_font(TITLE_PX, title, width - 2 * GAP_PX))
+    below_title = (GAP_PX, TITLE_PX + 2 * GAP_PX)
+    pen.text(below_title, note, fill="black", font=_font(NOTE_PX, note, width - 2 * GAP_PX))
     for place, (rule, images, plan) in enumerate(examples):
         mixed = mix(images, plan)
         assert isinstance(mixed, Tensor)
@@ -74,9 +84,9 @@ def save_mix_picture(
             ]
             left = GAP_PX + group_of * (group + BETWEEN_PX)
             for column, (image, caption) in enumerate(shown):
-                corner = (left + column * (CELL_PX + GAP_PX), top + HEADING_PX + GAP_PX)
+                corner = (left + column * step, top + HEADING_PX + GAP_PX)
                 picture.paste(to_cell(image), corner)
-                below = (corner[0], corner[1] + CELL_PX + 2)
+                below = (corner[0], corner[1] + high + 2)
                 pen.text(below, caption, fill="black", font=ImageFont.load_default(CAPTION_PX))
     with replacing(path) as draft:
         picture.save(draft, format="PNG")
@@ -92,12 +102,21 @@ def chosen_rows(plan: MixPlan, count: int) -> list[int]:
     return rows
 
 
+def cell_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) at which an image of this size is shown, of the same shape."""
+    side = max(height, width)
+    if side >= CELL_PX:
+        return max(1, round(height * CELL_PX / side)), max(1, round(width * CELL_PX / side))
+    times = -(-CELL_PX // side)
+    return height * times, width * times
+
+
 def to_cell(image: Tensor) -> Image.Image:
-    """A (3, S, S) uint8 image, scaled to a cell: blocky where it is enlarged."""
+    """A (3, H, W) uint8 image at the size of its cell: every pixel a square where it is enlarged."""
     image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)  # what of other channels can be shown
     pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().to(torch.uint8).numpy())
-    method = Image.Resampling.NEAREST if pixels.width < CELL_PX else Image.Resampling.LANCZOS
-    return pixels.resize((CELL_PX, CELL_PX), method)
+    high, wide = cell_size(pixels.height, pixels.width)
+    return pixels.resize((wide, high), Image.Resampling.NEAREST if high > pixels.height else Image.Resampling.LANCZOS)
 
 
 def _font(px: int, text: str, room: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -24,13 +24,13 @@ from .config import (
 )
 from .cost import ARITHMETIC, GPU, gpu_hours, image_gflop
 from .flags import words_of
-from .methods.contrast import ContrastConfig
-from .methods.dacl import DACLConfig
-from .methods.dino import DINOConfig
-from .methods.imix import IMixConfig
-from .methods.mochi import MoCHiConfig
-from .methods.mocov3 import MoCoV3Config
-from .methods.supervised import SupervisedConfig
+from .methods.settings.contrast import ContrastConfig
+from .methods.settings.dacl import DACLConfig
+from .methods.settings.dino import DINOConfig
+from .methods.settings.imix import IMixConfig
+from .methods.settings.mochi import MoCHiConfig
+from .methods.settings.mocov3 import MoCoV3Config
+from .methods.settings.supervised import SupervisedConfig
 
 PLAIN, SDMP = MoCoV3Config(mixing="none"), MoCoV3Config(mixing="sdmp")
 

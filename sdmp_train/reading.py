@@ -11,12 +11,12 @@ import os
 import stat
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Our own configurations take 3 KB and descriptions 2 KB; a checkpoint's state grows by its settings alone.
 TEXT_BYTES = 2**18
@@ -132,6 +132,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Its library checks that header and size of the file agree."""
+    from safetensors import SafetensorError  # not above: settings are read without torch
+    from safetensors.torch import load, load_file
+
     with open_regular(path) as file:
         named = is_utf8(path)  # safetensors opens no other names
         data = b"" if named else file.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -32,17 +33,14 @@ from .run_folder import CHECKPOINTS, EXPORTED
 from .saver import Saver
 from .splits import EMBEDDED, NO_CLASSES
 from .stop import Stopped, StopRequest
-from .text import counted, duration
+from .text import counted, duration, shown_size
 from .training import Training, backbone_place, versions
 
 KNN_K = 20
+TRAINED = "trained backbone"
+"""What the backbone is called after the last step."""
 PICTURED = 16
 """Images that mix.png chooses from."""
-
-
-def after_epoch(epoch: int) -> str:
-    """What the backbone is called after so many epochs."""
-    return f"backbone after epoch {epoch}" if epoch else "untrained backbone"
 
 
 @dataclass
@@ -59,6 +57,8 @@ class Run:
     lost: Lost = NONE_LOST
     began_at: float = field(default_factory=time.monotonic)
     accuracies: dict[str, float] = field(default_factory=dict)
+    queries: int = 0
+    """Of the last kNN measurement."""
 
     def __post_init__(self) -> None:
         self.curves = Curves(self.folder, self.log)
@@ -69,8 +69,19 @@ class Run:
         """The absolute path of the folder, for commands."""
         return os.path.abspath(self.folder)
 
+    @property
+    def continues(self) -> bool:
+        """Whether the backbone began from trained weights."""
+        return self.training.config.model.init_from is not None
+
+    def after_epoch(self, epoch: int) -> str:
+        """What the backbone is called after so many epochs."""
+        if epoch:
+            return f"backbone after epoch {epoch}"
+        return "backbone at the start" if self.continues else "untrained backbone"
+
     def before_training(self) -> None:
-        """The picture of the mixing, a first checkpoint, kNN of pixels and of the untrained backbone.
+        """The picture of the mixing, a first checkpoint, kNN of pixels and of the backbone as it begins.
 
         Raises:
             Stopped: asked for meanwhile. Done again by a run that goes on from step 0.
@@ -84,7 +95,7 @@ class Run:
         if self.measures():
             try:
                 self.say_knn("raw pixels", "knn_raw_pixels", None)
-                self.say_knn(after_epoch(0), "knn", self.training.method.backbone)
+                self.say_knn(self.after_epoch(0), "knn", self.training.method.backbone)
             except DataError:
                 self.say_nothing_trained()
                 raise
@@ -98,7 +109,7 @@ class Run:
         rows: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, ValueError):
             rows = read_lines(self.folder / "metrics.jsonl")
-        names = {"knn_raw_pixels": lambda epoch: "raw pixels", "knn": after_epoch}
+        names = {"knn_raw_pixels": lambda epoch: "raw pixels", "knn": self.after_epoch}
         for row in rows:
             for key in names.keys() & row.keys():
                 step, accuracy = row.get("step"), row[key]
@@ -127,7 +138,7 @@ class Run:
     def measure_meanwhile(self, epoch: int) -> None:
         """kNN between two steps: what keeps it from being measured does not end the training."""
         try:
-            self.say_knn(after_epoch(epoch), "knn", self.training.method.backbone)
+            self.say_knn(self.after_epoch(epoch), "knn", self.training.method.backbone)
         except Stopped:
             self.log.say(f"kNN      not measured after epoch {epoch}: stopping")
         except DataError as error:
@@ -180,7 +191,7 @@ class Run:
             raise checkpoint.Unwritable(f"the backbone cannot be exported to {target}: {error}") from error
         self.stop.check()
         if self.measures():
-            self.say_knn("trained backbone", "knn", self.training.method.backbone)
+            self.say_knn(TRAINED, "knn", self.training.method.backbone)
             with contextlib.suppress(OSError):  # the card of the export stays as it was
                 write_card(self.training.config, target, self.training.step, self.numbers())
             self.curves.last()
@@ -252,7 +263,25 @@ class Run:
             f"kNN      {accuracy:6.1%} {what} (k = {KNN_K}, {len(bank.rows)} bank, {len(queries.rows)} queries)"
         )
         self.log.metrics({"step": self.training.step, key: accuracy})
-        self.accuracies[what] = accuracy
+        self.accuracies[what], self.queries = accuracy, len(queries.rows)
+        # Of the trained backbone the last lines say it.
+        if key == "knn" and what != TRAINED and (worse := self.below_the_start(accuracy)) is not None:
+            self.log.say(worse)
+
+    def below_the_start(self, accuracy: float) -> str | None:
+        """Where a run has less kNN accuracy than the trained weights it began with: by how much, and what to turn.
+
+        Beside it the standard error of the start's accuracy, as so many queries tell it.
+        """
+        start = self.accuracies.get(self.after_epoch(0))
+        if not self.continues or start is None or accuracy >= start:
+            return None
+        error = 100 * math.sqrt(start * (1 - start) / max(self.queries, 1))
+        told = f"{start:.1%}, give or take {error:.1f} with {counted(self.queries, 'query', 'queries')}"
+        return (
+            f"kNN      {accuracy:.1%}: {100 * (start - accuracy):.1f} points below the start ({told}). What keeps more "
+            "of it: a smaller --lr or --backbone-lr-scale, or more --heads-only-epochs"
+        )
 
     def picture(self) -> None:
         """mix.png, from some images of the run; a disk that is full costs the picture alone, as does a damaged file."""
@@ -263,7 +292,10 @@ class Run:
             examples = self.training.method.example(batch)
             if examples:
                 second = batch.views[1] if len(batch.views) > 1 else None
-                save_mix_picture(path, f"What {config.run.preset} mixes ({config.method_name})", examples, second)
+                title = f"What {config.run.preset} mixes ({config.method_name})"
+                grey = f", grey with chance {config.data.gray_prob:g} (--gray-prob)" if config.data.gray_prob else ""
+                note = f"Views of {shown_size(config.data.image_px)} px, as training makes them{grey}"
+                save_mix_picture(path, title, examples, second, note)
         except (OSError, *DECODE_ERRORS) as error:
             self.log.say(f"{path} cannot be written: {error}")
 
@@ -280,10 +312,12 @@ class Run:
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
         refused = self.no_knn if self.training.config.run.knn_max_images > 0 else self.no_classes
         others_classes = [] if refused is None else ["--data", "CLASS_FOLDERS"]
+        worse = None if (last := self.accuracies.get(TRAINED)) is None else self.below_the_start(last)
         steps, took = counted(self.training.step, "step"), duration(time.monotonic() - self.began_at)
         return [
             f"done     {loss}{steps}; this took {took}",
             *([f"kNN      {known}"] if known else []),
+            *([worse] if worse else []),
             f"run      {os.path.normpath(self.folder)}  (config.yaml {logs} checkpoints/ exported/)",
             f"load     {first}",
             *(f"         {line}" for line in others),

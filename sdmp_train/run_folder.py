@@ -26,12 +26,11 @@ from typing import Literal, Self
 
 from .card import CARD, is_edited
 from .config import Config, ConfigError, from_dict, read_settings
-from .data.listing import RUN_MARKER
 from .durable import remove_leftovers, write_durably
 from .reading import open_for_append, parse_json, read_json, read_text
 from .text import printable
 
-MARKER, LOCK, SETTINGS = RUN_MARKER, ".sdmp-run.lock", "config.yaml"
+MARKER, LOCK, SETTINGS = ".sdmp-run.json", ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
 CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 EVALUATIONS, EVALUATED = "evaluations.jsonl", "evaluations"
@@ -57,6 +56,10 @@ _CHECKPOINT = re.compile(r"step-\d+(\.tmp-\d+|\.damaged(-\d+)?|\.abandoned-\d+)?
 
 Mode = Literal["new", "resume", "auto", "overwrite"]
 """How a folder is used: it must be free; it must hold a run; either; or a former run is deleted."""
+
+
+class FolderInUse(ConfigError):
+    """Another process is at work in a run folder."""
 
 
 def default_folder(preset: str) -> Path:
@@ -278,7 +281,7 @@ def _lock_folder(path: Path) -> tuple[FileIO, str | None]:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "another process"
             file.close()
-            raise ConfigError(
+            raise FolderInUse(
                 f"the run folder {path} is in use by {holder}; wait for it, stop it, or give another --output"
             ) from error
         unlocked = f"{path} cannot be locked ({error}): see yourself that no other run uses it"

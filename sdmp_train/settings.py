@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -115,6 +116,13 @@ class DataConfig:
         return self.image_px if isinstance(self.image_px, tuple) else (self.image_px, self.image_px)
 
 
+def named_place(data: DataConfig) -> str:
+    """Where the images are. Raises `ConfigError` where no place is named."""
+    if data.data is None:
+        raise ConfigError("data is missing; give --data DIR, a folder of images (or --data embedded)")
+    return data.data
+
+
 def with_channels(data: DataConfig, channels: int) -> DataConfig:
     """`data` for images of so many channels; mean and std, where those are others than before, are the defaults."""
     if channels == data.channels:
@@ -138,8 +146,17 @@ class ModelConfig:
     """ViT: number of blocks; None keeps the architecture's."""
     heads: int | None = None
     """ViT: number of attention heads; None keeps the architecture's (the paper's ViT-S has 12)."""
+    init_from: str | None = None
+    """Continue from trained weights: timm:NAME, the folder of an export, or of a run. Model, image size, channels, mean
+    and std are theirs where no flag says otherwise; heads are fresh (docs/continuing.md)."""
+    init_sha256: str | None = None
+    """SHA-256 of those weights, which a run stores; where it is given, they must have it."""
 
     def __post_init__(self) -> None:
+        if self.init_sha256 is not None:
+            require(self.init_from is not None, "init_from", self.init_from, "weights that have the init_sha256 given")
+            right = re.fullmatch(r"[0-9a-f]{64}", self.init_sha256) is not None
+            require(right, "init_sha256", self.init_sha256, "64 hexadecimal digits")
         for name in ("patch_px", "width", "depth", "heads"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a positive whole number")
@@ -179,6 +196,11 @@ class OptimConfig:
     """LARS's trust coefficient."""
     lars_clip: bool = False
     """LARS: never let a layer step further than the plain learning rate."""
+    heads_only_epochs: float | None = None
+    """Epochs at the start in which the heads alone are trained and no parameter of the backbone (batch norms go on
+    counting); None: a twentieth of --epochs with --init-from, else 0."""
+    backbone_lr_scale: float | None = None
+    """The backbone's learning rate, as a share of the heads'; None: 0.1 with --init-from, else 1."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (a contrast needs another image)")
@@ -202,6 +224,12 @@ class OptimConfig:
         between("sgd_momentum", self.momentum, 0, 1 - 1e-9)
         between("lars_momentum", self.lars_momentum, 0, 1 - 1e-9)
         between("lars_trust", self.lars_trust, 0, 1e6, above=True)
+        if self.heads_only_epochs is not None:
+            between("heads_only_epochs", self.heads_only_epochs, 0, 1e9)
+            below = f"less than epochs, which is {self.epochs}: the backbone would never be trained"
+            require(self.heads_only_epochs < self.epochs, "heads_only_epochs", self.heads_only_epochs, below)
+        if self.backbone_lr_scale is not None:
+            between("backbone_lr_scale", self.backbone_lr_scale, 0, 1e3, above=True)
 
     @property
     def lr(self) -> float:
@@ -231,8 +259,9 @@ class RunConfig:
     """Minutes between checkpoints within an epoch; 0 saves at the ends of epochs only."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones go once a newer one has been verified."""
-    knn_every_epochs: int = 0
-    """Epochs between kNN measurements; 0 measures before and after training only."""
+    knn_every_epochs: int | None = None
+    """Epochs between kNN measurements; 0 measures before and after training only; None: a tenth of --epochs with
+    --init-from, else 0."""
     knn_max_images: int = 10_000
     """Images used for kNN (four fifths bank, one fifth queries); 0 switches kNN off."""
     tensorboard: bool = False
@@ -251,6 +280,6 @@ class RunConfig:
         for name in ("log_every_steps", "save_every_epochs", "keep_checkpoints", "max_bad_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("knn_every_epochs", "knn_max_images"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 (off) or more")
         between("save_every_minutes", self.save_every_minutes, 0, 1e6)
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")

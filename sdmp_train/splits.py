@@ -14,6 +14,7 @@ import numpy as np
 from .config import Config, ConfigError, DataConfig
 from .data import Index, find_splits, has_test_shards, holds_images, kind_of, open_source, place_of, shapes_folder
 from .data.annotations import KNOWN, read_annotations
+from .settings import named_place
 from .text import printable
 
 EMBEDDED = "embedded"
@@ -75,9 +76,8 @@ def open_split(
 
 def data_place(data: DataConfig) -> Path | str:
     """The path or URL that --data means. Raises `ConfigError` where it is not given."""
-    if data.data is None:
-        raise ConfigError("data is missing; give --data DIR, a folder of images (or --data embedded)")
-    return shapes_folder() if data.data == EMBEDDED else place_of(data.data)
+    named = named_place(data)
+    return shapes_folder() if named == EMBEDDED else place_of(named)
 
 
 def open_images_in(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from .file_list import changed_files
 from .guard import BufferGuard
 from .methods.method import At, Method, Setup
 from .models import build_backbone
-from .optim import AdamW, Optimizer, make_optimizer
+from .optim import AdamW, Optimizer, apart, make_optimizer
 from .reading import is_whole_number
 from .run_folder import CHECKPOINTS
 from .text import brief
+
+if TYPE_CHECKING:
+    from .continuing import Start
 
 # Highest counter word of the stream that seeds stochastic layers; views, orders and plans have other ones.
 LAYER_STREAM = 0x4C415952
@@ -98,10 +101,10 @@ class Training:
             yield
 
 
-def build(config: Config, world: World, index: Index) -> Training:
-    """Model, optimiser and schedules at step 0, for these images."""
+def build(config: Config, world: World, index: Index, start: Start | None = None) -> Training:
+    """Model, optimiser and schedules at step 0, for these images; `start`: the weights of the backbone."""
     steps = steps_per_epoch(len(index), config.optim.batch_size)
-    return assemble(config, world, steps_per_epoch=steps, classes=len(index.classes))
+    return assemble(config, world, steps_per_epoch=steps, classes=len(index.classes), start=start)
 
 
 def assemble(
@@ -111,8 +114,10 @@ def assemble(
     steps_per_epoch: int,
     classes: int = 0,
     method_class: Callable[..., Method] | None = None,
+    start: Start | None = None,
 ) -> Training:
-    """Model, optimiser and schedules at step 0; `method_class`: in place of the one that `config` names."""
+    """Model, optimiser and schedules at step 0; `method_class`: in place of the one that `config` names; `start`: the
+    weights that the backbone begins with, which are random otherwise."""
     setup = Setup(
         world=world,
         dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
@@ -121,14 +126,17 @@ def assemble(
         data=config.data,
         classes=classes,
     )
-    backbone = partial(
+    backbone: Callable[..., nn.Module] = partial(
         build_backbone, config.model, config.data.image_px, config.run.seed, channels=config.data.channels
     )
+    if start is not None:
+        backbone = start.filling(backbone)
     method = (method_class or config.method_class)(config.method, backbone, setup)
     if config.run.compile:
         for module in method.backbones:
             module.compile()  # in place: parameters keep their names
-    optimizer = make_optimizer(config.optim, method.groups())
+    of_backbones = [parameter for module in method.backbones for parameter in module.parameters()]
+    optimizer = make_optimizer(config.optim, apart(method.groups(), of_backbones, config.optim))
     return Training(config, world, method, optimizer, BufferGuard(method.state), steps_per_epoch)
 
 

@@ -57,7 +57,11 @@ def environment() -> str:
     """What the bits depend on besides the code: digests of another environment say nothing about this one."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    facts = dict(reversed([[side.strip() for side in line.split(":", 1)] for line in lines if ":" in line]))
+    # The name alone does not settle it: virtual machines call several generations alike, and oneDNN's convolutions differ.
+    processor = facts.get("model name", "unknown CPU") + "".join(
+        f" {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts
+    )
     serving = ", ".join(f"{op}: {backends()[op]['cpu']}" for op in ("mix", "info_nce"))
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, {capability}, {processor}, 1 thread, {serving}"

@@ -96,7 +96,7 @@ def work(folder: Path, slow_seconds: float, words: Sequence[str]) -> int:
     honest_parse = program.parse_pretrain
 
     def parse(subcommand: str, argv: Sequence[str]) -> program.PretrainArguments:
-        # Called once signals are heard and torch is imported.
+        # Called once signals are heard; what is slowed down here imports torch.
         slow_down(slow_seconds, tell)
         tell("hears")
         return honest_parse(subcommand, argv)

@@ -82,7 +82,7 @@ def imports(path: Path) -> list[str]:
 
 def method_words() -> set[str]:
     """Words that stand for a method in identifiers: its name and its class, with which its settings' name begins."""
-    return {word.lower() for name, method in METHODS.items() for word in (name, method.__name__)}
+    return {word.lower() for name, settings in METHODS.items() for word in (name, settings.method_class().__name__)}
 
 
 def texts(tree: ast.AST) -> list[str]:
@@ -117,16 +117,17 @@ def test_the_search_for_method_names_finds_them():
     tree = ast.parse("from .methods.mocov3 import MoCoV3 as M\ndef supervised_loss(x): return x.mocov3")
     assert {"MoCoV3", "supervised_loss", "mocov3"} <= identifiers(tree)
     assert texts(ast.parse('"""mocov3"""\nchosen = "mocov3"')) == ["mocov3"]
-    assert "methods.mocov3" in imports(TRAINER / "config.py")
+    assert "methods.settings.mocov3" in imports(TRAINER / "config.py")
 
 
 def test_config_names_a_method_in_its_imports_and_one_line_each():
     source = (TRAINER / "config.py").read_text(encoding="utf-8")
-    for name, method in METHODS.items():
-        lines = [line for line in source.splitlines() if re.search(rf"\b({name}|{method.__name__})\b", line)]
+    for name, settings in METHODS.items():
+        words = f"{name}|{settings.__name__}|{settings.method_class().__name__}"
+        lines = [line for line in source.splitlines() if re.search(rf"\b({words})\b", line)]
         assert lines == [
-            f"from .{method.__module__.removeprefix('sdmp_train.')} import {method.__name__}",
-            f'    "{name}": {method.__name__},',
+            f"from .methods.settings.{name} import {settings.__name__}",
+            f'    "{name}": {settings.__name__},',
         ]
 
 

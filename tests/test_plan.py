@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from global_random import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import sdmp_kernels.plan as plan_module
@@ -33,6 +35,7 @@ from sdmp_kernels._memory import moved
 GOLDEN = Path(__file__).parent / "golden" / "plans.json"
 TENSORS = ("rule", "partner", "lam", "partner_lam", "box")
 NAMES = ("keep", "mixup", "cutmix", "resizemix")
+needs_compiled = pytest.mark.skipif(plan_module.compiled_draws() is None, reason="no compiled kernels")
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
 
 
@@ -115,6 +118,38 @@ def test_drawn_twice_is_the_same_and_touches_no_global_state(arguments: dict[str
     np.random.seed(1)  # noqa: NPY002  another global state must not matter
     torch.manual_seed(1)
     assert same(first, draw_plan(**arguments))
+
+
+@needs_compiled
+@PROPERTY
+@given(
+    draw_arguments(alpha=0.3) | draw_arguments(),
+    st.sampled_from(["local", "global"]),
+    st.sampled_from([(0, 1), (1, 3)]),
+)
+def test_compiled_code_draws_the_numbers_of_numpy(arguments: dict[str, Any], flip: str, ranks: tuple[int, int]) -> None:
+    """Bit for bit, where it draws at all: or a run on another machine would be another run."""
+    arguments = arguments | {"flip": flip, "rank": ranks[0], "world_size": ranks[1]}
+    compiled = draw_plan(**arguments)
+    with mock.patch.object(plan_module, "compiled_draws", return_value=None):
+        assert same(draw_plan(**arguments), compiled)
+
+
+@needs_compiled
+def test_which_laws_compiled_code_draws_by() -> None:
+    def draws(rules: Any = ("mixup", "cutmix"), alpha: Any = 1.0, shared_lam: bool = False) -> bool:
+        law = plan_module._law((8, 8), rules, alpha, "batch", 1.0, (0.1, 0.9), "inside", shared_lam, "local")
+        return law.native() is not None
+
+    each = {"mixup": 0.5, "cutmix": 1.0}
+    assert draws()
+    assert draws(alpha=0.05, shared_lam=True)
+    assert draws(alpha=each)
+    assert not draws(alpha=each, shared_lam=True)
+    assert not draws(alpha=2.0)
+    assert not draws(alpha=0.04)
+    with FakeTensorMode():
+        assert not draws()
 
 
 @PROPERTY
@@ -1018,7 +1053,10 @@ def write_golden() -> None:
     GOLDEN.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
 
 
-def test_draws_are_pinned() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_draws_are_pinned(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(plan_module, "compiled_draws", lambda: None)
     records = json.loads(GOLDEN.read_text())
     assert [record["arguments"] for record in records] == GOLDEN_ARGUMENTS
     for record in records:

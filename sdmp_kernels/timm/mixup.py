@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,9 +11,31 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels._checks import check_channels_first, check_choice, check_integer, check_number, check_tensor
-from sdmp_kernels._drop_in import LABELS, Drawing, Draws, check_ignored, choose, class_numbers, dense_target, soft_rows
+from sdmp_kernels._drop_in import (
+    LABELS,
+    Drawing,
+    Draws,
+    check_ignored,
+    choose,
+    class_numbers,
+    dense_target,
+    law_of,
+    soft_rows,
+)
+from sdmp_kernels._operators import unwatched
 from sdmp_kernels.ops.mix import mix
-from sdmp_kernels.plan import MixPlan, Rule, TwoHot, check_size, draw_boxes, flipped_plan
+from sdmp_kernels.plan import (
+    MixPlan,
+    Rule,
+    TwoHot,
+    check_size,
+    compiled_draws,
+    compiled_law,
+    draw_boxes,
+    flipped_plan,
+    signed,
+    trusted,
+)
 
 _MODES = ("batch", "pair", "elem")
 _IMAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -132,6 +155,10 @@ class Mixup(Drawing):
         Raises:
             TypeError, ValueError: naming the argument, before anything is written.
         """
+        if plan is None and (found := self._at_once(x, target)) is not None:
+            self.last_plan, dense = found
+            _mix_in_place(x, x, self.last_plan)
+            return x, dense
         if plan is not None and not isinstance(plan, MixPlan):
             raise TypeError(f"plan must be a MixPlan, got {type(plan).__name__}; make one with draw or draw_plan")
         if plan is not None and not self.correct_lam:
@@ -150,6 +177,39 @@ class Mixup(Drawing):
             _mix_in_place(x, images, here)
         self.last_plan = here
         return x, labels
+
+    def _at_once(self, x: Tensor, target: Tensor) -> tuple[MixPlan, Tensor] | None:
+        """The plan and dense target of a call on plain images and class numbers on a CPU, by one compiled call, the
+        same numbers; None for any other, before anything is drawn.
+        """
+        unusual = self.cutmix_minmax is not None or self.ignore_index is not None or self.multi_label
+        if unusual or not (self.mixup_enabled and self.correct_lam and self.labels == "dense"):
+            return None
+        if not (type(x) is type(target) is Tensor and x.is_cpu and target.is_cpu and target.dtype == torch.int64):
+            return None
+        if x.ndim != 4 or target.shape != x.shape[:1] or not target.is_contiguous() or x.dtype not in _IMAGES:
+            return None
+        if (torch.is_grad_enabled() and x.requires_grad) or not (
+            x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return None
+        n, _, height, width = x.shape
+        compiled = compiled_draws()
+        if compiled is None or n == 0 or (width <= 4 and not x.is_floating_point()) or not unwatched():
+            return None
+        alphas = (self.mixup_alpha, self.cutmix_alpha, self.resizemix_alpha)
+        law, rules = _compiled_law(alphas, self.switch_prob, self.mix_prob, (height, width))
+        if law is None:
+            return None
+        units = n if self.mode == "elem" else 1 if self.mode == "batch" else (n + 1) // 2
+        words = map(signed, self._draws.words())
+        *columns, labels = compiled.draw_mixup_cpu.default(
+            law, target, n, units, *words, self.num_classes, self.label_smoothing
+        )
+        if len(labels) != n:  # there is a label that is no class
+            return None
+        self._draws.step += 1
+        return trusted(*columns, (height, width), True, rules), labels
 
     def draw(self, n: int, size: tuple[int, int]) -> MixPlan:
         """Draw the plan of the next step, as a call would.
@@ -197,23 +257,11 @@ class Mixup(Drawing):
 
     def _chances(self) -> dict[Rule, float]:
         """How likely each rule is for what is mixed at all."""
-        blend = self.mixup_alpha > 0
-        alphas = {Rule.CUTMIX: self.cutmix_alpha, Rule.RESIZEMIX: self.resizemix_alpha}
-        paste = [rule for rule, alpha in alphas.items() if alpha > 0]
-        if not blend and not paste:
-            raise ValueError(
-                "mixup_alpha, cutmix_alpha and resizemix_alpha are all 0 and cutmix_minmax is None: give one of them, "
-                "or set mixup_enabled=False to make targets only"
-            )
-        share = self.switch_prob if blend and paste else float(bool(paste))
-        return ({Rule.MIXUP: 1 - share} if blend else {}) | {rule: share / len(paste) for rule in paste}
+        return _chances((self.mixup_alpha, self.cutmix_alpha, self.resizemix_alpha), self.switch_prob)
 
     def _rules(self, enabled: bool) -> tuple[Rule, ...]:
         """The rules that may occur, the same for every call."""
-        if not enabled:
-            return (Rule.KEEP,)
-        rules = [rule for rule, chance in self._chances().items() if chance > 0 and self.mix_prob > 0]
-        return tuple(([Rule.KEEP] if self.mix_prob < 1 else []) + rules)
+        return _occurring(self._chances(), self.mix_prob) if enabled else (Rule.KEEP,)
 
     def _draw_rules(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(count,) rules and drawn lam."""
@@ -268,6 +316,39 @@ class Mixup(Drawing):
         if self.labels == "two_hot":
             return two_hot
         return dense_target(two_hot, self.num_classes, self.label_smoothing, self.ignore_index)
+
+
+def _chances(alphas: tuple[float, float, float], switch_prob: float) -> dict[Rule, float]:
+    """How likely each rule is for what is mixed at all; alphas: of Mixup, CutMix and ResizeMix."""
+    blend = alphas[0] > 0
+    paste = [rule for rule, alpha in zip((Rule.CUTMIX, Rule.RESIZEMIX), alphas[1:], strict=True) if alpha > 0]
+    if not blend and not paste:
+        raise ValueError(
+            "mixup_alpha, cutmix_alpha and resizemix_alpha are all 0 and cutmix_minmax is None: give one of them, "
+            "or set mixup_enabled=False to make targets only"
+        )
+    share = switch_prob if blend and paste else float(bool(paste))
+    return ({Rule.MIXUP: 1 - share} if blend else {}) | {rule: share / len(paste) for rule in paste}
+
+
+def _occurring(chances: dict[Rule, float], mix_prob: float) -> tuple[Rule, ...]:
+    """The rules that may occur, where each is mixed with chance `mix_prob`."""
+    rules = [rule for rule, chance in chances.items() if chance > 0 and mix_prob > 0]
+    return tuple(([Rule.KEEP] if mix_prob < 1 else []) + rules)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_law(
+    alphas: tuple[float, float, float], switch_prob: float, mix_prob: float, size: tuple[int, int]
+) -> tuple[Tensor | None, tuple[Rule, ...]]:
+    """The law of a drop-in as compiled code reads it, None where it cannot draw by that; and the rules that may occur.
+
+    One rule and lam for all rows are a matter of how many rows are drawn; CutMix's boxes are clipped, ResizeMix's not.
+    """
+    chances = _chances(alphas, switch_prob)
+    rules, edges = law_of(chances)
+    numbers = compiled_law(rules, edges, (1.0, *alphas), size, mix_prob, *_RESIZEMIX_RANGE, False, False, False, False)
+    return numbers, _occurring(chances, mix_prob)
 
 
 def _as_images(x: Tensor, rules: tuple[Rule, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from sdmp_kernels.timm.loader import FastCollateMixup, PrefetchLoader
 from sdmp_kernels.timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from sdmp_kernels.timm.mixup import Mixup
+from sdmp_train.advice import no_traceback
 
 USAGE = """usage: python -m sdmp_kernels.timm SCRIPT ARGS...
 
@@ -137,7 +138,8 @@ def main() -> None:
     """The command."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        with no_traceback("sdmp_kernels.timm"):  # not around a script, whose errors are its own
+            print(USAGE, end="")
         raise SystemExit(0 if arguments else 2)
     if not os.path.isfile(arguments[0]):
         print(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..reading import no_regular_file
+from ..run_folder import MARKER
 from .images import SUFFIXES, BadFile, DataError, describe
 
 NO_SUFFIX = "no suffix"
@@ -18,7 +19,6 @@ SPECIAL = "special file"
 _SYSTEM = frozenset({"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that systems put among data, passed over without a word as names with a leading dot are."""
 
-RUN_MARKER = ".sdmp-run.json"
 _OLD_RUN = frozenset({"config.yaml", "metrics.jsonl", "checkpoints"})
 """What a run folder from before there was a marker holds."""
 
@@ -172,7 +172,7 @@ def scan(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]] | None:
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     names = {entry.name for entry in found}
-    if RUN_MARKER in names or names >= _OLD_RUN:
+    if MARKER in names or names >= _OLD_RUN:
         return None
     return [entry for entry in found if not entry.name.startswith(".") and entry.name not in _SYSTEM]
 

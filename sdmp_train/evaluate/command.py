@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ..advice import elsewhere
-from .embed import EmbedConfig, write_embeddings
-from .finetune import FinetuneConfig, evaluate_finetune
-from .knn import KnnConfig, evaluate_knn
-from .linear import LinearConfig, evaluate_linear
-from .pictures import PicturesConfig, make_pictures
-from .robustness import RobustnessConfig, evaluate_robustness
-from .subject import labelled_images
+from .settings.embed import EmbedConfig
+from .settings.finetune import FinetuneConfig
+from .settings.knn import KnnConfig
+from .settings.linear import LinearConfig
+from .settings.pictures import PicturesConfig
+from .settings.robustness import RobustnessConfig
+from .settings.subject import SubjectConfig
 
-__all__ = ["PROTOCOLS", "describe_protocols", "labelled_images"]
-
-PROTOCOLS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "knn": (KnnConfig, evaluate_knn),
-    "linear": (LinearConfig, evaluate_linear),
-    "finetune": (FinetuneConfig, evaluate_finetune),
-    "robustness": (RobustnessConfig, evaluate_robustness),
-    "pictures": (PicturesConfig, make_pictures),
-    "embed": (EmbedConfig, write_embeddings),
+PROTOCOLS: dict[str, type[SubjectConfig]] = {
+    "knn": KnnConfig,
+    "linear": LinearConfig,
+    "finetune": FinetuneConfig,
+    "robustness": RobustnessConfig,
+    "pictures": PicturesConfig,
+    "embed": EmbedConfig,
 }
-"""Settings and function of each, by the name that `eval` knows it by."""
+"""Settings of each, by the name that `eval` knows it by; they know their function."""
 
 
 def describe_protocols(program: str) -> str:
     """What `eval --help` prints: a line for each."""
-    lines = [f"  {name:12} {(settings.__doc__ or '').splitlines()[0]}" for name, (settings, _) in PROTOCOLS.items()]
+    lines = [f"  {name:12} {(settings.__doc__ or '').splitlines()[0]}" for name, settings in PROTOCOLS.items()]
     return "\n".join(
         [
             f"usage: {program} eval PROTOCOL WHAT [OPTIONS]",

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,44 +20,16 @@ from torch import Tensor
 from ..data import Index, eval_loader
 from ..distributed import join_world
 from ..durable import replacing, write_durably
-from ..flags import arg
 from ..log import Log
 from ..settings import ConfigError, require
 from ..splits import measured_images, open_split
 from ..stop import StopRequest
 from ..text import printable
 from .features import feature_maker, has_tokens, last_tokens, standardise
-from .subject import EVERY_IMAGE, Precision, Steps, Subject, SubjectConfig, knn_images, open_subject, resolved_precision
+from .settings.embed import EmbedConfig, EmbeddedName
+from .subject import EVERY_IMAGE, Steps, Subject, knn_images, open_subject, resolved_precision
 
-EmbeddedName = Literal["output", "last4", "mean", "output+mean", "patches"]
 FILES, ABOUT = "files.jsonl", "embeddings.json"
-
-
-@dataclass(frozen=True)
-class EmbedConfig(SubjectConfig):
-    """Write the features of images to --output: a file for each kind, and one that names the images."""
-
-    features: tuple[EmbeddedName, ...] = ("output",)
-    """output: class token, or a ResNet's pooled map; mean: mean patch token; patches: all of them; last4: the class
-    tokens of four blocks; output+mean: both."""
-    split: Literal["train", "test", "all"] = "all"
-    """Images of --data as a whole, or one side of it as `eval knn` divides it (which takes class folders)."""
-    format: Literal["npy", "safetensors"] = "npy"
-    """npy is written as it comes; safetensors is held in memory first."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the features."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-    precision: Precision = "auto"
-    """Autocast of the backbone; auto is bf16 on a GPU, fp32 elsewhere."""
-    overwrite: bool = False
-    """Write over features that lie in --output."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        many = len(self.features)
-        require(many > 0 and len(set(self.features)) == many, "features", self.features, "some, each once")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
 def write_embeddings(config: EmbedConfig) -> dict[str, tuple[int, ...]]:

@@ -11,15 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..models import feature_width
 from ..settings import ConfigError
+from .settings.linear import FeatureName
 
-FeatureName = Literal["output", "last4", "mean", "output+mean"]
 BLOCKS = 4
 
 

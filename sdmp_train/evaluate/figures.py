@@ -110,7 +110,8 @@ def curves(records: Sequence[RunRecord], panels: Mapping[str, str]) -> Figure:
             epochs, values = thin(record.series(key))
             values = [100 * value for value in values] if key in KNN else values
             # The mark keeps a run of a single line, or one that a gap surrounds, visible.
-            panel.plot(epochs, values, color=colour(number), linewidth=1.1, marker=".", markersize=2.5)
+            look = measured(values) if key in KNN else {"linewidth": 1.1, "marker": ".", "markersize": 2.5}
+            panel.plot(epochs, values, color=colour(number), **look)
         top = end_of_axis([record.series(key)[1] for record in records]) if key in SPEED and key != SHARE else None
         if top is not None:
             panel.set_ylim(top=top)
@@ -122,6 +123,11 @@ def curves(records: Sequence[RunRecord], panels: Mapping[str, str]) -> Figure:
             panel.set_ylim(-0.02, 1.02)
     name_runs(figure, records)
     return figure
+
+
+def measured(values: Sequence[float]) -> dict[str, Any]:
+    """How measurements now and then are drawn: each a mark. Two are not joined: nobody knows what lies between."""
+    return {"marker": "o", "markersize": 4, "linewidth": 0.8, "linestyle": "-" if len(values) > 2 else "none"}
 
 
 def end_of_axis(series: Sequence[Sequence[float]]) -> float | None:
@@ -171,7 +177,7 @@ def knn_figure(records: Sequence[RunRecord]) -> Figure:
     figure, (panel,) = new_figure(1, shared_legend=len(records) > 1)
     for number, record in enumerate(records):
         epochs, values = record.series("knn")
-        panel.plot(epochs, [100 * v for v in values], "o-", color=colour(number), markersize=4, linewidth=1.2)
+        panel.plot(epochs, [100 * v for v in values], color=colour(number), **measured(values))
         if (raw := record.last("knn_raw_pixels")) is not None:
             panel.axhline(100 * raw, color=colour(number), linestyle="--", linewidth=0.8)
     panel.set_xlabel("epoch", fontsize=8)

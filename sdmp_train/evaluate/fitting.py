@@ -23,11 +23,12 @@ from ..loop import Outcome, train
 from ..methods.method import Method, Setup
 from ..run_folder import CHECKPOINTS, EVALUATED, SETTINGS
 from ..saver import Saver
-from ..settings import between, require
+from ..settings import require
 from ..stop import Stopped, StopRequest
 from ..text import brief, printable
 from ..training import Training, assemble, load_parts, versions
-from .subject import PLACES, Precision, Subject, SubjectConfig, resolved_precision
+from .settings.fit import FitConfig
+from .subject import PLACES, Subject, resolved_precision
 
 
 class NotFinite(RuntimeError):
@@ -36,48 +37,23 @@ class NotFinite(RuntimeError):
     exit_code = 3
 
 
-@dataclass(frozen=True)
-class FitConfig(SubjectConfig):
-    """Settings of every evaluation that trains."""
-
-    seed: int = 0
-    """Fixes the start, the order and the augmentation."""
-    precision: Precision = "auto"
-    """Autocast of the backbone; auto is bf16 on a GPU, fp32 elsewhere. Losses are always fp32."""
-    resume: bool = False
-    """Go on where an earlier call of this command stopped, or start where there is none."""
-    overwrite: bool = False
-    """Delete what an earlier call has trained."""
-    save_every_minutes: float = 5
-    """Minutes between checkpoints; one is also written at the end."""
-    log_every_steps: int = 10
-    """Steps between lines of metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
-        between("save_every_minutes", self.save_every_minutes, 0, 1e6, above=True)
-        require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
-        if self.resume and self.overwrite:
-            raise ConfigError("--resume goes on with a training and --overwrite deletes it; give one of them")
-
-    def run_settings(self, name: str, world: World) -> RunConfig:
-        """Those of the training itself, under the name that stands in place of a preset's."""
-        return RunConfig(
-            preset=name,
-            seed=self.seed,
-            device=self.device,
-            precision=resolved_precision(self.precision, world),
-            log_every_steps=self.log_every_steps,
-            save_every_minutes=self.save_every_minutes,
-        )
-
-
 NOT_MATHS = frozenset(
     {*PLACES, "data", "test_data", "device", "workers", "save_every_minutes", "log_every_steps"}
     | {"bad_images", "max_bad_frac", "max_pixels"}
 )
 """Settings that a training may be gone on with otherwise: weights and images are compared by their digests."""
+
+
+def run_settings(config: FitConfig, name: str, world: World) -> RunConfig:
+    """The settings of the training itself, under the name that stands in place of a preset's."""
+    return RunConfig(
+        preset=name,
+        seed=config.seed,
+        device=config.device,
+        precision=resolved_precision(config.precision, world),
+        log_every_steps=config.log_every_steps,
+        save_every_minutes=config.save_every_minutes,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,18 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..data import Index, eval_loader
 from ..distributed import World, join_world
-from ..flags import arg
 from ..log import Log
 from ..run_folder import stored_config
 from ..settings import ConfigError, DataConfig, between, require
 from ..splits import describe_split, measured_images
 from ..stop import StopRequest
 from .features import standardise
+from .settings.knn import KnnConfig
 from .subject import (
     EVERY_IMAGE,
     PLACES,
-    Precision,
     Steps,
     Subject,
-    SubjectConfig,
     keep_result,
     knn_images,
     measured_data,
@@ -60,32 +58,6 @@ SIMILARITIES = 2**26
 """float32 numbers at a time."""
 # Rows of unit length that differ by no more than this, in no number, are one feature up to rounding.
 SAME_FEATURE = 1e-5
-
-
-@dataclass(frozen=True)
-class KnnConfig(SubjectConfig):
-    """Weighted nearest neighbours on frozen features: bank from --data, queries from --test-data."""
-
-    k: tuple[int, ...] | None = None
-    """Numbers of neighbours; default: 10, 20, 100 and 200, as far as the bank has so many."""
-    temperature: float = 0.07
-    """Votes weigh exp(similarity / temperature)."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-    knn_max_images: int | None = None
-    """Images used (four fifths bank, one fifth queries), evenly spread; default: what the run used, else all."""
-    precision: Precision | None = None
-    """Autocast of the backbone; default: the run's, else bf16 on a GPU, fp32 elsewhere."""
-    raw_pixels: bool = True
-    """Also measure the pixels themselves."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.k is None or (len(self.k) > 0 and min(self.k) >= 1), "k", self.k, "whole numbers from 1")
-        between("temperature", self.temperature, 0, 1e6, above=True)
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        most = self.knn_max_images
-        require(most is None or most >= 5, "knn_max_images", most, "at least 5: every fifth image is a query")
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
-from sdmp_kernels.views import Interpolation
 
 from ..config import Config, OptimConfig
 from ..data import Batch, Index, ViewRecipe, crop_flip_view
 from ..distributed import World, distribute, join_world
-from ..flags import arg
 from ..log import Log
-from ..methods.method import At, Group, Loss, Pass, Setup
+from ..methods.method import At, Group, Loss, Setup
 from ..models import feature_width
 from ..run_folder import EXPORTED
-from ..settings import DataConfig, between, require
 from ..stop import StopRequest
 from ..training import Training
+from ..weights import weights_digest
 from .accuracy import accuracies
 from .classifier import export_classifier, lines_to_use
-from .features import FeatureName, feature_maker, standardise
-from .fitting import FitConfig, Fitting, fitted, resolved_loader
+from .features import feature_maker, standardise
+from .fitting import Fitting, fitted, resolved_loader, run_settings
+from .settings.linear import RECIPES, FeatureName, LinearConfig
 from .subject import (
     PLACES,
     Subject,
@@ -44,7 +43,6 @@ from .subject import (
     open_subject,
     plain_settings,
     result_folder,
-    weights_digest,
 )
 
 HEAD_STD = 0.01
@@ -53,64 +51,12 @@ WIDE = 768
 """From this width on DINO reads class token and mean patch token in place of four class tokens."""
 
 
-class Recipe(NamedTuple):
-    """What a protocol prescribes; every field is a flag of its own."""
-
-    features: FeatureName
-    lr: tuple[float, ...]
-    epochs: int
-    interpolation: Interpolation
-    batch_size: int = 1024
-
-
-RECIPES: dict[str, Recipe] = {
-    # Readmes: lr 3 for a ViT, 0.1 for a ResNet-50; a sweep around both.
-    "mocov3": Recipe("output", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 90, "bilinear"),
-    # eval_linear.py: lr 0.001, "tweak per checkpoint".
-    "dino": Recipe("last4", (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), 100, "bicubic"),
-}
-
-
-@dataclass(frozen=True)
-class LinearConfig(FitConfig):
-    """A linear classifier on frozen features, for several learning rates at once; trained on --data."""
-
-    recipe: Literal["mocov3", "dino"] = "mocov3"
-    """Whose protocol; it sets features, lr, epochs, batch size and the interpolation of test images."""
-    features: FeatureName | None = None
-    """What the classifier reads; default: the recipe's, with DINO's for wide ViTs (768 and more) output+mean."""
-    lr: tuple[float, ...] | None = None
-    """Base learning rates at batch 256, each for a classifier of its own; the effective ones are lr * batch / 256."""
-    epochs: int | None = None
-    """Passes over the data; default: the recipe's (90 or 100)."""
-    batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
-    """GLOBAL batch; default 1024, or all images where there are fewer."""
-    crop_min: float = 0.08
-    """Smallest area of a random crop, as a fraction of the image."""
-    batch_norm: bool = False
-    """Normalise the features by a batch norm without parameters first, which makes the learning rate matter less."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr is not None:
-            require(len(self.lr) > 0 and len(set(self.lr)) == len(self.lr), "lr", self.lr, "some rates, each once")
-            for rate in self.lr:
-                between("lr", rate, 0, 1e6, above=True)
-        require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        require(self.batch_size is None or self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        between("crop_min", self.crop_min, 0, 1, above=True)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Base learning rates."""
-        return self.lr or RECIPES[self.recipe].lr
-
-    def features_of(self, backbone: nn.Module) -> FeatureName:
-        """What the classifier reads of this backbone."""
-        if self.features is not None:
-            return self.features
-        wide = self.recipe == "dino" and feature_width(backbone) >= WIDE
-        return "output+mean" if wide else RECIPES[self.recipe].features
+def features_of(config: LinearConfig, backbone: nn.Module) -> FeatureName:
+    """What the classifier reads of this backbone."""
+    if config.features is not None:
+        return config.features
+    wide = config.recipe == "dino" and feature_width(backbone) >= WIDE
+    return "output+mean" if wide else RECIPES[config.recipe].features
 
 
 class LinearHeads(nn.Module):
@@ -145,7 +91,7 @@ class LinearProbe:
     def __init__(self, config: LinearConfig, backbone: nn.Module, setup: Setup) -> None:
         self.config, self.setup = config, setup
         self.backbone = backbone.requires_grad_(False).eval()
-        self.read, width = feature_maker(backbone, config.features_of(backbone))
+        self.read, width = feature_maker(backbone, features_of(config, backbone))
         heads = LinearHeads(width, setup.classes, len(config.rates), batch_norm=config.batch_norm, seed=setup.seed)
         self.heads = heads.to(setup.world.device)
         self.logits = distribute(self.heads, setup.world)
@@ -155,11 +101,6 @@ class LinearProbe:
     def backbone_options(config: Any) -> dict[str, Any]:
         """None: the backbone is given."""
         return {}
-
-    @staticmethod
-    def passes(config: Any, data: DataConfig) -> list[Pass]:
-        """One view, of which nothing goes back."""
-        return [Pass(data.image_px, trained=False)]
 
     @property
     def trained(self) -> nn.Module:
@@ -245,7 +186,7 @@ class LinearProbe:
         norm = ", batch norm" if self.config.batch_norm else ""
         return (
             f"the lowest of {len(rates)} cross-entropies of {classes} classes on {width} features "
-            f"({self.config.features_of(self.backbone)}{norm}), lr {' '.join(f'{rate:g}' for rate in rates)}; "
+            f"({features_of(self.config, self.backbone)}{norm}), lr {' '.join(f'{rate:g}' for rate in rates)}; "
             f"chance level {math.log(classes):.3f}"
         )
 
@@ -299,9 +240,9 @@ def linear_fitting(config: LinearConfig, subject: Subject, world: World, train: 
         optim=OptimConfig(
             opt="sgd", base_lr=max(config.rates), weight_decay=0, epochs=epochs, warmup_epochs=0, batch_size=batch_size
         ),
-        run=config.run_settings(f"linear/{config.recipe}", world),
+        run=run_settings(config, f"linear/{config.recipe}", world),
     )
-    features = config.features_of(subject.backbone)
+    features = features_of(config, subject.backbone)
     whole = replace(config, features=features, lr=config.rates, epochs=epochs, batch_size=batch_size)
     return Fitting(
         "linear",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ from ..data.images import DECODE_ERRORS, read_size
 from ..data.index import Paths
 from ..distributed import join_world
 from ..durable import replacing, write_durably
-from ..flags import arg
 from ..settings import ConfigError, DataConfig, require
 from ..splits import NO_CLASSES, open_split, test_split
 from ..text import printable, printable_lines
 from .knn import Features, collapse, image_features, standardise
 from .record import CAPTIONS, PICTURES
-from .subject import Subject, SubjectConfig, knn_images, named_backbone, open_subject, spread
+from .settings.pictures import PicturesConfig
+from .subject import Subject, knn_images, named_backbone, open_subject, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,28 +42,6 @@ PNG_DPI = 110
 TSNE_SEED = 0
 NO_TSNE = f"scikit-learn is not installed ({install('plots')})"
 RIGHT, WRONG = "#009e73", "#d55e00"
-
-
-@dataclass(frozen=True)
-class PicturesConfig(SubjectConfig):
-    """Attention maps, patch features, nearest neighbours and a map of the features, as PNG files."""
-
-    images: tuple[str, ...] = ()
-    """Image files to show in place of some of those to measure on."""
-    count: int = 6
-    """How many images are shown where none are named."""
-    max_images: int = 5000
-    """Images among which neighbours are sought (four fifths) and that are mapped (one fifth)."""
-    embedding: Literal["auto", "tsne", "none"] = "auto"
-    """The map of the features, by scikit-learn's t-SNE; auto makes it where that is installed."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.count >= 1, "count", self.count, "at least 1")
-        require(self.max_images >= 10, "max_images", self.max_images, "at least 10")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..text import printable
 
 PICTURES, CAPTIONS = "pictures", "captions.json"
 LOG_BYTES = 2**28
-SAID = ("device", "kernels", "loader", "data", "model", "loss", "batch", "steps", "lr", "split")
+SAID = ("device", "kernels", "loader", "data", "model", "init", "loss", "batch", "steps", "lr", "split")
 """What begins a line of train.log that says what ran where; the last one of each counts."""
 _MEASURED_ON = re.compile(r"\(k = \d+, \d+ bank, \d+ queries\)")
 

@@ -11,21 +11,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from ..advice import command
+from ..advice import COMMAND, command, elsewhere
 from ..config import flatten
 from ..durable import replacing, write_durably
-from ..flags import Positional, arg
 from ..presets import presets
 from ..settings import ConfigError, require
 from ..text import printable, printable_lines
 from .figures import NAMES, figures
 from .record import PICTURES, RunRecord, departures, paper_row, read_record
+from .settings.report import ReportConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,20 +51,6 @@ th { font-weight: 600; } figure { margin: 1em 0; } figcaption { color: #555; fon
 img { max-width: 100%; height: auto; } .none { color: #8a5a00; } .small { color: #555; font-size: .88em; }
 .wide { overflow-x: auto; } code { font-size: .92em; }
 """
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """A page about runs: settings, curves, kNN, pictures, evaluations beside the paper's numbers."""
-
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]")]
-    """Run folders; several stand side by side."""
-    output: str | None = None
-    """HTML file; default report.html in the run's folder, of several beside the first one's. PNG files go beside it."""
-
-    def __post_init__(self) -> None:
-        require(len(self.runs) > 0, "runs", self.runs, "at least one run folder")
-        require(len(set(self.runs)) == len(self.runs), "runs", self.runs, "each run once")
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -96,8 +81,11 @@ def write_report(config: ReportConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {printable(place)}: {error}") from error
     print(printable_lines(f"report   {place} (figures as PNG in {folder})"))
-    for line in missing(records, {name for name, _, _ in drawn}):
+    absent = missing(records, {name for name, _, _ in drawn})
+    for line in absent:
         print(printable_lines(f"missing  {line}"))
+    for line in elsewhere() if any(COMMAND in line for line in absent) else ():
+        print(f"shell    {line}")
     return place
 
 
@@ -173,6 +161,22 @@ def last_knn(record: RunRecord) -> float | None:
     return next((row["knn"] for row in reversed(record.rows) if row["step"] > 0 and "knn" in row), None)
 
 
+def against_the_start(record: RunRecord) -> str:
+    """How many points of kNN accuracy a run has won, or lost, of what the trained weights had it began from."""
+    first, last = first_knn(record), last_knn(record)
+    if first is None or last is None or not math.isfinite(last - first):
+        return NOT_MEASURED
+    points = 100 * (last - first)
+    return f"{abs(points):.1f} points {'below' if points < 0 else 'above'}" if round(points, 1) else "as at the start"
+
+
+def began_from(record: RunRecord) -> str:
+    """The trained weights that a run continued from."""
+    if record.config.model.init_from is None:
+        return "random weights"
+    return record.said.get("init", printable(record.config.model.init_from))
+
+
 def steps_made(record: RunRecord) -> str:
     """How far it came."""
     if record.step == 0:
@@ -192,6 +196,7 @@ def summary(records: Sequence[RunRecord]) -> str:
         "loader": "loader",
         "batch": "batch",
     }
+    continued = any(record.config.model.init_from for record in records)
     lines: dict[str, Callable[[RunRecord], str]] = {
         "preset": lambda r: r.config.run.preset,
         "method": lambda r: r.config.method_name,
@@ -204,8 +209,9 @@ def summary(records: Sequence[RunRecord]) -> str:
         "images per second, mean": lambda r: number(r.mean("images_per_second")),
         "waiting for data, mean": lambda r: percent(r.mean("data_wait_fraction")),
         "kNN, raw pixels": lambda r: percent(r.last("knn_raw_pixels")),
-        "kNN, untrained": lambda r: percent(first_knn(r)),
+        "kNN, at the start" if continued else "kNN, untrained": lambda r: percent(first_knn(r)),
         "kNN, trained (newest)": lambda r: percent(last_knn(r)),
+        **({"kNN, against the start": against_the_start, "began from": began_from} if continued else {}),
         "kNN measured on": lambda r: r.said.get("knn", NOT_MEASURED),
         "seed": lambda r: str(r.config.run.seed),
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,21 @@ from torch import Tensor, nn
 from ..advice import command
 from ..data import Index, open_folder
 from ..distributed import World, join_world
-from ..flags import arg
 from ..log import Log
 from ..run_folder import EVALUATED, EXPORTED
 from ..settings import ConfigError, DataConfig, require
 from ..splits import class_numbers, reporting, some
 from ..stop import StopRequest
 from ..text import printable
+from ..weights import TIMM, describe_timm, load_timm
 from .accuracy import accuracies
 from .classifier import holds_classifier, load_classifier
+from .settings.robustness import RobustnessConfig
 from .subject import (
     IMAGENET_CLASSES,
     PLACES,
-    TIMM,
-    Precision,
     Subject,
-    SubjectConfig,
-    describe_timm,
     keep_result,
-    load_timm,
     named_backbone,
     plain_settings,
     resolved_precision,
@@ -67,31 +63,6 @@ PAPER = (
     "Table 4, ViT-S fine-tuned for 100 epochs, A / R / C: MoCo v3 18.1 / 42.1 / 52.9 %, + SDMP 18.9 / 42.8 / 53.4 %; "
     "DINO 20.0 / 44.9 / 54.7 %, + SDMP 21.1 / 45.3 / 55.0 %"
 )
-
-
-@dataclass(frozen=True)
-class RobustnessConfig(SubjectConfig):
-    """Top-1 accuracy of a fine-tuned classifier, or one of timm's, on ImageNet-A, -R and -C."""
-
-    imagenet_a: str | None = None
-    """Folder of ImageNet-A: one folder per class, named by its WordNet id."""
-    imagenet_r: str | None = None
-    """Folder of ImageNet-R, likewise."""
-    imagenet_c: str | None = None
-    """Folder of ImageNet-C: CORRUPTION/SEVERITY/CLASS/*, the corruptions perhaps a folder deeper."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 256
-    """Images per forward pass."""
-    precision: Precision = "auto"
-    """Autocast of the backbone; auto is bf16 on a GPU, fp32 elsewhere."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        for name in ("data", "test_data"):
-            value = getattr(self, name)
-            require(value is None, name, value, "none: name the sets by --imagenet-a, --imagenet-r, --imagenet-c")
-        if not (self.imagenet_a or self.imagenet_r or self.imagenet_c):
-            raise ConfigError("no images are given; name at least one of --imagenet-a, --imagenet-r, --imagenet-c")
 
 
 @dataclass(frozen=True)
@@ -253,7 +224,7 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
     if weights is not None and weights.startswith(TIMM):
         name = weights.removeprefix(TIMM)
         model, pixels = load_timm(name, num_classes=None)
-        classes, description, place = imagenet_classes(model), describe_timm(name, model, pixels), weights
+        classes, description, place = imagenet_classes(model), describe_timm(name, pixels), weights
     else:
         given = run or weights or ""
         folder = next(filter(holds_classifier, places(given)), Path(given))

@@ -6,78 +6,34 @@ Every protocol's settings begin with those of `SubjectConfig`. N images, D featu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..advice import command
 from ..data import Index
 from ..distributed import World
-from ..export import load_exported
-from ..flags import Positional, arg
 from ..log import LineFile, Log
-from ..models import check_name
 from ..run_folder import EVALUATIONS, EXPORTED, is_run_folder, stored_config
-from ..settings import ConfigError, DataConfig, require
+from ..settings import ConfigError, DataConfig
 from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
-from ..text import one_line, printable
+from ..text import printable
 from ..training import versions
+from ..weights import TIMM, load_weights, weights_digest
+from .settings.subject import Precision, SubjectConfig
 
-TIMM = "timm:"
 EVERY_IMAGE = 10**9
 IMAGENET_CLASSES = 1000
 PLACES = ("what", "run", "weights", "output", "resume", "overwrite")
 """Settings that say where things lie, not how they are measured."""
-
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class SubjectConfig:
-    """A backbone, images, and where to measure."""
-
-    what: Positional[str | None] = None
-    """The same as --run, or --weights where it is no run folder."""
-    run: str | None = None
-    """Run folder, whose exported backbone is measured; the result is added to its evaluations.jsonl."""
-    weights: str | None = None
-    """Or the folder of an exported backbone, or timm:NAME for weights that timm knows."""
-    data: Annotated[str | None, arg(aliases=("--data-dir",))] = None
-    """Folder of class folders; default: the run's."""
-    test_data: str | None = None
-    """Folder of the images to measure on; default: the run's, the test split of --data, else every fifth of --data."""
-    output: str | None = None
-    """Folder for the result; default: the run's."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
-    workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Decoding threads; None chooses by the number of cores."""
-    bad_images: Literal["stop", "skip"] | None = None
-    """What to do where a file is no readable image: stop and name it, or leave it out; default: as the run did."""
-    max_bad_frac: float | None = None
-    """With --bad-images skip: the share of files that may be left out; default: the run's."""
-    max_pixels: int | None = None
-    """Files that claim more pixels are bad; default: the run's."""
-    loader: Literal["auto", "dali", "torchvision", "resident"] | None = None
-    """Who decodes; default: the run's choice."""
-
-    def __post_init__(self) -> None:
-        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
-        given = [name for name in ("what", "run", "weights") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(
-                "more than one backbone is given; give --run RUN (a run folder) or --weights DIR (an export), once"
-            )
 
 
 @dataclass(frozen=True)
@@ -111,29 +67,10 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
         raise ConfigError(
             f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
         )
-    if weights is not None and weights.startswith(TIMM):
-        architecture = weights.removeprefix(TIMM)
-        backbone, pixels = load_timm(architecture, **({"drop_path_rate": drop_path} if drop_path else {}))
-        name, description = weights, describe_timm(architecture, backbone, pixels)
-    else:
-        exported = Path(weights) if weights is not None else exported_of(Path(run or ""))
-        backbone, description = load_exported(exported, drop_path=drop_path, classifier=False)
-        pixels, name = description["pretrained_cfg"], str(exported)
+    loaded = load_weights(weights if weights is not None else str(own_export(Path(run or ""))), drop_path=drop_path)
+    pixels = loaded.description["pretrained_cfg"]
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
-    return Subject(backbone, name, Path(run) if run is not None else None, data, description)
-
-
-def describe_timm(name: str, backbone: nn.Module, pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of an export of timm's weights says."""
-    cfg = {"input_size": list(pixels["input_size"]), "mean": list(pixels["mean"]), "std": list(pixels["std"])}
-    return {
-        "architecture": name,
-        "num_classes": 0,
-        "num_features": int(backbone.num_features),  # type: ignore[arg-type]
-        "model_args": {},
-        "pretrained_cfg": {**cfg, "num_classes": 0},
-        "stem": "imagenet",
-    }
+    return Subject(loaded.backbone, loaded.name, Path(run) if run is not None else None, data, loaded.description)
 
 
 def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
@@ -144,7 +81,7 @@ def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
     return (config.what, None) if is_run else (None, config.what)
 
 
-def exported_of(run: Path) -> Path:
+def own_export(run: Path) -> Path:
     """The folder of a run's export.
 
     Raises:
@@ -156,29 +93,6 @@ def exported_of(run: Path) -> Path:
             f"{command('sdmp_train', 'export', str(run))}"
         )
     return run / EXPORTED
-
-
-def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with the weights that timm knows by this name, in eval mode, and its `pretrained_cfg`.
-
-    Without classifier, unless `options` of `timm.create_model` say otherwise.
-
-    Raises:
-        ConfigError: there is no such model, it has no weights, or they cannot be fetched.
-    """
-    import timm
-
-    check_name(name)
-    options = {"num_classes": 0, **options}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, pretrained=True, **options)
-    except Exception as error:  # the hub, the network and timm raise whatever they like
-        raise ConfigError(f"timm's weights of {name} cannot be had: {one_line(error)}") from error
-    pixels = dict(model.pretrained_cfg)
-    _, height, width = pixels["input_size"]
-    require(height == width, f"the image size of {name}", (height, width), "a square")
-    return model.eval(), pixels
 
 
 def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfig:
@@ -253,15 +167,6 @@ def resolved_precision(precision: Precision, world: World) -> Literal["bf16", "f
     if precision == "auto":
         return "bf16" if world.device.type == "cuda" else "fp32"
     return precision
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def plain_settings(config: Any, *left_out: str) -> dict[str, Any]:

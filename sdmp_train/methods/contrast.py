@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,53 +24,16 @@ from sdmp_kernels import MixPlan, TwoHot, draw_plan, info_nce, mix
 
 from ..data import Batch, ViewRecipe, byol_views
 from ..distributed import World, distribute, gather_rows, mirror_images
-from ..flags import arg
 from ..models import feature_width
 from ..optim import key_momentum
-from ..settings import DataConfig, between, require
 from .health import collapse_of, spread_of
-from .method import At, Group, Loss, Pass, Setup
+from .method import At, Group, Loss, Setup
 from .mixing import Valid, keep_lost, valid_of, with_colours
 from .momentum import Lowered, follow
+from .settings.contrast import ContrastConfig, Term, views_of
 from .start import start_vit
 
 VIT_TEMPERATURE, RESNET_TEMPERATURE = 0.2, 1.0
-
-
-@dataclass(frozen=True)
-class ContrastConfig:
-    """Heads, momentum encoder and temperature; the flags keep the names of MoCo v3's reference code."""
-
-    dim: Annotated[int, arg(name="moco-dim")] = 256
-    """Features that are compared."""
-    mlp_dim: Annotated[int, arg(name="moco-mlp-dim")] = 4096
-    """Hidden width of projector and predictor."""
-    momentum: Annotated[float, arg(name="moco-m")] = 0.99
-    """Momentum of the key encoder at the start."""
-    momentum_cosine: Annotated[bool, arg(name="moco-m-cos")] = True
-    """Let that momentum rise to 1 along half a cosine."""
-    temperature: Annotated[float | None, arg(name="moco-t")] = None
-    """Softmax temperature; None is MoCo v3's own: 0.2 for a ViT, 1 for a ResNet."""
-    stop_grad_conv1: bool = True
-    """ViT: freeze the patch projection at its random start."""
-
-    def __post_init__(self) -> None:
-        require(self.dim > 0, "moco_dim", self.dim, "a positive whole number")
-        require(self.mlp_dim > 0, "moco_mlp_dim", self.mlp_dim, "a positive whole number")
-        between("moco_m", self.momentum, 0, 1)
-        if self.temperature is not None:
-            between("moco_t", self.temperature, 0, 100, above=True)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of the loss: `weight` times the cross-entropy of a query view against the keys of a key view."""
-
-    name: str
-    """Terms of one name are one number in the log."""
-    query: str
-    key: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -79,17 +42,6 @@ class Plan:
 
     swap: bool
     mixes: dict[str, MixPlan]
-
-
-def views_of(terms: Sequence[Term]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The views that are queries and those that are keys, each once."""
-    return tuple(dict.fromkeys(term.query for term in terms)), tuple(dict.fromkeys(term.key for term in terms))
-
-
-def passes_of(terms: Sequence[Term], data: DataConfig) -> list[Pass]:
-    """What goes through the backbone: every query with gradient, every key without."""
-    queries, keys = views_of(terms)
-    return [Pass(data.image_px, trained=True)] * len(queries) + [Pass(data.image_px, trained=False)] * len(keys)
 
 
 class Features(NamedTuple):
@@ -166,7 +118,6 @@ class Contrast(ABC):
         config: ContrastConfig,
         build_backbone: Callable[..., nn.Module],
         setup: Setup,
-        terms: Sequence[Term],
         *,
         global_flip: bool = False,
     ) -> None:
@@ -175,7 +126,7 @@ class Contrast(ABC):
         self.heads = config
         self.setup = setup
         self.world: World = setup.world
-        self.terms = tuple(terms)
+        self.terms = config.terms()
         self.query_views, self.key_views = views_of(self.terms)
         self.view_names = tuple(sorted({name[0] for name in self.query_views + self.key_views}))
         self.mixed_views = tuple(sorted({name[0] for name in self.query_views + self.key_views if name[-1] == "~"}))

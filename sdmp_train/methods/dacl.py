@@ -15,8 +15,7 @@ Letters: N rows per rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,26 +25,13 @@ from sdmp_kernels import MixPlan, TwoHot, make_plan
 
 from ..data import Batch
 from ..distributed import World
-from ..flags import arg
-from ..settings import DataConfig, between
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
-from .method import At, Pass, Setup
+from .contrast import Contrast, Plan
+from .method import At, Setup
 from .mixing import draw_partners, draw_rows
+from .settings.contrast import Term
+from .settings.dacl import DACLConfig
 
 LAM_STREAM, PARTNER_STREAM = 2**60, 2**60 + 64
-TERMS = (Term("noised", "a~", "b~", 1.0), Term("noised", "b~", "a~", 1.0))
-
-
-@dataclass(frozen=True)
-class DACLConfig(ContrastConfig):
-    """DACL inside MoCo v3, our re-implementation."""
-
-    alpha: Annotated[float, arg(name="dacl-alpha")] = 0.9
-    """lam, the share of the image itself, is drawn uniformly between this and 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("dacl_alpha", self.alpha, 0, 1)
 
 
 class DACL(Contrast):
@@ -54,13 +40,8 @@ class DACL(Contrast):
     Config: ClassVar[type] = DACLConfig
 
     def __init__(self, config: DACLConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        super().__init__(config, build_backbone, setup, TERMS)
+        super().__init__(config, build_backbone, setup)
         self.config = config
-
-    @staticmethod
-    def passes(config: DACLConfig, data: DataConfig) -> list[Pass]:
-        """Two noised queries and two noised keys, as many as in MoCo v3."""
-        return passes_of(TERMS, data)
 
     def plan(self, at: At) -> Plan:
         """Partners and lam of each view by itself."""

@@ -16,8 +16,7 @@ Letters: N rows per rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,30 +27,13 @@ from sdmp_kernels.plan import draw_boxes
 
 from ..data import Batch
 from ..distributed import World
-from ..flags import arg
-from ..settings import DataConfig, between
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
-from .method import At, Pass, Setup
+from .contrast import Contrast, Plan
+from .method import At, Setup
 from .mixing import draw_partners, draw_rows
+from .settings.contrast import Term
+from .settings.imix import IMixConfig
 
 LAM_STREAM, PARTNER_STREAM, BOX_STREAM = 2**61, 2**61 + 1, 2**61 + 2
-TERMS = (Term("mixed", "a~", "b", 1.0), Term("mixed", "b~", "a", 1.0))
-
-
-@dataclass(frozen=True)
-class IMixConfig(ContrastConfig):
-    """i-mix inside MoCo v3, our re-implementation."""
-
-    rule: Annotated[Literal["mixup", "cutmix"], arg(name="imix-rule")] = "mixup"
-    """`mixup`: one lam per sample; `cutmix`: one per batch, the boxes' places per sample and view."""
-    alpha: Annotated[float, arg(name="mix-alpha")] = 1.0
-    """lam is drawn from Beta(alpha, alpha), and folded to at least one half."""
-    form: Annotated[Literal["ce", "log_mixture"], arg(name="loss-form")] = "ce"
-    """`ce`: cross-entropy with two shares (i-mix); `log_mixture`: minus the log of the mixed probability."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("mix_alpha", self.alpha, 0, 1e6, above=True)
 
 
 class IMix(Contrast):
@@ -60,14 +42,9 @@ class IMix(Contrast):
     Config: ClassVar[type] = IMixConfig
 
     def __init__(self, config: IMixConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        super().__init__(config, build_backbone, setup, TERMS)
+        super().__init__(config, build_backbone, setup)
         self.config = config
         self.form = config.form
-
-    @staticmethod
-    def passes(config: IMixConfig, data: DataConfig) -> list[Pass]:
-        """Two mixed queries and two clean keys, as many as in MoCo v3."""
-        return passes_of(TERMS, data)
 
     def plan(self, at: At) -> Plan:
         """Partners and lam of both views; where the rule is CutMix, boxes of one size at places of their own."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sdmp_kernels import MixPlan
-from sdmp_kernels.views import Size
 
 from ..data import Batch, ViewRecipe
 from ..distributed import World
@@ -91,14 +90,6 @@ class Group(NamedTuple):
     """Frozen until then."""
 
 
-class Pass(NamedTuple):
-    """An image that goes through the backbone, for every image of a batch."""
-
-    px: Size
-    trained: bool
-    """Whether gradients go back through it."""
-
-
 class Step(NamedTuple):
     """What a step came to, on the device."""
 
@@ -117,18 +108,17 @@ class Method(Protocol):
     """
 
     Config: ClassVar[type]
-    """Its own frozen dataclass of settings, mixing included."""
+    """Its own frozen dataclass of settings, mixing included; its `method_class` leads back here."""
 
     def __init__(self, config: Any, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        """`build_backbone(**options)`, see `models.build_backbone`, gives an equal backbone at every call."""
+        """`config`: an instance of `Config`.
+
+        `build_backbone(**options)`, see `models.build_backbone`, gives an equal backbone at every call.
+        """
 
     @staticmethod
     def backbone_options(config: Any) -> dict[str, Any]:
         """What is asked of the backbone that is evaluated and exported; see `models.timm_arguments`."""
-
-    @staticmethod
-    def passes(config: Any, data: DataConfig) -> list[Pass]:
-        """What goes through the backbone in a step, for every image of the batch."""
 
     @property
     def trained(self) -> nn.Module:

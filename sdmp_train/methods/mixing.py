@@ -15,20 +15,9 @@ from sdmp_kernels.views import Size, view_size
 
 from ..data import Batch, ViewRecipe
 from ..distributed import World, mirror_rank
-from ..settings import DataConfig, between, near, require
+from ..settings import DataConfig
 from .method import At, Setup
-
-Flip = Literal["local", "global"]
-RULES = ("mixup", "cutmix", "resizemix")
-
-
-def check_rules(rules: tuple[str, ...], alpha: float) -> None:
-    """Raise `ConfigError` unless `rules` are some of `RULES`, each once, and `alpha` is one of a Beta law."""
-    for rule in rules:
-        require(rule in RULES, "rules", rule, f"some of {', '.join(RULES)}.{near(rule, RULES)}")
-    require(len(rules) > 0, "rules", rules, "at least one rule")
-    require(len(set(rules)) == len(rules), "rules", rules, "each rule once")
-    between("mix_alpha", alpha, 0, 1e6, above=True)
+from .settings.mixing import Flip
 
 
 def generator(setup: Setup, at: At, purpose: int, place: int = 0) -> np.random.Generator:

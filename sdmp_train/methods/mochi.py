@@ -26,8 +26,7 @@ Letters: N rows per rank, M keys (N * ranks), D features, S, S' synthetic negati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,37 +34,15 @@ from torch import Tensor, nn
 from sdmp_kernels import MixPlan, TwoHot, soft_cross_entropy
 
 from ..data import Batch
-from ..flags import arg
-from ..settings import DataConfig, between, require
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
-from .method import At, Pass, Setup
+from .contrast import Contrast, Plan
+from .method import At, Setup
 from .mixing import Valid, generator, place_of
+from .settings.contrast import Term
+from .settings.mochi import MoCHiConfig
 
 PAIR_STREAM = 2**59
-TERMS = (Term("hard", "a", "b", 1.0), Term("hard", "b", "a", 1.0))
 SMALL = 1e-6
 """Least length of a mixture before it is scaled to 1: two opposite features cancel."""
-
-
-@dataclass(frozen=True)
-class MoCHiConfig(ContrastConfig):
-    """MoCHi inside MoCo v3, our re-implementation."""
-
-    hard: Annotated[int, arg(name="mochi-hard")] = 128
-    """Hardest negatives that are mixed, for each query; at most as many as there are."""
-    mixed: Annotated[int, arg(name="mochi-mixed")] = 128
-    """Synthetic negatives that are mixtures of two of those, for each query."""
-    query_mixed: Annotated[int, arg(name="mochi-query-mixed")] = 16
-    """Synthetic negatives that are mixtures of one of those and the query itself."""
-    warmup: Annotated[float, arg(name="mochi-warmup-epochs")] = 10
-    """Epochs without synthetic negatives at the start."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.hard >= 1, "mochi_hard", self.hard, "at least 1")
-        require(self.mixed >= 0, "mochi_mixed", self.mixed, "0 or more")
-        require(self.query_mixed >= 0, "mochi_query_mixed", self.query_mixed, "0 or more")
-        between("mochi_warmup_epochs", self.warmup, 0, 1e9)
 
 
 NOWHERE = -1e6
@@ -93,13 +70,8 @@ class MoCHi(Contrast):
     Config: ClassVar[type] = MoCHiConfig
 
     def __init__(self, config: MoCHiConfig, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        super().__init__(config, build_backbone, setup, TERMS)
+        super().__init__(config, build_backbone, setup)
         self.config = config
-
-    @staticmethod
-    def passes(config: MoCHiConfig, data: DataConfig) -> list[Pass]:
-        """MoCo v3's."""
-        return passes_of(TERMS, data)
 
     @property
     def partners_follow_ranks(self) -> bool:

@@ -9,8 +9,7 @@ Letters: N rows per rank, H W pixels. Views are named a, b, c, d; a~ is a mixed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -18,65 +17,14 @@ from sdmp_kernels import MixPlan, TwoHot
 
 from ..data import Batch
 from ..distributed import mirror_rank
-from ..flags import arg
-from ..settings import DataConfig, between
-from .contrast import Contrast, ContrastConfig, Plan, Term, passes_of
-from .method import At, Pass, Setup
-from .mixing import RULES, Flip, check_rules, draw_batch_plan, examples_of_rules, generator, half_unless_kept
+from .contrast import Contrast, Plan
+from .method import At, Setup
+from .mixing import draw_batch_plan, examples_of_rules, generator, half_unless_kept
+from .settings.contrast import Term
+from .settings.mocov3 import MoCoV3Config
 
 # The stream of Philox(seed, step) that decides the swap; draw_plan uses the first counter words.
 SWAP_STREAM = 2**62
-
-
-@dataclass(frozen=True)
-class MoCoV3Config(ContrastConfig):
-    """MoCo v3, and what is mixed with what (Tables 6 to 9 of the paper are flags here)."""
-
-    mixing: Literal["none", "sdmp"] = "sdmp"
-    """`none` is the plain method."""
-    variant: Literal["replace", "algorithm1", "extra"] = "replace"
-    """`replace`: clean + 1/2 source + 1/2 pair; `algorithm1`: source + pair as printed; `extra`: four views."""
-    rules: tuple[str, ...] = RULES
-    """Mixing rules drawn from, uniformly: mixup, cutmix, resizemix (Table 8)."""
-    per: Annotated[Literal["batch", "sample"], arg(name="mix-per")] = "batch"
-    """One rule per batch (the paper) or per sample."""
-    alpha: Annotated[float, arg(name="mix-alpha")] = 1.0
-    """lam is drawn from Beta(alpha, alpha)."""
-    shared_lam: bool = False
-    """One lam for the whole batch (Table 7)."""
-    flip: Flip = "local"
-    """Partners within a GPU, or over all of them, so that their number changes no partner (images are exchanged)."""
-    source_weight: Annotated[Literal["random", "static"], arg(name="source-weight")] = "random"
-    """`static` puts 1/2 in place of lam in the source loss (Table 6)."""
-    pair_weight: Annotated[Literal["random", "static"], arg(name="pair-weight")] = "random"
-    """`static` puts 1 in place of the overlap c in the pair loss (Table 6)."""
-    form: Annotated[Literal["ce", "log_mixture"], arg(name="loss-form")] = "ce"
-    """`ce`: the paper's cross-entropy with two shares; `log_mixture`: minus the log of the mixed probability, as in the
-    newest released code. They differ where images are mixed."""
-    extra_weight: float = 0.5
-    """Weight of source and pair loss in the variant `extra`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rules(self.rules, self.alpha)
-        between("extra_weight", self.extra_weight, 0, 1e6)
-
-
-def terms_of(config: MoCoV3Config) -> tuple[Term, ...]:
-    """The loss as a table. In `replace` and `algorithm1`, a and b swap roles at random from step to step."""
-    extra = config.extra_weight
-    if config.mixing == "none":
-        return Term("clean", "a", "b", 1.0), Term("clean", "b", "a", 1.0)
-    return {
-        "replace": (Term("clean", "a", "b", 1.0), Term("source", "b~", "a", 0.5), Term("pair", "b~", "a~", 0.5)),
-        "algorithm1": (Term("source", "b~", "a", 1.0), Term("pair", "b~", "a~", 1.0)),
-        "extra": (
-            Term("clean", "a", "b", 1.0),
-            Term("clean", "b", "a", 1.0),
-            Term("source", "c~", "d", extra),
-            Term("pair", "c~", "d~", extra),
-        ),
-    }[config.variant]
 
 
 class MoCoV3(Contrast):
@@ -85,14 +33,9 @@ class MoCoV3(Contrast):
     Config: ClassVar[type] = MoCoV3Config
 
     def __init__(self, config: MoCoV3Config, build_backbone: Callable[..., nn.Module], setup: Setup) -> None:
-        super().__init__(config, build_backbone, setup, terms_of(config), global_flip=config.flip == "global")
+        super().__init__(config, build_backbone, setup, global_flip=config.flip == "global")
         self.config = config
         self.form = config.form
-
-    @staticmethod
-    def passes(config: MoCoV3Config, data: DataConfig) -> list[Pass]:
-        """One pass for each query and each key of the terms."""
-        return passes_of(terms_of(config), data)
 
     def plan(self, at: At) -> Plan:
         """Decide, from (seed, step) alone, what is mixed with what. Views share rule and lam, not boxes."""

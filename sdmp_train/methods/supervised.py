@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +19,14 @@ from sdmp_kernels import MixPlan, mix, soft_cross_entropy
 
 from ..data import Batch, ViewRecipe, crop_flip_view
 from ..distributed import distribute
-from ..flags import arg
 from ..models import feature_width
-from ..settings import ConfigError, DataConfig, between
+from ..settings import ConfigError
 from .health import collapse_of, spread_of
-from .method import At, Group, Loss, Pass, Setup
-from .mixing import RULES, check_rules, draw_batch_plan, examples_of_rules, keep_lost, valid_of, with_colours
+from .method import At, Group, Loss, Setup
+from .mixing import draw_batch_plan, examples_of_rules, keep_lost, valid_of, with_colours
+from .settings.supervised import SupervisedConfig
 
 HEAD_STD = 0.01
-
-
-@dataclass(frozen=True)
-class SupervisedConfig:
-    """Cross-entropy on the classes of the folders, with mixed images and labels."""
-
-    rules: tuple[str, ...] = RULES
-    """Mixing rules drawn from, uniformly: mixup, cutmix, resizemix."""
-    per: Annotated[Literal["batch", "sample"], arg(name="mix-per")] = "batch"
-    """One rule per batch or per sample."""
-    alpha: Annotated[float, arg(name="mix-alpha")] = 1.0
-    """lam is drawn from Beta(alpha, alpha)."""
-    prob: Annotated[float, arg(name="mix-prob")] = 1.0
-    """Chance that a sample is mixed at all; 0 trains on clean images."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
-    drop_path: float = 0.0
-    """Chance that the last residual branch is left out for a sample, falling to 0 towards the first."""
-
-    def __post_init__(self) -> None:
-        check_rules(self.rules, self.alpha)
-        between("mix_prob", self.prob, 0, 1)
-        between("label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
-        between("drop_path", self.drop_path, 0, 1 - 1e-9)
 
 
 class Classifier(nn.Module):
@@ -92,11 +67,6 @@ class Supervised:
     def backbone_options(config: Any) -> dict[str, Any]:
         """ViT-S has six heads, as in DeiT and timm."""
         return {"heads": None}
-
-    @staticmethod
-    def passes(config: Any, data: DataConfig) -> list[Pass]:
-        """One view."""
-        return [Pass(data.image_px, trained=True)]
 
     @property
     def trained(self) -> nn.Module:

@@ -16,7 +16,7 @@ from bench import gpu, matrix, shard
 from bench.environment import ROOT
 from bench.results import Results, load
 
-TESTS = ("test_values", "test_gradients", "test_the_same_bits_again")
+TESTS = ("test_values", "test_gradients", "test_inputs_of_any_layout")
 ENV = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
 
 

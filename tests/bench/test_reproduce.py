@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 from bench import environment, reproduce, reproduced
 from bench.__main__ import main
 from bench.reproduce import Cell, Experiment, config_of, digest, gain_map, linear, share, table5
+from sdmp_train import run_folder
 from sdmp_train.evaluate.knn import Features
 from sdmp_train.presets import get_preset
 
@@ -82,6 +85,23 @@ def test_cells_run_stop_and_go_on_and_nothing_is_measured_twice(small, pictures:
     assert places["json"].read_text() == before and "[1/2]" not in capsys.readouterr().out
 
 
+def test_a_cell_that_another_process_trains_is_left_to_it(small, monkeypatch, pictures: Path, tmp_path: Path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    first, second = (cell.name for cell in small.cells)
+    held = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    (tmp_path / "runs" / first).mkdir(parents=True)
+    lock = tmp_path / "runs" / first / run_folder.LOCK
+    command = [sys.executable, "-c", held, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        places = {"data": pictures, "folder": tmp_path / "runs", "json": tmp_path / "map.json"}
+        assert reproduce.run(arguments(**places)) == reproduce.LATER
+        other.communicate(b"\n")
+    assert [cell["name"] for cell in reproduced.load(places["json"])["cells"]] == [second]
+    said = capsys.readouterr().out
+    assert "left to another process: the run folder" in said and "1 of 2 cells are left" in said
+
+
 def test_a_stopped_cell_is_the_unbroken_one(small, pictures: Path, tmp_path: Path):
     """Stopped after a step, gone on with: the same features to the last bit."""
     from sdmp_train.stop import StopRequest
@@ -105,11 +125,16 @@ def test_a_stopped_cell_is_the_unbroken_one(small, pictures: Path, tmp_path: Pat
 def test_the_papers_kind_of_linear_evaluation_is_that_of_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from sdmp_train.evaluate import command
 
+    class Asked(dict):
+        @staticmethod
+        def function():
+            return evaluate
+
     def evaluate(config):
         assert (config["run"], config["data"], config["device"]) == (str(tmp_path), "images", "cpu")
         return {"top1": 0.75}
 
-    monkeypatch.setitem(command.PROTOCOLS, "linear", (dict, evaluate))
+    monkeypatch.setitem(command.PROTOCOLS, "linear", Asked)
     assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["linear"] == 0.75
     monkeypatch.delitem(command.PROTOCOLS, "linear")
     assert reproduce.by_protocol(tmp_path, Path("images"), "cpu")["no_linear"] == "this version has no eval linear"

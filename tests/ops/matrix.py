@@ -64,16 +64,15 @@ class Trial:
         """The context in which the op runs on this trial's backend."""
         return use_backend(self.backend, self.op)
 
-    def refused(self) -> str | None:
-        """Why this backend says it cannot serve this very call, found by asking it."""
+    def results(self) -> list[Tensor] | str:
+        """What this backend returns, or why it says it cannot serve this very call."""
         try:
             with self.forced(), torch.no_grad():
-                self.cases.call(**self.inputs())
+                return flat(self.cases.call(**self.inputs()))
         except RuntimeError as error:
             if "cannot run on" in str(error):
                 return str(error)
             raise
-        return None
 
 
 def trials(*, with_grads: bool = False) -> Iterator[Trial]:

@@ -16,8 +16,10 @@ from global_random import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdmp_kernels import Erasure, MixPlan, Rule, draw_plan, mix
+from sdmp_kernels import Erasure, MixPlan, Rule, draw_plan, mix, use_backend
+from sdmp_kernels.ops.mix import op
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -468,6 +470,53 @@ def test_gradient_of_one_output_alone() -> None:
     assert torch.equal(torch.autograd.grad(kept.sum(), images, retain_graph=True)[0], torch.ones_like(images))
     # A swap of boxes: every source pixel is seen once.
     assert torch.equal(torch.autograd.grad(mixed.sum(), images)[0], torch.ones_like(images))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("names", [["mixup"], ["cutmix", "keep"], ["resizemix"], ["mixup", "cutmix", "resizemix"]])
+@pytest.mark.parametrize("dtype", DTYPES[:4])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_plain_calls_skip_the_operators_and_change_nothing(
+    backend: str | None, names: list[str], dtype: torch.dtype, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures((6, 3, 9, 8), dtype, 1)
+    plan = drawn(images.shape, names, 2)
+    with use_backend(backend, "mix"):
+        plainly = images.clone()
+        version = plainly._version
+        result = mix(plainly, plan, out=plainly if in_place else None)
+        assert (plainly._version > version) == in_place
+        monkeypatch.setattr(op, "mix_plain", lambda *_: None)
+        given = images.clone()
+        assert torch.equal(result, mix(given, plan, out=given if in_place else None))
+
+
+def test_which_calls_are_plain() -> None:
+    """Whatever a caller could notice goes the way of the operators."""
+    images = pictures((4, 3, 8, 8), torch.float32)
+    plan = drawn(images.shape, ["mixup"], 0)
+    assert op.mix_plain(images, plan, None) is not None
+    assert op.mix_plain(images, plan, images) is images
+    other = drawn((4, 3, 8, 9), ["mixup"], 0)
+    shifted = torch.zeros(images.numel() + 8)[8:].view(images.shape)
+    for source, chosen, out in (
+        (images, other, None),
+        (images[:2], plan, None),
+        (images.double(), plan, None),
+        (images.transpose(2, 3), plan, None),
+        (images, plan, images.double()),
+        (images, plan, images[:2]),
+        (images, plan, images.transpose(2, 3)),
+        (shifted, plan, shifted.as_strided(images.shape, images.stride(), 0)),
+        (images.clone().requires_grad_(), plan, None),
+        (images, plan, images.clone().requires_grad_()),
+    ):
+        assert op.mix_plain(source, chosen, out) is None
+    with torch.no_grad():
+        assert op.mix_plain(images.clone().requires_grad_(), plan, None) is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert op.mix_plain(images, plan, None) is None
+    assert torch.func.vmap(lambda x: torch.full_like(x, op.mix_plain(x, plan, None) is None))(images[None]).all()
 
 
 def test_no_global_random_state_is_touched() -> None:

@@ -455,6 +455,41 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert not torch.equal(Mixup(**options, seed=10)(pictures(), class_numbers())[0], one[0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [1, 7, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "resizemix_alpha": 0.5},
+        {"mixup_alpha": 0.0, "cutmix_alpha": 0.3, "prob": 0.6, "label_smoothing": 0.0},
+    ],
+)
+def test_one_compiled_call_gives_what_many_steps_give(
+    mode: str, n: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, for all that later calls depend on, too; skipped where there is no compiled code to compare."""
+    at_once, stepwise = (Mixup(**options, mode=mode, num_classes=CLASSES, seed=2**64 - 3) for _ in range(2))
+    if at_once._at_once(pictures(n), class_numbers(n)) is None:
+        pytest.skip("no compiled kernels")
+    at_once.step = 0
+    monkeypatch.setattr(stepwise, "_at_once", lambda *_: None)
+    for _ in range(6):
+        (mixed, target), (wanted, wanted_target) = (m(pictures(n), class_numbers(n)) for m in (at_once, stepwise))
+        assert torch.equal(mixed, wanted)
+        assert torch.equal(target, wanted_target)
+        plan, wanted_plan = at_once.last_plan, stepwise.last_plan
+        for name in ("rule", "partner", "lam", "partner_lam", "box"):
+            assert torch.equal(getattr(plan, name), getattr(wanted_plan, name))
+        assert (plan.rules, at_once.step) == (wanted_plan.rules, stepwise.step)
+
+
+def test_a_refused_call_draws_nothing() -> None:
+    mixup = Mixup(num_classes=CLASSES)
+    with pytest.raises(ValueError, match="class numbers"):
+        mixup(pictures(), class_numbers() + CLASSES)
+    assert mixup.step == 0
+
+
 def test_the_seed_of_its_own_can_be_given_again() -> None:
     by_default = Mixup(mode="elem")
     assert torch.equal(by_default.draw(8, (9, 9)).lam, Mixup(mode="elem", seed=by_default.seed).draw(8, (9, 9)).lam)

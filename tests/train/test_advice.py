@@ -74,7 +74,10 @@ def test_without_torch_a_program_says_so_in_a_line(words: list[str]):
     assert re.fullmatch(said, done.stderr.rstrip("\n")), done.stderr
 
 
-@pytest.mark.parametrize("words", [["sdmp_train", "--help"], ["bench", "--help"]])
+PROGRAMS = [["sdmp_train", "--help"], ["bench", "--help"], ["sdmp_kernels"], ["sdmp_kernels.timm", "--help"]]
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=" ".join)
 def test_a_reader_that_has_read_enough_is_no_traceback(words: list[str]):
     reader, writer = os.pipe()
     os.close(reader)

@@ -21,6 +21,7 @@ from sdmp_train.advice import install
 from sdmp_train.checkpoint import save_checkpoint
 from sdmp_train.cli import main, parse_pretrain
 from sdmp_train.config import ConfigError, save_config
+from sdmp_train.evaluate.command import PROTOCOLS
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
 
@@ -210,6 +211,22 @@ def test_help_names_every_subcommand(capsys):
     assert all(f" {name} " in printed for name in ("pretrain", "plan", "eval", "export", "presets", "verify"))
 
 
+def test_what_may_be_none_is_shown_as_what_it_is_otherwise(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--method", "dino", "--help"])
+    printed = capsys.readouterr().out
+    assert "None}" not in printed and "{None" not in printed
+    for shown in ("[FOLDER]", "--config STR ", "--clip-grad FLOAT ", "-j INT, --workers INT ", "FLOAT FLOAT "):
+        assert shown in printed, shown
+    words = ["--clip-grad", "None", "--global-crops-scale", "0.4", "1", "--method", "dino"]
+    config = parse_pretrain("pretrain", words).config
+    assert (config.optim.clip_grad, config.method.global_crops_scale) == (None, (0.4, 1.0))
+    assert parse_pretrain("pretrain", ["--clip-grad", "3"]).config.optim.clip_grad == 3.0
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--width", "wide"])
+    assert "Error parsing --width: invalid literal for int()" in capsys.readouterr().err
+
+
 def test_presets_print_the_papers_numbers(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -334,6 +351,11 @@ NONSENSE = {
     "pretrain --preset nosuch": "unknown preset",
     "pretrain --config nosuch.yaml": "cannot read the config file",
     "pretrain --data IMAGES --device tpu": "tpu",
+    "pretrain --data IMAGES --init-from nosuch": "there is no folder nosuch; give that of an export, that of a run, or",
+    "plan --data IMAGES --init-from timm:vit_tiny_patch16_224.nosuch": "timm has no weights of vit_tiny",
+    "pretrain --init-sha256 0": "init_from is None; expected weights that have the init_sha256 given",
+    "pretrain --epochs 6 --warmup-epochs 1 --heads-only-epochs 6": "less than epochs, which is 6",
+    "pretrain --backbone-lr-scale 0": "backbone_lr_scale is 0.0; expected a number above 0",
     "plan --data nosuch": "there is no folder",
     "export nosuch": "cannot read the config file",
     "export nosuch --step x": "--step",
@@ -398,6 +420,55 @@ def program(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+WITHOUT_TORCH = """
+import shlex, sys
+from sdmp_train.cli import main
+SLOW = "torch", "torchvision", "timm", "triton", "sdmp_kernels", "numpy", "PIL", "matplotlib"
+for line in sys.stdin:
+    try:
+        code = main(shlex.split(line))
+    except SystemExit as left:
+        code = left.code
+    print("code", code, *sorted(sys.modules.keys() & set(SLOW)))
+"""
+READ_WITHOUT_TORCH = {
+    "--help": 0,
+    "--version": 0,
+    "presets": 0,
+    "presets table1/dino-vit_s-sdmp": 0,
+    "eval --help": 0,
+    "pretrain --help": 0,
+    "pretrain --presett x": 2,
+    "pretrain --preset quikstart": 2,
+    "pretrain --lr -1": 2,
+    "pretrain --method dino --moco-dim 4": 2,
+    "plan --config missing.yaml": 2,
+    "pretrain --resume missing": 2,
+    "pretrain": 2,
+    "plan --preset cifar10-r18": 2,
+    "export --runn x": 2,
+    "verify": 2,
+    "report": 2,
+    "eval linaer": 2,
+    "eval finetune --epochs many": 2,
+    "eval robustness": 2,
+    **{f"eval {name} --helf": 2 for name in PROTOCOLS},
+}
+
+
+def test_arguments_are_read_and_refused_before_torch_is_imported():
+    """Torch alone takes seconds to import."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        cwd=advice.SOURCES,
+        input="\n".join(READ_WITHOUT_TORCH),
+        capture_output=True,
+        text=True,
+    )
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert codes == [f"code {code}" for code in READ_WITHOUT_TORCH.values()], done.stderr
+
+
 def test_as_a_program_it_exits_with_the_code_and_a_plain_message(tmp_path: Path):
     done = program(tmp_path, "pretrain", "--data", "missing")
     assert done.returncode == 2
@@ -415,6 +486,14 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path,
         done.stderr
         == f"error: tyro is not installed, which sdmp_train needs: {install('train')}{advice.own_environment('sdmp_train')}\n"
     )
+
+
+def test_an_error_that_names_a_command_says_which_python_it_means(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")  # so that a shell takes `python` for none
+    assert main(["pretrain", "--preset", "zz"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == advice.elsewhere() != []
+    assert main(["verify"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_an_error_reaches_the_terminal_without_control_characters(capsys):

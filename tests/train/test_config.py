@@ -140,9 +140,10 @@ def test_drift_names_what_would_change_the_training_and_nothing_else():
 
 
 def test_every_method_survives_yaml_under_its_name(tmp_path: Path):
-    for name, method in METHODS.items():
-        config = Config(method=method.Config())
-        assert (config.method_name, config.method_class) == (name, method)
+    for name, settings in METHODS.items():
+        config = Config(method=settings())
+        assert (config.method_name, config.method_class) == (name, settings.method_class())
+        assert settings.method_class().Config is settings
         save_config(config, tmp_path / "config.yaml")
         assert yaml.safe_load((tmp_path / "config.yaml").read_text())["method"]["name"] == name
         assert load_config(tmp_path / "config.yaml", Config()) == config

@@ -284,23 +284,26 @@ def trained_at(config: Config, px: int) -> torch.nn.Module:
     return backbone
 
 
-@pytest.mark.parametrize("cifar", [False, True])
-def test_the_card_s_lines_load_the_export(cifar: bool, tiny: Config, tiny_resnet: Config, tmp_path: Path):
-    config = tiny_resnet if cifar else tiny
-    folder = tmp_path / "it's"
-    backbone = trained(config)
-    export_backbone(backbone, config, folder, step=8)
-    card = (folder / "README.md").read_text()
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["license"] == "other"
-    assert front["library_name"] == ("pytorch" if cifar else "timm")
-    code = card.split("```python\n")[1].split("```")[0] + "print(backbone.num_features)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=HERE)
-    assert shown.stdout.split() == [str(backbone.num_features)], shown.stderr
-    names: dict = {}
-    exec("\n".join(how_to_load(config, str(folder))), names)
-    first, tensor = next(iter(backbone.state_dict().items()))
-    assert torch.equal(names["backbone"].state_dict()[first], tensor)
+def test_the_card_s_lines_load_the_export(tiny: Config, tiny_resnet: Config, tmp_path: Path):
+    """In a process that has imported nothing, from within the folder, and from elsewhere."""
+    pasted, widths = [], []
+    for config, name, library in ((tiny, "it's", "timm"), (tiny_resnet, "cifar's", "pytorch")):
+        folder, backbone = tmp_path / name, trained(config)
+        export_backbone(backbone, config, folder, step=8)
+        card = (folder / "README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["license"] == "other"
+        assert front["library_name"] == library
+        code = card.split("```python\n")[1].split("```")[0] + "print(backbone.num_features)"
+        pasted.append(f"os.chdir({str(folder)!r}); exec({code!r}, {{}})")
+        widths.append(str(backbone.num_features))
+        names: dict = {}
+        exec("\n".join(how_to_load(config, str(folder))), names)
+        first, tensor = next(iter(backbone.state_dict().items()))
+        assert torch.equal(names["backbone"].state_dict()[first], tensor)
+    code = "\n".join(["import os", *pasted])
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=HERE)
+    assert shown.stdout.split() == widths, shown.stderr
 
 
 def test_a_card_that_was_edited_stays(tiny: Config, tmp_path: Path):

@@ -16,6 +16,7 @@ from sdmp_train.optim import (
     LARS,
     SGD,
     AdamW,
+    apart,
     clip_gradients,
     drop_frozen_gradients,
     key_momentum,
@@ -295,3 +296,19 @@ def test_clipping_does_not_hide_a_gradient_that_is_not_finite(mode: str):
     poisoned = gradients()
     poisoned[1][0] = float("nan")
     assert not clip_gradients(poisoned, OptimConfig(clip_grad=2.0, clip_mode=mode)).isfinite()
+
+
+def test_a_backbones_parameters_are_set_apart_where_they_are_trained_otherwise():
+    """Behind the heads' of the same group, whose rate is the one that is logged; as they are where nothing is asked."""
+    head, late, body, norm = (nn.Parameter(torch.ones(2)) for _ in range(4))
+    groups = [Group([body, head], lr_scale=0.5), Group([norm], decays=False), Group([late], from_epoch=3.0)]
+    assert apart(groups, [body, norm], OptimConfig()) == groups
+    assert apart(groups, [body, norm], OptimConfig(heads_only_epochs=0, backbone_lr_scale=1)) == groups
+    found = apart(groups, [body, norm, late], OptimConfig(heads_only_epochs=2, backbone_lr_scale=0.1))
+    assert [[id(p) for p in group.parameters] for group in found] == [[id(p)] for p in (head, body, norm, late)]
+    assert [group[1:] for group in found] == [
+        (0.5, True, 0.0),
+        (0.05, True, 2.0),
+        (0.1, False, 2.0),
+        (0.1, True, 3.0),
+    ]

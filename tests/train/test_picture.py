@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sdmp_kernels import draw_plan, mix
-from sdmp_train.picture import BETWEEN_PX, CELL_PX, GAP_PX, HEADING_PX, TITLE_PX, chosen_rows, save_mix_picture
+from sdmp_train.picture import BETWEEN_PX, CELL_PX, GAP_PX, HEADING_PX, TITLE_PX, chosen_rows, save_mix_picture, to_cell
 
 
 def noise(seed: int) -> torch.Tensor:
@@ -43,6 +43,16 @@ def test_the_samples_shown_are_really_mixed():
     assert first[rows[0]] == first.min()
     second[rows[0]] = 2.0
     assert second[rows[1]] == second.min()
+
+
+def test_small_images_are_enlarged_by_whole_numbers():
+    for height, width in ((32, 32), (48, 32), (96, 96), (127, 9)):
+        image = noise(0)[0, :, :height, :width]
+        shown = np.asarray(to_cell(image))
+        times = shown.shape[0] // height
+        assert 128 <= max(shown.shape) < 256 and times >= 2
+        assert np.array_equal(shown, image.permute(1, 2, 0).numpy().repeat(times, 0).repeat(times, 1))
+    assert to_cell(torch.zeros((3, 448, 224), dtype=torch.uint8)).size == (64, 128)
 
 
 def test_a_long_title_fits(tmp_path: Path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdmp_train.config import Config, ConfigError, DataConfig, OptimConfig
 from sdmp_train.data import DataError
-from sdmp_train.evaluate.command import labelled_images
+from sdmp_train.evaluate.subject import labelled_images
 from sdmp_train.splits import describe_split, measured_images, open_images, reporting
 from sdmp_train.verify import verify_data
 

@@ -10,16 +10,16 @@ Letters: N rows, M partners, H W pixels of an image, (top, left, height, width) 
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
 from sdmp_kernels.ops.mix.reference import store
-from sdmp_kernels.plan import Rule
+from sdmp_kernels.plan import MixPlan, Rule
 
 # A source pixel lies between at most this many pixels of a box that is not larger than the image: two in exact
 # arithmetic, and one more on either side for the rounding of the float32 tap positions.
@@ -28,11 +28,13 @@ _CANDIDATES = 4
 _AT_ONCE = 2**17
 # Elements of a batch whose parts are not worth calls of their own.
 _FEW = 2**19
+# Elements of an image that is sooner copied beside others than resized by a call of its own.
+_SMALL = 2**14
 # Elements that a pass of masks goes over in the time that a box takes besides its pixels.
 _WORTH_CALLS = 2**12
 _ALL = slice(None)
 # Plain numbers, which are compared for every row of a plan.
-_KEEP, _MIXUP, _CUTMIX = int(Rule.KEEP), int(Rule.MIXUP), int(Rule.CUTMIX)
+_KEEP, _MIXUP, _CUTMIX, _RESIZEMIX = map(int, (Rule.KEEP, Rule.MIXUP, Rule.CUTMIX, Rule.RESIZEMIX))
 _KEPT, _BLENDED = (_KEEP,), (_MIXUP,)
 
 
@@ -99,12 +101,57 @@ def mix(
     `outputs.mixed` may be `images` itself.
     """
     treatments = _treatments(plan, partners is None) if images.device.type == "cpu" else []
-    if not treatments or _worth_masks(treatments, plan.rules, images.numel()):
+    converts = norm is not None or images.dtype != outputs.mixed.dtype
+    if not treatments or (converts and _worth_masks(treatments, plan.rules, images.numel())):
         _mix_masked(images, partners, plan, norm, outputs)
     else:
         _mix_rows(images, partners, plan, norm, outputs, treatments)
     if erasure is not None:
         (_erase_rows if treatments else _erase_masked)(outputs.mixed, erasure)
+
+
+def mix_plain(images: Tensor, plan: MixPlan, out: Tensor) -> bool:
+    """Mix packed images on a CPU by mirrored partners and say so, or do nothing and say that.
+
+    `out` is `images` or has none of its memory; wherever anything is wrong, this says no.
+    """
+    shape, dtype = images.shape, images.dtype
+    if shape != out.shape or dtype != out.dtype or dtype not in _PLAIN or not plan.mirrored or images.ndim != 4:
+        return False
+    if shape[0] != len(plan) or shape[2:] != plan.size or not images.numel() or images.is_neg() or out.is_neg():
+        return False
+    begin, other = images.data_ptr(), out.data_ptr()
+    if begin != other and abs(begin - other) < images.nbytes:
+        return False
+    if not images.is_contiguous() or not out.is_contiguous() or (dtype == torch.uint8 and shape[3] <= 4):
+        return False
+    if plan.rules == (Rule.MIXUP,):
+        return _blend_flipped(images, plan.lam, out)
+    rows = PlanRows.of(plan)
+    _mix_rows(images, None, rows, None, Outputs(out, None), _treatments(rows, True))
+    return True
+
+
+# Where copies are bits, and what `mix` takes.
+_PLAIN = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+
+
+def _blend_flipped(images: Tensor, lam: Tensor, out: Tensor) -> bool:
+    """Every row blended with that of the flip, or false where that is not what is to be done.
+
+    numpy multiplies the flip where it lies, which torch would first copy. Two products and a sum, each rounded, are the
+    definition: torch.lerp, a pass less, rounds otherwise.
+    """
+    n = images.shape[0]
+    rest = 1 - lam.numpy()
+    if images.dtype != torch.float32 or n % 2 or images.numel() > _FEW or np.count_nonzero(rest) != n:
+        return False
+    in_place = out.data_ptr() == images.data_ptr()
+    given = torch.empty_like(images) if in_place else out
+    np.multiply(images.numpy().reshape(n, -1)[::-1], rest[:, None], out=given.numpy().reshape(n, -1))
+    kept = torch.mul(images, _column(lam), out=out if in_place else None)
+    torch.add(kept, given, out=out)
+    return True
 
 
 def _worth_masks(treatments: list[tuple[int, ...]], rules: list[int], elements: int) -> bool:
@@ -158,10 +205,19 @@ def _mix_rows(
             return pixels
         return store(_normalise(pixels.to(work), images.dtype, norm), mixed.dtype)
 
-    partner = None if plan.mirrored else plan.partner.tolist()
+    small = images[0].numel() <= _SMALL
+
+    def called_with(row: int) -> tuple[int, ...]:
+        return treatments[row][3:] if small else (row,)
+
+    count = images.shape[0]
+    partner = range(count - 1, -1, -1) if plan.mirrored else plan.partner.tolist()
     blended = [treatment == _BLENDED for treatment in treatments]
     most = max(_AT_ONCE * torch.get_num_threads() // own[0].numel(), _FEW // own[0].numel())
-    for rows, blend in _runs(blended, range(len(own)), most):
+    # Of an array a slice costs a tenth of what it does of a tensor.
+    copied = _arrays(mixed, sources) if norm is None and mixed.dtype == images.dtype else None
+    to: Any = mixed if copied is None else copied[0]
+    for rows, blend in _runs(blended, range(count), most):
         if clean is not None:
             clean[rows].copy_(finished(own[rows]))
         if blend:
@@ -175,16 +231,47 @@ def _mix_rows(
             continue
         if not (in_place and norm is None):
             mixed[rows].copy_(finished(own[rows]) if clean is None else clean[rows])
-        for some, (rule, *box) in _runs(treatments, range(rows.start, rows.stop), len(own)):
-            if box:
+        if Rule.CUTMIX in plan.rules:
+            for some, (rule, *box) in _runs(treatments, range(rows.start, rows.stop), count):
+                if rule != _CUTMIX:
+                    continue
                 top, left, height, width = box
                 down, across = slice(top, top + height), slice(left, left + width)
-                if rule == _CUTMIX:
-                    patch = _partners_of(sources, partner, some, down, across)
+                if copied is not None and some.stop - some.start == 1:
+                    i = some.start
+                    to[i, :, down, across] = copied[1][partner[i], :, down, across]
                 else:
-                    others = _partners_of(sources, partner, some).to(work)
-                    patch = F.interpolate(others, size=(height, width), mode="bilinear", align_corners=False)
-                mixed[some, :, down, across] = finished(patch)
+                    mixed[some, :, down, across] = finished(_partners_of(sources, partner, some, down, across))
+        if Rule.RESIZEMIX in plan.rules:
+            resized = sorted(
+                (i for i in range(rows.start, rows.stop) if treatments[i][0] == _RESIZEMIX), key=called_with
+            )
+            for _, some_rows in itertools.groupby(resized, key=called_with):
+                alike = list(some_rows)  # whose boxes have one size: they are resized by one call
+                size = treatments[alike[0]][3:]
+                patches: Any = finished(_resized(sources, copied, [partner[i] for i in alike], size, work))
+                for i, patch in zip(alike, patches if copied is None else patches.numpy(), strict=True):
+                    _, top, left, height, width = treatments[i]
+                    to[i, :, top : top + height, left : left + width] = patch
+                del patches, patch  # so that the next ones take the memory that is in the cache
+
+
+def _resized(
+    sources: Tensor, copied: list[np.ndarray] | None, rows: list[int], size: tuple[int, ...], work: torch.dtype
+) -> Tensor:
+    """(R, C, height, width): some images, which one alone is not copied for, resized to boxes of one size."""
+    if len(rows) == 1:
+        others = sources[rows[0] : rows[0] + 1]
+    else:
+        others = sources[rows] if copied is None else torch.from_numpy(copied[1][rows])
+    return torch._C._nn.upsample_bilinear2d(others.to(work), size, False, None, None)
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray] | None:
+    """The tensors as arrays over their memory; None where numpy knows no such numbers, or memory has others."""
+    if any(tensor.is_neg() or tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return None
+    return [tensor.detach().numpy() for tensor in tensors]
 
 
 def _treatments(plan: PlanRows, own_partners: bool) -> list[tuple[int, ...]]:
@@ -219,14 +306,15 @@ def _runs(keys: list[Any], rows: range, most: int) -> Iterator[tuple[slice, Any]
 
 
 def _partners_of(
-    sources: Tensor, partner: list[int] | None, rows: slice, down: slice = _ALL, across: slice = _ALL
+    sources: Tensor, partner: Sequence[int], rows: slice, down: slice = _ALL, across: slice = _ALL
 ) -> Tensor:
-    """A part of the images of the rows' partners, the flip where None are given; without a copy for a row alone."""
-    if partner is None:
-        found = sources[len(sources) - rows.stop : len(sources) - rows.start, :, down, across]
-        return found if len(found) == 1 else found.flip(0)
+    """A part of the images of the rows' partners; without a copy for a row alone."""
     j = partner[rows]
-    return sources[j[0] : j[0] + 1, :, down, across] if len(j) == 1 else sources[:, :, down, across][j]
+    if len(j) == 1:
+        return sources[j[0] : j[0] + 1, :, down, across]
+    if isinstance(j, range):
+        return sources[j[-1] : j[0] + 1, :, down, across].flip(0)
+    return sources[:, :, down, across][j]
 
 
 def _mix_masked(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: Norm | None, outputs: Outputs) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
+from sdmp_kernels.plan import MixPlan
 
 # A CUDA kernel takes the constants of this many channels along; more are normalised in several launches.
 _CHANNELS = 64
@@ -33,6 +34,14 @@ def mix(
         own, others, mixed, clean = (None if t is None else t[:, some] for t in (images, partners, *outputs))
         means, stds = (None if values is None else values[some] for values in (mean, std))
         torch.ops.sdmp.mix_cuda(own, others, *rows, means, stds, mixed, clean)
+
+
+def mix_plain(images: Tensor, plan: MixPlan, out: Tensor) -> bool:
+    """Mix packed images on a CPU and say so, or do nothing and say that: the kernel looks whether they are plain."""
+    height, width = plan.size
+    return torch.ops.sdmp.mix_plain_cpu.default(
+        images, plan.rule, plan.partner, plan.lam, plan.box, plan.mirrored, height, width, out
+    )
 
 
 def mix_backward(upstream: Upstream, plan: PlanRows, std: list[float] | None, gradients: Gradients) -> None:

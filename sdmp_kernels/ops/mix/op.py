@@ -3,16 +3,16 @@
 `sdmp::mix` makes its outputs, `sdmp::mix_out` writes into given ones, `sdmp::mix_` works in place.
 """
 
-from typing import Optional
+from typing import Any, Optional, TypeGuard
 
 import torch
 from torch import Tensor
 
 from sdmp_kernels import _backends
 from sdmp_kernels._memory import empty_like
-from sdmp_kernels._operators import operator
+from sdmp_kernels._operators import operator, unwatched
 from sdmp_kernels.ops.mix.arguments import Erasure, Gradients, Norm, Outputs, PlanRows, Upstream
-from sdmp_kernels.plan import Rule
+from sdmp_kernels.plan import MixPlan, Rule
 
 OP = _backends.register("mix", cpu=("cpp", "torch", "reference"), cuda=("triton", "cuda", "torch", "reference"))
 
@@ -25,6 +25,32 @@ def _refuse(backend: str, images: Tensor, out: torch.dtype, erases: bool = False
     if backend == "triton" and images.device.type == "cpu" and torch.bfloat16 in (images.dtype, out):
         return "triton's interpreter rounds bfloat16 wrongly"
     return None
+
+
+def mix_plain(images: Tensor, plan: MixPlan, out: Any) -> Tensor | None:
+    """The mixed images, in `out` where that is given; None, and nothing is done, where anything is unusual or wrong.
+
+    For the calls that most loops make, on small images, where checks and operators cost more than pixels: images and
+    output packed one behind the other, of one dtype, on a CPU, without gradients.
+    """
+    if not unwatched() or type(plan) is not MixPlan or not plan.rule.is_cpu or not _plain(images):
+        return None
+    if out is not None and (not _plain(out) or out.is_inference()):
+        return None
+    mixed = empty_like(images) if out is None else out
+    backend = _backends.choose(OP, images.device)
+    if backend not in ("cpp", "torch") or not OP.module(backend).mix_plain(images, plan, mixed):
+        return None
+    if mixed is out:
+        torch.autograd.graph.increment_version(out)
+    return mixed
+
+
+def _plain(tensor: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of values in memory of the CPU, without a gradient."""
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+        return False
+    return not tensor.requires_grad or not torch.is_grad_enabled()
 
 
 def _run(

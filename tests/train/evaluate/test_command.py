@@ -1,4 +1,4 @@
-"""Every protocol is a file with settings of its own and one function."""
+"""Every protocol has settings in a file of its name, and one function in another."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from sdmp_train.evaluate.command import PROTOCOLS
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_protocol_owns_its_settings_and_one_function(name: str):
-    settings, evaluate = PROTOCOLS[name]
+    settings = PROTOCOLS[name]
     assert dataclasses.is_dataclass(settings)
     assert settings.__dataclass_params__.frozen
-    assert settings.__module__ == evaluate.__module__ == f"sdmp_train.evaluate.{name}"
+    assert settings.__module__ == f"sdmp_train.evaluate.settings.{name}"
+    assert settings.function().__module__ == f"sdmp_train.evaluate.{name}"
     assert {field.name for field in dataclasses.fields(settings)} >= {"run", "weights", "device"}
 
 
 def test_help_lists_every_protocol(capsys):
     assert main(["eval", "--help"]) == 0
     printed = capsys.readouterr().out
-    for name, (settings, _) in PROTOCOLS.items():
+    for name, settings in PROTOCOLS.items():
         assert f"  {name:12} {settings.__doc__.splitlines()[0]}" in printed
 
 

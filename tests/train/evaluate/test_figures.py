@@ -28,6 +28,7 @@ def test_every_logged_number_has_its_panel(tiny: Config, tmp_path: Path):
     line = found["losses"].axes[1].lines[0]
     assert np.array_equal(line.get_xdata(), [0.5, 1.0]) and np.array_equal(line.get_ydata(), [2.0, 1.0])
     knn = found["knn"].axes[0].lines
+    assert (knn[0].get_marker(), knn[0].get_linestyle()) == ("o", "None"), "two measurements are no curve"
     assert np.array_equal(knn[0].get_ydata(), [25, 75]) and knn[1].get_ydata()[0] == pytest.approx(100 / 3)
 
 

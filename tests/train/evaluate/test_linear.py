@@ -21,13 +21,13 @@ from sdmp_train.config import Config, ConfigError, OptimConfig
 from sdmp_train.distributed import World
 from sdmp_train.evaluate import fitting
 from sdmp_train.evaluate.features import feature_maker
-from sdmp_train.evaluate.linear import RECIPES, LinearConfig, LinearProbe, evaluate_linear
-from sdmp_train.evaluate.subject import weights_digest
+from sdmp_train.evaluate.linear import RECIPES, LinearConfig, LinearProbe, evaluate_linear, features_of
 from sdmp_train.export import load_exported
 from sdmp_train.loop import step
 from sdmp_train.models import build_backbone
 from sdmp_train.stop import Stopped, StopRequest
 from sdmp_train.training import Training, assemble
+from sdmp_train.weights import weights_digest
 
 CPU = World(torch.device("cpu"))
 RATES = (0.1, 3.0, 30.0)
@@ -123,9 +123,9 @@ def test_the_backbone_stays_as_it_is_and_no_gradient_reaches_it(tiny: Config):
 def test_recipes_are_those_of_the_papers(tiny: Config):
     narrow, wide = (build_backbone(replace(DEEP_VIT, width=width), 32, seed=0) for width in (32, 768))
     moco, dino = LinearConfig(), LinearConfig(recipe="dino")
-    assert (moco.features_of(narrow), moco.features_of(wide)) == ("output", "output")
-    assert (dino.features_of(narrow), dino.features_of(wide)) == ("last4", "output+mean")
-    assert replace(dino, features="mean").features_of(wide) == "mean"
+    assert (features_of(moco, narrow), features_of(moco, wide)) == ("output", "output")
+    assert (features_of(dino, narrow), features_of(dino, wide)) == ("last4", "output+mean")
+    assert features_of(replace(dino, features="mean"), wide) == "mean"
     assert (RECIPES["mocov3"].epochs, RECIPES["dino"].epochs) == (90, 100)
     assert {3.0, 0.1} <= set(moco.rates) and 0.001 in dino.rates
     assert {recipe.batch_size for recipe in RECIPES.values()} == {1024}

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from written_runs import small_run, write_run
 
+from sdmp_train.advice import elsewhere
 from sdmp_train.cli import main
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.evaluate.report import NOT_MEASURED, ReportConfig, headline, plainly, write_report
@@ -107,7 +108,8 @@ def test_a_real_run_in_a_browser(tiny: Config, tmp_path: Path, capsys):
     assert len(widths) == 7 and min(widths) > 100
 
 
-def test_what_was_not_measured_is_said_and_nothing_else(tiny: Config, tmp_path: Path, capsys):
+def test_what_was_not_measured_is_said_and_nothing_else(tiny: Config, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")  # so that a shell takes `python` for none
     rows = [{"step": 4, "epoch": 1.0, "loss": 2.5}]
     bare = write_run(tmp_path / "bare", tiny, rows=rows, log="")
     (bare / "report-figures").mkdir()
@@ -121,6 +123,7 @@ def test_what_was_not_measured_is_said_and_nothing_else(tiny: Config, tmp_path: 
     said = capsys.readouterr().out
     for text in ("kNN over time", "evaluations: none", "picture of the mixing", "eval pictures --run"):
         assert text in parsed.words and text in said
+    assert said.endswith(f"shell    {elsewhere()[0]}\n"), "which Python the command means"
 
 
 def test_names_and_logs_cannot_write_into_the_page(tiny: Config, tmp_path: Path):

@@ -7,19 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from subjects import DEEP_VIT, export, results
+from subjects import export, results
 
 from sdmp_train.commands import pretrain
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.evaluate.linear import LinearConfig, evaluate_linear
-from sdmp_train.evaluate.subject import (
-    SubjectConfig,
-    keep_result,
-    open_subject,
-    weights_digest,
-)
-from sdmp_train.models import build_backbone
+from sdmp_train.evaluate.subject import SubjectConfig, keep_result, open_subject
 from sdmp_train.run_folder import check_folder, strangers
 
 
@@ -66,14 +59,6 @@ def test_weights_of_timm(tiny: Config, monkeypatch):
         open_subject(SubjectConfig(weights="timm:test_vit", data="x"), "knn")
     with pytest.raises(ConfigError, match="unknown arch 'vit_smal'"):
         open_subject(SubjectConfig(weights="timm:vit_smal", data="x"), "knn")
-
-
-def test_digests_tell_weights_apart(tiny: Config):
-    first, same, other = (build_backbone(DEEP_VIT, 32, seed=seed) for seed in (0, 0, 1))
-    assert weights_digest(first) == weights_digest(same) != weights_digest(other)
-    with torch.no_grad():
-        same.norm.bias[3] += 1e-7
-    assert weights_digest(first) != weights_digest(same)
 
 
 def test_a_result_that_cannot_be_kept_is_said(tiny: Config, tmp_path: Path):

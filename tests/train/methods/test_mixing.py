@@ -11,7 +11,8 @@ from tiny_runs import at_step, build_method, build_training, noise_batches
 from sdmp_train import loop
 from sdmp_train.config import Config, ConfigError
 from sdmp_train.guard import StopRequest
-from sdmp_train.methods.mixing import check_rules, draw_batch_plan, examples_of_rules
+from sdmp_train.methods.mixing import draw_batch_plan, examples_of_rules
+from sdmp_train.methods.settings.mixing import check_rules
 
 
 @pytest.mark.parametrize(
