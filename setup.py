@@ -46,7 +46,7 @@ COMMON = [
 # The instruction sets that the CPU kernels are compiled for, of which the best one is chosen at run time.
 SETS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mf16c", "-mtune=haswell"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mprefer-vector-width=512"],
 }
 ARCHITECTURES = (80, 90, 100)

@@ -1,6 +1,5 @@
-// `info_nce` on the CPU, what is between the matrix products: sdmp::info_nce_rows_cpu for whole rows of products,
-// sdmp::info_nce_block_cpu and sdmp::info_nce_end_cpu for rows that come in blocks of columns; and sdmp::info_nce_few_cpu
-// for problems so small that beginning a matrix product costs more than all their arithmetic.
+// `info_nce` on the CPU: sdmp::info_nce_rows_cpu, what is between PyTorch's matrix products; and sdmp::info_nce_few_cpu for
+// problems so small that beginning a matrix product costs more than all their arithmetic.
 #include <cmath>
 
 #include "info_nce_cpu.h"
@@ -38,70 +37,6 @@ void info_nce_rows_cpu(Tensor products, const Tensor& first, const Tensor& secon
   const auto run = SDMP_BEST(info_nce);
   run_rows(job.rows, job.columns, info_nce_scratch(job.columns),
            [&](int64_t begin, int64_t end, float* scratch) { run(job, begin, end, scratch); });
-}
-
-// (rows, columns) contiguous float32.
-float* plain_of(Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float, name,
-                  " must be contiguous float32 with two dimensions");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
-// What blocks leave of each row for the end: the sum of its exponentials and the target's products.
-void check_kept(const Tensor& sums, const Tensor& picked, int64_t rows) {
-  STD_TORCH_CHECK(sums.dim() == 1 && sums.size(0) == rows && sums.is_contiguous() &&
-                      sums.scalar_type() == ScalarType::Double,
-                  "sums must be contiguous float64 of shape (", rows, ",)");
-  STD_TORCH_CHECK(picked.dim() == 2 && picked.size(0) == rows && picked.size(1) == 2 && picked.is_contiguous() &&
-                      picked.scalar_type() == ScalarType::Float,
-                  "picked must be contiguous float32 of shape (", rows, ", 2)");
-}
-
-void info_nce_block_cpu(Tensor products, const Tensor& first, const Tensor& second, const Tensor& weight,
-                        int64_t begin, int64_t all, double shift, double gain, Tensor sums, Tensor picked) {
-  InfoNceBlock job;
-  job.products = plain_of(products, "products");
-  job.rows = products.size(0);
-  job.columns = products.size(1);
-  STD_TORCH_CHECK(begin >= 0 && begin + job.columns <= all, "the block must lie within the columns");
-  check_kept(sums, picked, job.rows);
-  job.begin = begin;
-  job.all = all;
-  job.target = target_of(first, second, weight, job.rows);
-  job.shift = static_cast<float>(shift);
-  job.gain = static_cast<float>(gain);
-  job.sums = static_cast<double*>(sums.data_ptr());
-  job.picked = static_cast<float*>(picked.data_ptr());
-  const auto run = SDMP_BEST(info_nce_block);
-  run_rows(job.rows, job.columns, info_nce_scratch(job.columns),
-           [&](int64_t from, int64_t to, float* scratch) { run(job, from, to, scratch); });
-}
-
-void info_nce_end_cpu(Tensor gradient, const Tensor& keys, const Tensor& first, const Tensor& second,
-                      const Tensor& weight, double shift, double gain, bool mixture, const Tensor& sums,
-                      const Tensor& picked, double scale, Tensor loss) {
-  InfoNceEnd job;
-  job.gradient = plain_of(gradient, "gradient");
-  job.rows = gradient.size(0);
-  job.width = gradient.size(1);
-  Tensor rows_of_keys = keys;
-  job.keys = plain_of(rows_of_keys, "keys");
-  job.columns = keys.size(0);
-  STD_TORCH_CHECK(keys.size(1) == job.width, "keys must be as wide as the gradient");
-  check_kept(sums, picked, job.rows);
-  job.target = target_of(first, second, weight, job.rows);
-  job.shift = static_cast<float>(shift);
-  job.gain = static_cast<float>(gain);
-  job.mixture = mixture;
-  job.sums = static_cast<const double*>(sums.data_ptr());
-  job.picked = static_cast<const float*>(picked.data_ptr());
-  job.scale = scale;
-  STD_TORCH_CHECK(loss.dim() == 1 && loss.size(0) == job.rows && loss.is_contiguous() &&
-                      loss.scalar_type() == ScalarType::Double,
-                  "loss must be contiguous float64 of shape (", job.rows, ",)");
-  job.losses = static_cast<double*>(loss.data_ptr());
-  const auto run = SDMP_BEST(info_nce_end);
-  run_rows(job.rows, job.width, info_nce_scratch(0), [&](int64_t from, int64_t to, float*) { run(job, from, to); });
 }
 
 // ---- a few rows: all of it in double, where nothing overflows ----
@@ -199,12 +134,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
       "info_nce_rows_cpu(Tensor(a!) products, Tensor first, Tensor second, Tensor weight, float gain, bool mixture, "
       "float scale, Tensor? upstream, bool gradient, Tensor(b!)? loss) -> ()");
   m.def(
-      "info_nce_block_cpu(Tensor(a!) products, Tensor first, Tensor second, Tensor weight, int begin, int all, "
-      "float shift, float gain, Tensor(b!) sums, Tensor(c!) picked) -> ()");
-  m.def(
-      "info_nce_end_cpu(Tensor(a!) gradient, Tensor keys, Tensor first, Tensor second, Tensor weight, float shift, "
-      "float gain, bool mixture, Tensor sums, Tensor picked, float scale, Tensor(b!) loss) -> ()");
-  m.def(
       "info_nce_few_cpu(Tensor q, Tensor k, Tensor first, Tensor second, Tensor weight, float temperature, "
       "bool mixture, float scale, Tensor? upstream, int term, bool reduced, Tensor(a!)? loss, Tensor(b!)? dq, "
       "Tensor(c!)? dk) -> ()");
@@ -212,7 +141,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdmp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sdmp, CPU, m) {
   m.impl("info_nce_rows_cpu", TORCH_BOX(&sdmp::info_nce_rows_cpu));
-  m.impl("info_nce_block_cpu", TORCH_BOX(&sdmp::info_nce_block_cpu));
-  m.impl("info_nce_end_cpu", TORCH_BOX(&sdmp::info_nce_end_cpu));
   m.impl("info_nce_few_cpu", TORCH_BOX(&sdmp::info_nce_few_cpu));
 }

@@ -46,6 +46,14 @@ inline Floats all(float value) { return Floats{} + value; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Lane j of the result is lane j ^ lanes.
+inline Floats swapped(Floats values, uint32_t lanes) {
+  Floats result;
+#pragma GCC unroll 16
+  for (uint32_t j = 0; j < kLanes; ++j) result[j] = values[j ^ lanes];
+  return result;
+}
+
 inline double total(Floats values) {
   double sum = 0;
   for (int64_t j = 0; j < kLanes; ++j) sum += values[j];
@@ -78,11 +86,13 @@ inline float peak_of(const float* z, int64_t n) {
   for (Floats& peak : peaks) peak = all(kLowest);
   int64_t k = 0;
   for (; k + kStep <= n; k += kStep) {
+#pragma GCC unroll 4
     for (int64_t c = 0; c < kChains; ++c) peaks[c] = larger(read(z + k + c * kLanes), peaks[c]);
   }
-  const Floats each = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
-  float peak = kLowest;
-  for (int64_t j = 0; j < kLanes; ++j) peak = each[j] > peak ? each[j] : peak;
+  Floats each = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
+#pragma GCC unroll 4
+  for (uint32_t lanes = kLanes / 2; lanes > 0; lanes /= 2) each = larger(each, swapped(each, lanes));
+  float peak = each[0];
   for (; k < n; ++k) peak = z[k] > peak ? z[k] : peak;
   return peak;
 }
@@ -98,6 +108,7 @@ double exponentials(const float* z, int64_t n, float peak, float gain, float* e,
     Floats sums[kChains] = {};
     int64_t k = begin;
     for (; k + kStep <= end; k += kStep) {
+#pragma GCC unroll 4
       for (int64_t c = 0; c < kChains; ++c) {
         const Floats term = exponential((read(z + k + c * kLanes) - top) * gain);
         if (keep) write(term, e + k + c * kLanes);
@@ -131,6 +142,7 @@ inline double depth_of(const float* z, int64_t n, float peak) {
     Floats sums[kChains] = {};
     int64_t k = begin;
     for (; k + kStep <= end; k += kStep) {
+#pragma GCC unroll 4
       for (int64_t c = 0; c < kChains; ++c) sums[c] += top - read(z + k + c * kLanes) * kShare;
     }
     sum += total(sums[0] + sums[1]) + total(sums[2] + sums[3]);

@@ -4,7 +4,7 @@
 namespace sdmp {
 
 #if defined(__x86_64__)
-inline bool runs_avx2() { return __builtin_cpu_supports("avx2"); }
+inline bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 inline bool runs_avx512() {
   // Not on the first processors with 512 bits, which slow down for them: they lack the last of these.

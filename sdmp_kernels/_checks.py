@@ -92,13 +92,13 @@ def check_same_device(**tensors: Tensor | None) -> torch.device:
     return reference.device
 
 
-_REAL = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+REAL = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors that have values; a compiler's and a tracer's are others."""
 
 
 def readable(*tensors: Tensor) -> bool:
     """True where values can be read without a host synchronisation and exist at all (real tensors on the CPU)."""
     for tensor in tensors:
-        if type(tensor) not in _REAL or tensor.device.type != "cpu":
+        if type(tensor) not in REAL or not tensor.is_cpu:
             return False
     return not torch.compiler.is_compiling()

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
+from sdmp_kernels._checks import REAL
+
 _LIBRARY = torch.library.Library("sdmp", "FRAGMENT")
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-_BELOW_VERSIONS = torch._C._after_ADInplaceOrView_keyset
-_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_BELOW_AUTOGRAD = _C._after_autograd_keyset
+_BELOW_VERSIONS = _C._after_ADInplaceOrView_keyset
+_DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
 class Operator:
@@ -82,22 +84,33 @@ class Operator:
 
         self._record = Recorded.apply
 
+    def __call__(self, *args: Any) -> Any:
+        """The operator: at once where its dispatcher would do nothing but come here, as for plain tensors of a CPU."""
+        if self._written or not _unseen(args):
+            return self.overload(*args)
+        return self._recorded(None, args)
+
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in _flat(args)):
             raise NotImplementedError(
                 f"{self.overload} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), and a "
                 "zero one would be wrong; use reverse mode (backward, torch.func.grad, torch.func.vjp)"
             )
+        return self._recorded(keyset, args)
+
+    def _recorded(self, keyset: Any, args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
             watched = self._watched(args)
-            if torch._C._any_requires_grad(*watched):
+            if _C._any_requires_grad(*watched):
                 return self._record(keyset, args, *watched)
         return self._below(keyset, args)
 
     def _below(self, keyset: Any, args: tuple[Any, ...]) -> Any:
-        """Run the operator below autograd: by the dispatcher, or at once where it would do nothing else."""
-        with torch._C._AutoDispatchBelowAutograd():
-            if (keyset & _BELOW_VERSIONS).highestPriorityTypeId() in _DEVICES:
+        """Run the operator below autograd: by the dispatcher, or at once where it would do nothing else (or was not
+        asked: no keyset).
+        """
+        with _C._AutoDispatchBelowAutograd():
+            if keyset is None or (keyset & _BELOW_VERSIONS).highestPriorityTypeId() in _DEVICES:
                 self._count_writes(args)
                 return self._run(*args)
             return self.overload.redispatch(keyset & _BELOW_AUTOGRAD, *args)
@@ -165,6 +178,29 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
         The decorator, which makes an `Operator` of a function.
     """
     return lambda run: Operator(name, run, mutates)
+
+
+def _unseen(args: tuple[Any, ...]) -> bool:
+    """Whether no mode, transform, tracer, profiler or subclass of a tensor would see the operator on its way."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _C._len_torch_dispatch_stack()
+        or _C._is_torch_function_mode_enabled()
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
+        or _C._autograd._profiler_enabled()
+    ):
+        return False
+    for value in args:
+        if isinstance(value, Tensor):
+            if type(value) not in REAL or not value.is_cpu:
+                return False
+        elif type(value) is list:
+            for item in value:
+                if isinstance(item, Tensor) and (type(item) not in REAL or not item.is_cpu):
+                    return False
+    return True
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:

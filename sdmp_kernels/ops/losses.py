@@ -54,6 +54,16 @@ def owned_gradient() -> bool:
     return not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def handed_out(gradient: Tensor, grad: Tensor) -> Tensor | None:
+    """Within a backward pass: a saved `gradient` times `grad` of no dimension, in its own memory; None where that may
+    not be, or there is more to it.
+    """
+    if type(grad) is not Tensor or grad.ndim or not grad.is_cpu or type(gradient) is not Tensor or not owned_gradient():
+        return None
+    factor = grad.item()
+    return gradient if factor == 1 else gradient.mul_(factor)
+
+
 def scaled(gradient: Tensor, grad: Tensor, out: Tensor) -> Tensor:
     """`gradient` (N, ...) times `grad`, () for all or (N,) one per row, in `out`, which may be `gradient` itself.
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -204,27 +203,25 @@ def test_far_below_the_largest_there_is_no_probability(dtype):
 CASES = [t for t in matrix.trials(with_grads=True) if t.op == "info_nce" and t.backend == "cpp"]
 
 
-def by(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
-    """From now on every call is one call of the kernel for few rows, or goes through products of whole rows, or where
-    only the queries have gradients through blocks of columns; returns how many rows went that last way.
+def by(monkeypatch: pytest.MonkeyPatch, way: str) -> list[bool]:
+    """From now on every call is one call of the kernel for few rows, or goes through products of whole rows, or through
+    the kernel that makes its own; returns whether that last one did what it was asked for, call by call.
     """
-    rows: list[int] = []
-    blocks = info_nce_native._blocks
+    done: list[bool] = []
+    swept = info_nce_native._swept
     monkeypatch.setattr(info_nce_native, "_few", lambda q, k: way == "few")
-    monkeypatch.setattr(info_nce_native, "_BLOCK", (5, 8) if way == "blocks" else (1, 2**40))
-    monkeypatch.setattr(info_nce_native, "_blocks", lambda p, *rest: (rows.append(len(p.q)), blocks(p, *rest)))
-    return rows
+    monkeypatch.setattr(info_nce_native, "_many", lambda q, keys: way == "sweep" and keys.excluded is None)
+    monkeypatch.setattr(info_nce_native, "_swept", lambda *given: done.append(swept(*given)) or done[-1])
+    return done
 
 
-each_way = pytest.mark.parametrize("way", ["few", "rows", "blocks"])
+each_way = pytest.mark.parametrize("way", ["few", "rows", "sweep"])
 
 
 @each_way
 @pytest.mark.parametrize("trial", CASES, ids=str)
 def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial, way):
     """Losses and gradients by the rule of the op matrix."""
-    if way == "blocks":
-        trial = replace(trial, case=replace(trial.case, grads=("q",)))
 
     def upstream(t: Tensor) -> Tensor:
         return torch.linspace(-1.0, 2.0, max(t.numel(), 1), dtype=t.dtype)[: t.numel()].view(t.shape)
@@ -245,7 +242,7 @@ def test_few_rows_and_matrix_products_are_right_on_every_case(monkeypatch, trial
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("temperature", [0.2, 0.03], ids=["flat", "peaked"])
 @each_dtype
-def test_info_nce_in_blocks_of_columns(monkeypatch, form, temperature, dtype):
+def test_info_nce_in_blocks_of_keys(monkeypatch, form, temperature, dtype):
     """Targets in any block, of one column and of no weight; several key sets; rows apart by e^66."""
     generator = torch.Generator().manual_seed(0)
     lengths = (16, 37, 1030)
@@ -261,11 +258,14 @@ def test_info_nce_in_blocks_of_columns(monkeypatch, form, temperature, dtype):
         leaf = cast(q).requires_grad_()
         losses = call(leaf, [cast(k) for k in ks], targets, **options)
         total = sum(w * loss for w, loss in zip(term_weight, losses, strict=True))
-        return [*(loss.detach() for loss in losses), torch.autograd.grad(total.sum(), leaf)[0]]
+        (grad,) = torch.autograd.grad(total.sum(), leaf)
+        leaves = [cast(k).requires_grad_() for k in ks]
+        losses = call(cast(q), leaves, targets, **{**options, "reduction": "sum"})
+        return [*(loss.detach() for loss in losses), grad, *torch.autograd.grad(sum(losses), leaves)]
 
-    rows = by(monkeypatch, "blocks")
+    done = by(monkeypatch, "sweep")
     got = results(info_nce, lambda t: t.clone())
-    assert rows == [13, 13, 13]
+    assert done == [True] * 6
     own = results(info_nce_cases.eager, lambda t: t.clone())
     with use_backend("reference", "info_nce"):
         truth = results(info_nce, lambda t: t.double())
@@ -313,9 +313,29 @@ def test_info_nce_in_many_chunks(monkeypatch, way):
     for backend in ("cpp", "torch"):
         with use_backend(backend, "info_nce"):
             losses = info_nce(q, k, target, temperature=0.5, reduction="none", form="log_mixture")
-            found.append((losses.detach(), *torch.autograd.grad(losses, (q, k), factors)))
+            found.append([losses.detach(), *torch.autograd.grad(losses, (q, k), factors)])
+            loss = info_nce(q, k, target, temperature=0.5, reduction="sum")
+            found[-1] += torch.autograd.grad(loss, (q, k))
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_info_nce_of_keys_that_are_packed_by_every_task(monkeypatch, dtype):
+    """More keys than are packed beforehand, and both operands in columns."""
+    done = by(monkeypatch, "sweep")
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(900, n, generator=generator).to(dtype).T.requires_grad_() for n in (400, 2100))
+    target = two_hot(generator, 400, 2100)
+    found = []
+    for backend, single in (("cpp", dtype), ("torch", torch.float32)):
+        with use_backend(backend, "info_nce"):
+            loss = info_nce(q.to(single), k.to(single), target, temperature=10.0)
+            found.append((loss.detach(), *torch.autograd.grad(loss, (q, k))))
+    assert done == [True]
+    for a, b in zip(*found, strict=True):
+        bound = (2 if dtype == torch.bfloat16 else 40) * torch.finfo(b.dtype).eps
+        assert ((a - b).abs().max() <= bound * b.abs().max()).item()
 
 
 # ---- distillation ----

@@ -95,7 +95,7 @@ def distillation(
             "inplace_backward=True writes over the student, which must not be a leaf that wants a gradient"
         )
     options = (mean_of, reduction, wanted and not inplace_backward, inplace_backward)
-    loss, _, _, mean, _ = _op.distillation_op.overload(student, teacher, *constants, *temperatures, *options)
+    loss, _, _, mean, _ = _op.distillation_op(student, teacher, *constants, *temperatures, *options)
     return (loss, mean) if mean_of else loss
 
 

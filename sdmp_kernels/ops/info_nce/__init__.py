@@ -90,7 +90,7 @@ def info_nce(
         if not 0 < number < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
     wanted = torch.is_grad_enabled()
-    loss, terms, *_ = _op.info_nce_op.overload(
+    loss, terms, *_ = _op.info_nce_op(
         q,
         keys,
         [t.first for t in targets],
@@ -199,4 +199,5 @@ def _check_keys(name: str, k: object, q: Tensor) -> None:
         raise ValueError(f"{name} must have D = {q.shape[1]} columns as q has, got {k.shape[1]}")
     if k.shape[0] == 0:
         raise ValueError(f"{name} must have at least one row, got shape {tuple(k.shape)}")
-    check_same_device(**{name: k, "q": q})
+    if k.device != q.device:
+        check_same_device(**{name: k, "q": q})

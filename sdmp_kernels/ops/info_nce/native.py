@@ -1,10 +1,10 @@
 """`info_nce` by the compiled kernels of csrc/: backend `cpp`.
 
-A chunk of rows of the products q k^T is made in one reused buffer by PyTorch's matrix product; the kernel turns it into
-losses and, in place, into the gradient of the products; a second matrix product makes the gradient of the queries of
-it. Where the lengths of the rows bound the products, exponentials need no row's largest product: a chunk then has some
-of the columns only and stays in the cache nearest to a core, as in fused attention. Problems of a few rows are one call
-that does everything.
+Many rows are one call that makes its own products, some rows by some keys at a time, in the cache nearest to a core, as
+in fused attention. What that does not serve goes through chunks of rows of the products q k^T, made in one reused
+buffer by PyTorch's matrix product; the kernel turns them into losses and, in place, into the gradient of the products;
+a second matrix product makes the gradient of the queries of it. Problems of a few rows are one call that does
+everything.
 
 `_backends.native_library` has loaded the library before any of these is called. Shapes as in `reference.py`.
 """
@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem, empty_rows
-from sdmp_kernels.ops.info_nce.composed import Operands, added_up, operands_of, products_of
+from sdmp_kernels.ops.info_nce.composed import added_up, operands_of, products_of
 from sdmp_kernels.ops.losses import full_precision
 
 # Multiplications of a product, and logits, up to which one call on one thread beats two matrix products.
 _FEW_PRODUCTS = 2**16
 _FEW_LOGITS = 2**12
 
-# Rows of every thread, and columns, of a block of products: 2 MiB a thread. From twice the columns on, blocks are worth
-# their calls.
-_BLOCK = (512, 1024)
-# Logits that no row may exceed, either way, for exponentials below a bound: the least is e^-80, a normal number.
-_BOUND = 40.0
+# Rows for every thread, and logits, from which the call that makes its own products beats PyTorch's.
+_SWEEP_ROWS = 48
+_SWEEP_LOGITS = 2**14
 
 
 def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +34,12 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     """
     q, terms = problem.q, len(problem.sets)
     n, d = q.shape
+    if terms == 1 and not need_k[0] and problem.sets[0].excluded is None and _few(q, problem.sets[0].k):
+        # The same as below, in as few steps of the host's as there are.
+        loss = q.new_empty(() if reduced else (n,), dtype=torch.float32)
+        made = q.new_empty((1, n, d) if need_dq else 0, dtype=torch.float32)
+        _at_once(problem, 0, reduced, loss, made if need_dq else None, None)
+        return loss, made, q.new_empty(0, dtype=torch.float32)
     loss = q.new_empty((*((terms,) if terms > 1 else ()), *(() if reduced else (n,))), dtype=torch.float32)
     dq = q.new_empty((terms, n, d), dtype=torch.float32) if need_dq else None
     rows = [len(keys.k) if need and reduced else 0 for keys, need in zip(problem.sets, need_k, strict=True)]
@@ -43,16 +47,12 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     for t, (keys, part) in enumerate(zip(problem.sets, dk.split(rows) if any(rows) else [None] * terms, strict=True)):
         to_keys = part if rows[t] else None
         if keys.excluded is None and _few(q, keys.k):
-            options = (problem.temperature, problem.form == "log_mixture", problem.scale)
-            target = (keys.first, keys.second, keys.weight)
-            results = (loss, dq, to_keys)
-            torch.ops.sdmp.info_nce_few_cpu.default(q, keys.k, *target, *options, None, t, reduced, *results)
-            for made in (None if dq is None else dq[t], to_keys) if keys.factor != 1 else ():
-                if made is not None:
-                    made.mul_(keys.factor)
+            _at_once(problem, t, reduced, loss, dq, to_keys)
             continue
         losses = q.new_empty(n, dtype=torch.float64)
-        _rows(problem, keys, losses, None if dq is None else dq[t], to_keys)
+        to_q = None if dq is None else dq[t]
+        if not (_many(q, keys) and _swept(problem, keys, losses, to_q, to_keys)):
+            _rows(problem, keys, losses, to_q, to_keys)
         none = empty_rows(keys)
         losses = (losses if none is None else losses.masked_fill_(none, 0)).mul_(problem.scale)
         (loss if terms == 1 else loss[t]).copy_(losses.sum() if reduced else losses)
@@ -61,17 +61,37 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
     return loss, dq.sum(dim=0, keepdim=True) if problem.summed and terms > 1 else dq, dk
 
 
+def _at_once(problem: Problem, t: int, reduced: bool, loss: Tensor, dq: Tensor | None, dk: Tensor | None) -> None:
+    """Fills what belongs to key set t of a few rows by one call."""
+    keys = problem.sets[t]
+    torch.ops.sdmp.info_nce_few_cpu.default(
+        problem.q,
+        keys.k,
+        keys.first,
+        keys.second,
+        keys.weight,
+        problem.temperature,
+        problem.form == "log_mixture",
+        problem.scale,
+        None,
+        t,
+        reduced,
+        loss,
+        dq,
+        dk,
+    )
+    if keys.factor != 1:
+        for made in (None if dq is None else dq[t], dk):
+            if made is not None:
+                made.mul_(keys.factor)
+
+
 def _rows(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> None:
     """Fills losses (N,), dq (N, D) and dk (M, D) of one key set, chunk by chunk."""
     q = problem.q
     with full_precision(q):
         operands = operands_of(q, keys.k, problem.temperature)
-        gain, slope, to_q = float(operands.gain), problem.scale * keys.factor, float(operands.k_factor)
-        if dq is not None and dk is None and keys.excluded is None and len(operands.k) >= 2 * _BLOCK[1]:
-            shift = _largest_product(operands.q, operands.k)
-            if shift * gain <= _BOUND:
-                _blocks(problem, keys, operands, shift, _representable(slope * to_q), losses, dq)
-                return
+        slope, to_q = problem.scale * keys.factor, float(operands.k_factor)
         if dk is None:
             slope, to_q = _representable(slope * to_q), 1.0
         else:
@@ -80,7 +100,7 @@ def _rows(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk:
             torch.ops.sdmp.info_nce_rows_cpu.default(
                 z,
                 *(tensor[start:stop] for tensor in (keys.first, keys.second, keys.weight)),
-                gain,
+                float(operands.gain),
                 problem.form == "log_mixture",
                 slope,
                 None,
@@ -93,40 +113,6 @@ def _rows(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk:
                 dk.addmm_(z.T, operands.q[start:stop])
         if dk is not None and operands.q_factor != 1:
             dk.mul_(operands.q_factor)
-
-
-def _largest_product(q: Tensor, k: Tensor) -> float:
-    """What no product of a row of q and a row of k exceeds, either way; NaN where something is not finite."""
-    return float(torch.linalg.vector_norm(q, dim=1).amax()) * float(torch.linalg.vector_norm(k, dim=1).amax())
-
-
-def _blocks(
-    problem: Problem, keys: KeySet, operands: Operands, shift: float, slope: float, losses: Tensor, dq: Tensor
-) -> None:
-    """As `_rows`, block of columns by block of columns."""
-    q, k = operands.q, operands.k
-    gain, count = float(operands.gain), len(k)
-    rows, columns = min(len(q), _BLOCK[0] * torch.get_num_threads()), _BLOCK[1]
-    buffer = q.new_empty(rows * columns)
-    for start in range(0, len(q), rows):
-        chosen = slice(start, min(start + rows, len(q)))
-        target = tuple(tensor[chosen] for tensor in (keys.first, keys.second, keys.weight))
-        queries, gradient = q[chosen], dq[chosen]
-        sums = torch.zeros(len(queries), dtype=torch.float64)
-        picked = torch.empty(len(queries), 2)
-        for begin in range(0, count, columns):
-            block = k[begin : begin + columns]
-            z = buffer[: len(queries) * len(block)].view(len(queries), len(block))
-            torch.mm(queries, block.T, out=z)
-            torch.ops.sdmp.info_nce_block_cpu.default(z, *target, begin, count, shift, gain, sums, picked)
-            if begin:
-                gradient.addmm_(z, block)
-            else:
-                torch.mm(z, block, out=gradient)
-        mixture = problem.form == "log_mixture"
-        torch.ops.sdmp.info_nce_end_cpu.default(
-            gradient, k, *target, shift, gain, mixture, sums, picked, slope, losses[chosen]
-        )
 
 
 def backward(
@@ -155,6 +141,18 @@ def backward(
 def _few(q: Tensor, k: Tensor) -> bool:
     (n, d), m = q.shape, k.shape[0]
     return n * m <= _FEW_LOGITS and n * m * d <= _FEW_PRODUCTS
+
+
+def _many(q: Tensor, keys: KeySet) -> bool:
+    n, m = q.shape[0], keys.k.shape[0]
+    return keys.excluded is None and n >= _SWEEP_ROWS * torch.get_num_threads() and n * m >= _SWEEP_LOGITS
+
+
+def _swept(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> bool:
+    """As `_rows`, by one call; False, and nothing is right, where products may overflow or something is not finite."""
+    target = (keys.first, keys.second, keys.weight)
+    options = (problem.temperature, problem.form == "log_mixture", problem.scale * keys.factor)
+    return torch.ops.sdmp.info_nce_sweep_cpu.default(problem.q, keys.k, *target, *options, losses, dq, dk)
 
 
 def _key_gradient(grad: Tensor, problem: Problem, keys: KeySet) -> Tensor:

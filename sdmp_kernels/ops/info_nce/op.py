@@ -10,7 +10,16 @@ from sdmp_kernels._checks import readable
 from sdmp_kernels._operators import operator
 from sdmp_kernels.ops.info_nce.arguments import KeySet, Problem, kept_columns
 from sdmp_kernels.ops.info_nce.composed import added_up
-from sdmp_kernels.ops.losses import owned_gradient, reduced, refuse_native, refuse_triton, scaled, upstream, work_dtype
+from sdmp_kernels.ops.losses import (
+    handed_out,
+    owned_gradient,
+    reduced,
+    refuse_native,
+    refuse_triton,
+    scaled,
+    upstream,
+    work_dtype,
+)
 
 OP = _backends.register("info_nce", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
 LARGEST_TRITON_D = 256
@@ -231,8 +240,13 @@ def _save(ctx, inputs, output):
     _, terms, stats, dq, dk = output
     # The keys are kept only where they are read again: a queue of keys may change before the backward pass.
     again = dq.numel() == 0 or any(k.requires_grad for k in keys)
+    # All that there is to do is to hand dq out: of one set of fixed keys, or summed over them.
+    ctx.ready = not again and dq.shape[0] == 1 and dq.dtype == q.dtype
     # q is kept in any case: a second derivative must raise, not be silently zero.
-    ctx.save_for_backward(q, stats, dq, dk, *((*keys, *first, *second, *weight, *excluded) if again else ()))
+    if again:
+        ctx.save_for_backward(q, dq, stats, dk, *keys, *first, *second, *weight, *excluded)
+    else:
+        ctx.save_for_backward(q, dq)
     ctx.terms, ctx.again, ctx.options = len(keys), again, options
     ctx.mark_non_differentiable(terms, stats, dq, dk)
     ctx.set_materialize_grads(False)
@@ -241,8 +255,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, *_constants):
     if grad is None:
         return None, *[None] * ctx.terms
+    q, dq, *rest = ctx.saved_tensors
+    if ctx.ready and (d_q := handed_out(dq, grad)) is not None:
+        return d_q.squeeze(0), *[None] * ctx.terms
     _, _, need_q, *need_k = ctx.needs_input_grad
-    q, stats, dq, dk, *rest = ctx.saved_tensors
+    # Where keys are fixed, nothing was made for them.
+    stats, dk, *rest = rest or (q.new_empty(0, dtype=torch.float64), q.new_empty(0, dtype=work_dtype(q)))
     count = ctx.terms if ctx.again else 0
     keys, first, second, weight = (rest[i * count : (i + 1) * count] for i in range(4))
     made = dq.shape[0] == 1 and dq.dtype == q.dtype and (dk.numel() > 0 or not ctx.again)

@@ -76,7 +76,7 @@ def soft_cross_entropy(
         raise ValueError("inplace_backward=True writes over the logits, which must not be a leaf that wants a gradient")
     skipped = None if whole else ignored
     options = (class_weight, smoothing, form, skipped, reduction, wanted and not inplace_backward, inplace_backward)
-    loss, _, _ = _op.soft_cross_entropy_op.overload(logits, *target, *options)
+    loss, _, _ = _op.soft_cross_entropy_op(logits, *target, *options)
     return loss
 
 

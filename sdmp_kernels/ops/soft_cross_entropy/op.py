@@ -14,7 +14,15 @@ from sdmp_kernels import _backends
 from sdmp_kernels._checks import readable
 from sdmp_kernels._memory import new_empty
 from sdmp_kernels._operators import operator
-from sdmp_kernels.ops.losses import owned_gradient, reduced, refuse_native, refuse_triton, scaled, work_dtype
+from sdmp_kernels.ops.losses import (
+    handed_out,
+    owned_gradient,
+    reduced,
+    refuse_native,
+    refuse_triton,
+    scaled,
+    work_dtype,
+)
 from sdmp_kernels.ops.soft_cross_entropy.arguments import Given, rows_of
 
 OP = _backends.register("soft_cross_entropy", cpu=("cpp", "torch", "reference"), cuda=("triton", "torch", "reference"))
@@ -191,6 +199,8 @@ def _backward(ctx, grad, *_constants):
     if ctx.in_place:
         soft_cross_entropy_inplace_backward_op.overload(grad, logits, *target, *ctx.options, correction)
         return (logits.detach(),)
+    if gradient.shape[0] and not correction.numel() and (d_logits := handed_out(gradient, grad)) is not None:
+        return (d_logits,)
     if gradient.shape[0] and owned_gradient() and (correction.numel() or readable(grad, gradient)):
         return (_multiplied(gradient, grad, ctx.options[-1], correction, gradient),)
     return (soft_cross_entropy_backward_op.overload(grad, logits, *target, *ctx.options, gradient, correction),)
