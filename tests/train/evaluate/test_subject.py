@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,11 @@ def test_a_backbone_by_position_by_run_or_by_weights(tiny: Config, tmp_path: Pat
         subject = open_subject(config, "knn")
         assert subject.digest == by_run.digest and subject.run is None
         assert (subject.data.data, subject.data.image_px, subject.data.mean) == ("x", 32, tiny.data.mean)
-    with pytest.raises(ConfigError, match="holds no exported backbone"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         open_subject(SubjectConfig(what=str(tmp_path / "none")), "knn")
+    shutil.rmtree(exported)
+    with pytest.raises(ConfigError, match=f"no export yet, .* python -m sdmp_train export {run}$"):
+        open_subject(SubjectConfig(what=str(run)), "knn")
     with pytest.raises(ConfigError, match="more than one backbone is given"):
         SubjectConfig(what="a", run="b")
 
