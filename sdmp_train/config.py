@@ -235,8 +235,13 @@ def save_config(config: Config, path: Path) -> None:
 
 def load_config(path: Path, base: Config) -> Config:
     """`base` overridden by a YAML file."""
+    return from_dict(read_settings(path), base, str(path))
+
+
+def read_settings(path: Path) -> Any:
+    """What a YAML file of settings holds; nothing is a mapping without names."""
     try:
         settings = read_yaml(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the config file {path}: {one_line(error)}") from error
-    return from_dict({} if settings is None else settings, base, str(path))
+    return {} if settings is None else settings

@@ -27,7 +27,7 @@ from .durable import draft_of
 from .models import check_name, create, make_model, timm_arguments
 from .reading import is_whole_number, read_json, read_tensors
 from .settings import require
-from .text import one_line
+from .text import one_line, printable
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 # What a description may pass to timm, and from where to where. timm itself knows arguments that open files.
@@ -190,6 +190,8 @@ def load_exported(
 
 def read_description(folder: Path) -> dict[str, Any]:
     """The checked config.json of an exported folder. Raises `ConfigError` where there is none, or none of ours."""
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {printable(folder)}; expected that of a run or of an export")
     try:
         description = read_json(folder / DESCRIPTION)
         check_description(description)

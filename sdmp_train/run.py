@@ -219,13 +219,20 @@ class Run:
         """Whether kNN is measured: it is switched on, and the images have classes that it can tell apart."""
         return self.training.config.run.knn_max_images > 0 and self.no_knn is None
 
-    @cached_property
-    def no_knn(self) -> str | None:
-        """Why the images' classes allow no kNN."""
+    @property
+    def no_classes(self) -> str | None:
+        """Why `eval knn` would refuse the run's own images, however many are taken."""
         if len(self.index.classes) < 2:
             return NO_CLASSES
         if self.test_index is not None and len(self.test_index) == 0:
             return self.test_index.notes[-1]
+        return None
+
+    @cached_property
+    def no_knn(self) -> str | None:
+        """Why the images' classes allow no kNN."""
+        if (lacking := self.no_classes) is not None:
+            return lacking
         bank, queries = knn_images(self.index, self.test_index, self.training.config.run.knn_max_images)
         if not set(bank.labels.tolist()) & set(queries.labels.tolist()):
             return f"none of the {len(queries)} queries has a class that is among the {len(bank)} images of the bank"
@@ -303,6 +310,8 @@ class Run:
         written = ("metrics.jsonl", "train.log", "mix.png", "curves.png")
         logs = " ".join(name for name in written if (self.folder / name).exists())
         loss = "" if self.log.last_loss is None else f"final loss {self.log.last_loss:.3f}, "
+        refused = self.no_knn if self.training.config.run.knn_max_images > 0 else self.no_classes
+        others_classes = [] if refused is None else ["--data", "CLASS_FOLDERS"]
         worse = None if (last := self.accuracies.get(TRAINED)) is None else self.below_the_start(last)
         steps, took = counted(self.training.step, "step"), duration(time.monotonic() - self.began_at)
         return [
@@ -313,7 +322,7 @@ class Run:
             f"load     {first}",
             *(f"         {line}" for line in others),
             *(f"shell    {line}" for line in elsewhere()),
-            f"measure  {command('sdmp_train', 'eval', 'knn', '--run', self.place)}",
+            f"measure  {command('sdmp_train', 'eval', 'knn', '--run', self.place, *others_classes)}",
             f"report   {command('sdmp_train', 'report', self.place)}",
             *([f"yours    {command('sdmp_train', *yours)}"] if embedded else []),
         ]

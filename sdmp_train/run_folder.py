@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
@@ -25,9 +25,10 @@ from types import TracebackType
 from typing import Literal, Self
 
 from .card import CARD, is_edited
-from .config import Config, ConfigError, load_config
+from .config import Config, ConfigError, from_dict, read_settings
 from .durable import remove_leftovers, write_durably
 from .reading import open_for_append, parse_json, read_json, read_text
+from .text import printable
 
 MARKER, LOCK, SETTINGS = ".sdmp-run.json", ".sdmp-run.lock", "config.yaml"
 FORMAT, PROGRAM = 1, "sdmp_train"
@@ -238,8 +239,18 @@ def clean(path: Path) -> None:
 
 
 def stored_config(path: Path) -> Config:
-    """The configuration that the run in this folder was started with."""
-    return load_config(path / SETTINGS, Config())
+    """The configuration that the run in this folder was started with.
+
+    Raises:
+        ConfigError: it cannot be read, or is that of an evaluation that trains, which has other settings.
+    """
+    settings = read_settings(path / SETTINGS)
+    if isinstance(settings, Mapping) and "evaluation" in settings:
+        raise ConfigError(
+            f"{printable(path)} is the folder of an evaluation's training, not of a run: `report` shows its numbers on "
+            f"its run's page, and its classifier is in {printable(path / EXPORTED)}"
+        )
+    return from_dict(settings, Config(), str(path / SETTINGS))
 
 
 def _make_new(path: Path) -> Path:

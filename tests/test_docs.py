@@ -41,7 +41,7 @@ def test_the_code_of_a_page_runs(page: Path):
     said = re.search(r"<!-- needs: (.*?) -->", page.read_text(encoding="utf-8"))
     for package in [*(said[1].split(", ") if said else []), *NEEDED.get(page.name, [])]:
         pytest.importorskip(package, reason=f"{package} is not installed")
-    for block in blocks(page, "python"):  # each by itself: a reader pastes one
+    for block in blocks(page, "python"):  # each by itself, as it is pasted
         exec(compile(block, str(page), "exec"), {"__name__": page.stem})
 
 

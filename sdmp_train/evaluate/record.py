@@ -13,10 +13,10 @@ from ..config import Config, ConfigError, drift
 from ..log import STAMP
 from ..presets import Preset, presets
 from ..reading import read_json, read_text
-from ..run_folder import is_run_folder, stored_config
+from ..run_folder import EVALUATED, EVALUATIONS, is_run_folder, stored_config
 from ..text import printable
 
-EVALUATIONS, PICTURES, CAPTIONS = "evaluations.jsonl", "pictures", "captions.json"
+PICTURES, CAPTIONS = "pictures", "captions.json"
 LOG_BYTES = 2**28
 SAID = ("device", "kernels", "loader", "data", "model", "init", "loss", "batch", "steps", "lr", "split")
 """What begins a line of train.log that says what ran where; the last one of each counts."""
@@ -89,7 +89,7 @@ def read_record(folder: Path) -> RunRecord:
             stored_config(folder),
             tuple(plain_numbers(row) for row in rows),
             read_said(folder / "train.log"),
-            tuple(read_lines(folder / EVALUATIONS)),
+            read_evaluations(folder),
             read_captions(folder / PICTURES),
         )
     except (OSError, ValueError) as error:
@@ -109,6 +109,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             found.append(row)
     return found
+
+
+def read_evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
+    """What evaluations have left in the run's folder, and in folders of their own (--output) among its trainings'."""
+    own = sorted(folder.glob(f"{EVALUATED}/*/{EVALUATIONS}"))
+    return tuple(row for path in (folder / EVALUATIONS, *own) for row in read_lines(path))
 
 
 def plain_numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..advice import command
 from ..data import Index, open_folder
 from ..distributed import World, join_world
 from ..log import Log
@@ -227,6 +228,8 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
     else:
         given = run or weights or ""
         folder = next(filter(holds_classifier, places(given)), Path(given))
+        if run is not None and folder == Path(given):
+            raise ConfigError(no_classifier(folder))
         model, pixels, classes = load_classifier(folder)
         description, place = {}, str(folder)
     data = replace(data, image_px=tuple(pixels["input_size"][1:]), mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
@@ -237,6 +240,16 @@ def places(given: str) -> Iterator[Path]:
     """Where the classifier of a run, of a fine-tuning or of an export lies."""
     folder = Path(given)
     yield from (folder / EVALUATED / "finetune" / EXPORTED, folder / EXPORTED, folder)
+
+
+def no_classifier(run: Path) -> str:
+    """What to do where the usual place of a run holds no classifier; trainings in other folders of it are named."""
+    others = sorted(str(path.parent) for path in run.glob(f"{EVALUATED}/*/{EXPORTED}") if holds_classifier(path))
+    if others:
+        return (
+            f"{printable(run)} holds no classifier at {EVALUATED}/finetune; give one of those it holds: {some(others)}"
+        )
+    return f"{printable(run)} holds no classifier; first: {command('sdmp_train', 'eval', 'finetune', str(run))}"
 
 
 def imagenet_classes(model: nn.Module) -> tuple[str, ...]:

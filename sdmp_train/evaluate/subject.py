@@ -27,7 +27,7 @@ from ..splits import Progress, Say, measured_images
 from ..stop import StopRequest
 from ..text import printable
 from ..training import versions
-from ..weights import TIMM, check_place, is_unfinished_run, load_weights, weights_digest
+from ..weights import TIMM, load_weights, weights_digest
 from .settings.subject import Precision, SubjectConfig
 
 EVERY_IMAGE = 10**9
@@ -67,14 +67,7 @@ def open_subject(config: SubjectConfig, protocol: str, *, drop_path: float = 0.0
         raise ConfigError(
             f"eval {protocol} needs a backbone: give --run RUN (a run folder) or --weights DIR (an export)"
         )
-    check_place(str(weights if weights is not None else run))
-    if weights is None and is_unfinished_run(str(run)):
-        go_on = command("sdmp_train", "pretrain", "--resume", str(run))
-        raise ConfigError(
-            f"{printable(str(run))} has exported nothing yet: `{go_on}` goes on to its end, "
-            f"`{command('sdmp_train', 'export', str(run))}` exports its newest checkpoint"
-        )
-    loaded = load_weights(weights if weights is not None else str(Path(run or "") / EXPORTED), drop_path=drop_path)
+    loaded = load_weights(weights if weights is not None else str(own_export(Path(run or ""))), drop_path=drop_path)
     pixels = loaded.description["pretrained_cfg"]
     data = measured_data(replace(config, what=None, run=run, weights=weights), pixels)
     return Subject(loaded.backbone, loaded.name, Path(run) if run is not None else None, data, loaded.description)
@@ -86,6 +79,20 @@ def named_backbone(config: SubjectConfig) -> tuple[str | None, str | None]:
         return config.run, config.weights
     is_run = not config.what.startswith(TIMM) and is_run_folder(Path(config.what))
     return (config.what, None) if is_run else (None, config.what)
+
+
+def own_export(run: Path) -> Path:
+    """The folder of a run's export.
+
+    Raises:
+        ConfigError: there is none, as in a run that has not ended; the message has the command that writes one.
+    """
+    if is_run_folder(run) and not (run / EXPORTED).exists():
+        raise ConfigError(
+            f"{printable(run)} has no export yet, which the end of a run writes; of its newest checkpoint: "
+            f"{command('sdmp_train', 'export', str(run))}"
+        )
+    return run / EXPORTED
 
 
 def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfig:

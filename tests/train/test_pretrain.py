@@ -109,6 +109,9 @@ def test_without_classes_to_tell_apart_it_says_why_there_is_no_knn(tiny: Config,
     printed = capsys.readouterr().out
     assert printed.count("kNN") == 1
     assert f"kNN      not measured: {why[folders]}" in printed
+    assert f"eval knn --run {tmp_path / 'run'} --data CLASS_FOLDERS\n" in printed, (
+        "of its own images it would be refused"
+    )
 
 
 def test_a_backbone_whose_features_are_not_finite_or_all_the_same_is_said_and_the_run_goes_on(

@@ -144,6 +144,13 @@ def test_the_papers_row_and_what_differs_from_it(tmp_path: Path):
     with (run / "evaluations.jsonl").open("w") as file:
         file.write(json.dumps({"protocol": "linear", "top1": 0.8765, "sweep": {"lr": [1, 3]}}) + "\n")
     words = Page(write_report(ReportConfig((str(run),))).read_text()).words
+    other = run / "evaluations" / "finetune-10"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "config.yaml").write_text("evaluation: finetune\nsettings: {}\n")
+    (other / "evaluations.jsonl").write_text(json.dumps({"protocol": "finetune", "top1": 0.4321}) + "\n")
+    assert "top1 43.21 %" in Page(write_report(ReportConfig((str(run),))).read_text()).words
+    with pytest.raises(ConfigError, match="evaluation's training, not of a run: `report` shows its numbers on"):
+        write_report(ReportConfig((str(other),)))
     assert "top1 87.65 %" in words and "sweep.lr 1, 3" in words and "none was measured of this run" not in words
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from subjects import export, results
 from torch import Tensor, nn
+from written_runs import write_run
 
 from sdmp_train.config import Config, ConfigError, DataConfig
 from sdmp_train.data import open_folder
@@ -176,3 +177,15 @@ def test_what_cannot_be_measured_is_refused(tiny: Config, tmp_path: Path):
         evaluate_robustness(RobustnessConfig(imagenet_a=str(tmp_path)))
     with pytest.raises(ConfigError, match="a backbone without a classifier"):
         evaluate_robustness(RobustnessConfig(what=export(tiny, tmp_path / "net"), imagenet_a=str(tmp_path)))
+
+
+def test_a_run_without_a_classifier_is_told_what_makes_one(tiny: Config, tmp_path: Path):
+    run = write_run(tmp_path / "run", tiny)
+    config = RobustnessConfig(what=str(run), imagenet_a=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"holds no classifier; first: .* eval finetune {run}$"):
+        evaluate_robustness(config)
+    other = run / "evaluations" / "finetune-10" / "exported"
+    other.mkdir(parents=True)
+    (other / "classes.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"give one of those it holds: {other.parent}$"):
+        evaluate_robustness(config)
