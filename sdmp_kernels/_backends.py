@@ -95,6 +95,25 @@ def _interpreter_fails() -> str | None:
     return f"the interpreter of triton {_triton_version()} fails with numpy {np.__version__}; pip install 'numpy<2.4'"
 
 
+COMPILED = {
+    "cpu": (
+        "augment_cpu",
+        "distillation_cpu",
+        "draw_mixup_cpu",
+        "draw_plan_cpu",
+        "info_nce_few_cpu",
+        "info_nce_rows_cpu",
+        "info_nce_sweep_cpu",
+        "mix_backward_cpu",
+        "mix_cpu",
+        "mix_plain_cpu",
+        "soft_cross_entropy_cpu",
+    ),
+    "cuda": ("mix_backward_cuda", "mix_cuda"),
+}
+"""What the compiled kernels of a device type register; a library that lacks one was built from other sources."""
+
+
 @functools.cache
 def native_library(device_type: str) -> str | None:
     """Load the compiled kernels of a device type; None once loaded, else the reason why they are not there."""
@@ -115,6 +134,9 @@ def native_library(device_type: str) -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} does not load ({error}); rebuild it with `make setup`"
+    lacking = [op for op in COMPILED[device_type] if not hasattr(torch.ops.sdmp, op)]
+    if lacking:  # the clone has moved on since it was built
+        return f"{found[0].name} is of another version, without {lacking[0]}; rebuild it with `make setup`"
     return None
 
 

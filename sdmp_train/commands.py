@@ -323,6 +323,14 @@ def lost_images(training: Training, index: Index) -> Lost:
     return LostImages(training.world, training.steps_per_epoch, max(0, limit), training.step, training.lost_images)
 
 
+def serving(device_type: str) -> str:
+    """Which backend serves which ops, and once why no faster one does."""
+    by_backend: dict[str, list[str]] = {}
+    for op, places in backends().items():
+        by_backend.setdefault(places[device_type], []).append(op)
+    return "; ".join(f"{', '.join(ops)}: {backend}" for backend, ops in by_backend.items())
+
+
 def describe(training: Training, index: Index, loader: Loader | None, start: Start | None = None) -> list[str]:
     """What runs where and why, one line each. start: the weights that were loaded for it now."""
     config, world, method = training.config, training.world, training.method
@@ -334,12 +342,11 @@ def describe(training: Training, index: Index, loader: Loader | None, start: Sta
         else f"{counted(torch.get_num_threads(), 'thread')}; "
         + ("asked for" if torch.cuda.is_available() else "torch sees no GPU")
     )
-    serving = {op: places[world.device.type] for op, places in backends().items()}
     rows = optim.batch_size // world.size
     lines = [
         f"preset   {config.run.preset}",
         f"device   {device} ({why}), {config.run.precision}",
-        f"kernels  {', '.join(f'{op}: {name}' for op, name in serving.items())}",
+        f"kernels  {serving(world.device.type)}",
         f"data     {index.summary()}",
         f"model    {config.model.arch} at {shown_size(config.data.image_px)} px: "
         f"{millions(method.backbone)} M parameters, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import threading
 import warnings
@@ -144,6 +145,20 @@ def test_absent_kernels_are_said_once_with_the_reason(monkeypatch):
             _backends.choose(_backends.OPS["mix"], cpu)
         monkeypatch.setattr(_backends, "native_library", lambda device_type: None)
         _backends.choose(_backends.OPS["mix"], cpu, lambda name: "float64 is not for it" if name == "cpp" else None)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    if _backends.unavailable("cpp", "cpu"):
+        pytest.skip("no compiled kernels here")
+    monkeypatch.setitem(_backends.COMPILED, "cpu", ("mix_cpu", "newer_cpu"))
+    why = _backends.native_library.__wrapped__("cpu")
+    assert why.endswith(".so is of another version, without newer_cpu; rebuild it with `make setup`")
+
+
+def test_the_compiled_operators_are_those_of_the_sources():
+    sources = "".join(path.read_text() for path in (Path(__file__).parents[1] / "csrc").glob("*_op.cpp"))
+    implemented = set(re.findall(r'm\.impl\("(\w+)"', sources))
+    assert implemented == {name for names in _backends.COMPILED.values() for name in names}
 
 
 def test_a_wheel_that_a_clone_shadows_is_named(tmp_path: Path, monkeypatch):

@@ -51,7 +51,8 @@ def choose_loader(loader: LoaderName, device: torch.device, channels: int = 3) -
         return Choice("torchvision", f"{missing}; Pillow decodes on the CPU")
     where = f"decodes and cuts on {device}" if device.type == "cuda" else "decodes on the CPU"
     asked = "was asked for" if loader == "dali" else "is installed"
-    views = f"augment ({backends()['augment'][device.type]}) makes the views"
+    backend = backends()["augment"][device.type].partition(" (")[0]  # why no faster one: the line `kernels`
+    views = f"augment ({backend}) makes the views"
     return Choice("dali", f"DALI {asked}; it {where}, and {views}")
 
 

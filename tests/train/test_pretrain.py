@@ -44,6 +44,13 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_why_no_faster_kernels_run_is_said_once(monkeypatch):
+    slow = "torch (cpp: not built; a C++ compiler and `make setup` build it)"
+    found = {"info_nce": {"cpu": slow}, "mix": {"cpu": "cpp"}, "augment": {"cpu": slow}}
+    monkeypatch.setattr(commands, "backends", lambda: found)
+    assert commands.serving("cpu") == f"info_nce, augment: {slow}; mix: cpp"
+
+
 def test_a_run_leaves_everything_it_promises(tiny: Config, tmp_path: Path, capsys):
     config = limit(tiny, knn_max_images=30)
     assert pretrain(config, tmp_path / "run") == 0
