@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from .features import standardise
 from .subject import Steps
 
 TOP = (1, 5)
+
+
+def in_words(found: Mapping[str, Any], classes: int) -> str:
+    """`top1` and `top5`; of five classes or fewer the second says nothing and is left out."""
+    top5 = f" {found['top5']:7.2%} top-5" if classes > max(TOP) else ""
+    return f"{found['top1']:7.2%} top-1{top5}"
 
 
 def accuracies(

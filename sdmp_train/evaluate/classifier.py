@@ -28,6 +28,7 @@ from ..models import feature_width, make_model
 from ..reading import read_json, read_tensors
 from ..settings import ConfigError
 from ..text import one_line, printable
+from .accuracy import in_words
 from .subject import Subject
 
 HEAD, CLASSES = "classifier.safetensors", "classes.json"
@@ -78,11 +79,10 @@ def export_classifier(
     """
     classes = train.classes
     made = {"evaluation": evaluation, "from": subject.name, "weights_sha256": subject.digest, "steps": steps}
-    top1, top5, images = found["top1"], found["top5"], found["test_images"]
     numbers = {
         "data": f"{printable(subject.data.data or 'not stated')}: {len(train):,} images, {len(classes)} classes",
         "recipe": recipe,
-        "top-1, top-5": f"{top1:.2%}, {top5:.2%} on {images:,} test images",
+        "accuracy": f"{in_words(found, len(classes)).strip()} on {found['test_images']:,} test images",
     }
     weight, bias = (tensor.detach().cpu().float().contiguous() for tensor in head)
     frozen = copy.deepcopy(backbone).cpu().to(memory_format=torch.contiguous_format).eval()

@@ -28,7 +28,7 @@ from ..run_folder import EXPORTED
 from ..settings import require
 from ..stop import StopRequest
 from ..training import Training
-from .accuracy import accuracies
+from .accuracy import accuracies, in_words
 from .classifier import export_classifier, lines_to_use
 from .fitting import Fitting, fitted, resolved_loader, run_settings
 from .settings.finetune import RECIPES, FinetuneConfig
@@ -46,6 +46,7 @@ from .subset import some_images
 
 LEAST_LR = 1e-5
 USUAL_BATCH = 1024
+USUAL_WARMUP = 5
 
 
 class FineTuning(Supervised):
@@ -131,7 +132,7 @@ def evaluate_finetune(config: FinetuneConfig) -> dict[str, Any]:
                 found["exported"] = str(fitting.folder / EXPORTED)
                 export(training, subject, train, found)
                 keep_result(result_folder(subject, config.output), "finetune", subject, found, log.say)
-        log.say(f"finetune {found['top1']:7.2%} top-1 {found['top5']:7.2%} top-5 on {len(test)} images")
+        log.say(f"finetune {in_words(found, len(test.classes))} on {len(test)} images")
         as_the_paper = (IMAGENET_CLASSES, recipe.epochs, recipe.fraction)
         if (len(train.classes), fitting.settings["epochs"], fraction) == as_the_paper:
             log.say(f"paper    {recipe.paper}")
@@ -148,7 +149,8 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
     batch_size = config.batch_size or max(2, min(USUAL_BATCH, len(train)) // world.size * world.size)
     epochs = config.epochs or recipe.epochs
     fraction = None if config.train_list else config.fraction or recipe.fraction
-    whole = replace(config, epochs=epochs, batch_size=batch_size, fraction=fraction)
+    warmup = min(USUAL_WARMUP, epochs / 5) if config.warmup_epochs is None else config.warmup_epochs
+    whole = replace(config, epochs=epochs, warmup_epochs=warmup, batch_size=batch_size, fraction=fraction)
     data = subject.data
     changes_views = config.randaugment is not None or config.erase_prob > 0
     require(
@@ -166,7 +168,7 @@ def finetuning(config: FinetuneConfig, subject: Subject, world: World, train: In
             min_lr=min(LEAST_LR, config.lr * batch_size / 256),
             weight_decay=config.weight_decay,
             epochs=epochs,
-            warmup_epochs=min(config.warmup_epochs, epochs),
+            warmup_epochs=warmup,
             batch_size=batch_size,
         ),
         run=run_settings(config, f"finetune/{config.recipe}", world),

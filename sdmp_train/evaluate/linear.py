@@ -30,7 +30,7 @@ from ..run_folder import EXPORTED
 from ..stop import StopRequest
 from ..training import Training
 from ..weights import weights_digest
-from .accuracy import accuracies
+from .accuracy import accuracies, in_words
 from .classifier import export_classifier, lines_to_use
 from .features import feature_maker, standardise
 from .fitting import Fitting, fitted, resolved_loader, run_settings
@@ -221,7 +221,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, Any]:
                     found["exported"] = str(fitting.folder / EXPORTED)
                     export(training, subject, train, found)
                 keep_result(result_folder(subject, config.output), "linear", subject, found, log.say)
-        for line in lines_of(found):
+        for line in lines_of(found, len(test.classes)):
             log.say(line)
         if world.is_first and "exported" in found:
             for line in lines_to_use(Path(found["exported"]), test):
@@ -302,10 +302,10 @@ def export(training: Training, subject: Subject, train: Index, found: dict[str, 
     )
 
 
-def lines_of(found: dict[str, Any]) -> list[str]:
+def lines_of(found: dict[str, Any], classes: int) -> list[str]:
     """The result for people."""
     sweep = found["sweep"]
-    rows = [f"linear {row['top1']:7.2%} top-1 {row['top5']:7.2%} top-5  lr {row['lr']:g}" for row in sweep]
+    rows = [f"linear {in_words(row, classes)}  lr {row['lr']:g}" for row in sweep]
     chosen = f"the best of {len(sweep)} learning rates on these {found['test_images']} images"
     best = f"linear {found['top1']:7.2%} top-1, {chosen}"
     edge = found["lr"] in (min(row["lr"] for row in sweep), max(row["lr"] for row in sweep)) and len(sweep) > 1

@@ -50,8 +50,8 @@ class FinetuneConfig(FitConfig):
     """GLOBAL batch; default 1024, or all images where there are fewer."""
     lr: float = 2.5e-4
     """Base learning rate at batch 256 (DeiT's 5e-4 at 512); the effective one is lr * batch / 256."""
-    warmup_epochs: float = 5
-    """Epochs in which the learning rate rises from 0."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises from 0; default: 5, or a fifth of --epochs where that is less."""
     weight_decay: Annotated[float, arg(aliases=("--wd",))] = 0.05
     """Of matrices; norms, biases, positions and class token do not decay."""
     drop_path: float = 0.1
@@ -81,7 +81,8 @@ class FinetuneConfig(FitConfig):
             require(self.train_list is None, "train_list", self.train_list, "either this or --fraction")
         require(self.batch_size is None or self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
         between("lr", self.lr, 0, 1e6, above=True)
-        between("warmup_epochs", self.warmup_epochs, 0, 1e9)
+        if self.warmup_epochs is not None:
+            between("warmup_epochs", self.warmup_epochs, 0, 1e9)
         between("weight_decay", self.weight_decay, 0, 1e6)
         for name in ("drop_path", "label_smoothing"):
             between(name, getattr(self, name), 0, 1 - 1e-9)

@@ -9,9 +9,14 @@ import torch
 from sdmp_train.config import Config
 from sdmp_train.data import open_folder
 from sdmp_train.distributed import World
-from sdmp_train.evaluate.accuracy import accuracies, top_counts
+from sdmp_train.evaluate.accuracy import accuracies, in_words, top_counts
 from sdmp_train.log import Log
 from sdmp_train.stop import StopRequest
+
+
+def test_top_5_of_five_classes_says_nothing():
+    found = {"top1": 0.5, "top5": 0.9}
+    assert [in_words(found, classes) for classes in (5, 6)] == [" 50.00% top-1", " 50.00% top-1  90.00% top-5"]
 
 
 def test_top_counts_against_a_sort():

@@ -96,6 +96,13 @@ def test_the_optimiser_is_deits(tiny: Config, tmp_path: Path):
     optim = wanted.config.optim
     assert optim.lr == pytest.approx(5e-4 * 1024 / 512)
     assert (optim.opt, optim.weight_decay, optim.warmup_epochs, optim.epochs) == ("adamw", 0.05, 5, 100)
+    short, given = (
+        finetuning(replace(config, epochs=4, **changes), subject, CPU, labelled_images(subject.data)[0]).config.optim
+        for changes in ({}, {"warmup_epochs": 3.0})
+    )
+    assert (short.warmup_epochs, given.warmup_epochs) == (0.8, 3)
+    with pytest.raises(ConfigError, match="warmup_epochs"):
+        finetuning(replace(config, epochs=4, warmup_epochs=5.0), subject, CPU, labelled_images(subject.data)[0])
     assert optim.min_lr == 1e-5 and optim.betas == (0.9, 0.999)
     assert (wanted.repeats, wanted.host.randaugment, wanted.host.erase_prob) == (3, "rand-m9-mstd0.5-inc1", 0.25)
     _, method = built(settings(tiny, tmp_path))
