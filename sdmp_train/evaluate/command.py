@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..advice import elsewhere
 from .settings.embed import EmbedConfig
 from .settings.finetune import FinetuneConfig
@@ -10,6 +12,10 @@ from .settings.linear import LinearConfig
 from .settings.pictures import PicturesConfig
 from .settings.robustness import RobustnessConfig
 from .settings.subject import SubjectConfig
+
+if TYPE_CHECKING:
+    from ..data import Index
+    from ..settings import DataConfig
 
 PROTOCOLS: dict[str, type[SubjectConfig]] = {
     "knn": KnnConfig,
@@ -38,3 +44,10 @@ def describe_protocols(program: str) -> str:
             *elsewhere(),
         ]
     )
+
+
+def labelled_images(data: DataConfig, test_data: str | None = None) -> tuple[Index, Index]:
+    """Bank and queries as `eval` takes them: `subject.labelled_images`, which other programs know by this place."""
+    from .subject import labelled_images as found
+
+    return found(data, test_data)

@@ -137,6 +137,33 @@ def test_equals_cross_entropy_of_a_hard_label(backend, form):
             assert torch.allclose(losses, expected, atol=2e-6)
 
 
+@pytest.mark.skipif(_backends.unavailable("cpp", "cpu") is not None, reason="cpp is not available")
+def test_gradients_of_thousands_of_rows_are_as_near_as_pytorchs():
+    """A sum over that many rows drifts where it is made block after block."""
+    n = 4096
+    numbers = torch.Generator().manual_seed(0)
+    q = torch.nn.functional.normalize(torch.randn(n, 64, generator=numbers), dim=1)
+    k = torch.nn.functional.normalize(q + 0.1 * torch.randn(n, 64, generator=numbers), dim=1)
+    target = TwoHot(torch.arange(n), torch.arange(n).flip(0), torch.rand(n, generator=numbers))
+
+    def dense(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
+        logs = torch.log_softmax(leaves[0] @ leaves[1].T / 0.2, dim=1)
+        first, second = (logs.gather(1, column[:, None])[:, 0] for column in (target.first, target.second))
+        weight = target.weight.to(dtype)
+        loss = -(weight * first + (1 - weight) * second).mean()
+        return [grad.double() for grad in torch.autograd.grad(loss, leaves)]
+
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    with use_backend("cpp"):
+        ours = torch.autograd.grad(info_nce(*leaves, target, temperature=0.2), leaves)
+        alone = torch.autograd.grad(info_nce(leaves[0], k, target, temperature=0.2), leaves[:1])
+    exact, torchs = dense(torch.float64), dense(torch.float32)
+    for found, right, theirs in zip((*ours, *alone), (*exact, exact[0]), (*torchs, torchs[0]), strict=True):
+        bound = 2 * (theirs - right).abs().max() + 2.0**-23 * right.abs().max()
+        assert (found.double() - right).abs().max() <= bound
+
+
 @each_backend
 @each_form
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (7, 150, 19), (33, 5, 64)])
