@@ -210,7 +210,7 @@ def by(monkeypatch: pytest.MonkeyPatch, way: str) -> list[bool]:
     done: list[bool] = []
     swept = info_nce_native._swept
     monkeypatch.setattr(info_nce_native, "_few", lambda q, k: way == "few")
-    monkeypatch.setattr(info_nce_native, "_many", lambda q, keys: way == "sweep" and keys.excluded is None)
+    monkeypatch.setattr(info_nce_native, "_many", lambda q, keys, dk: way == "sweep" and keys.excluded is None)
     monkeypatch.setattr(info_nce_native, "_swept", lambda *given: done.append(swept(*given)) or done[-1])
     return done
 
