@@ -93,7 +93,6 @@ struct Task {
   float* first;      // (width,) a row of a matrix, and another one
   float* second;
   float* zeros;      // (width,)
-  float* shifts;     // (blocks, rows) what kept exponentials are relative to
 };
 
 Task task_of(const InfoNceSweep& job, int64_t begin, int64_t end, float* scratch) {
@@ -114,7 +113,6 @@ Task task_of(const InfoNceSweep& job, int64_t begin, int64_t end, float* scratch
   task.second = task.first + task.width;
   task.zeros = task.second + task.width;
   std::fill_n(task.zeros, task.width, 0.0f);
-  task.shifts = task.zeros + task.width;
   return task;
 }
 
@@ -136,12 +134,12 @@ inline const float* ahead(const float* panel, int64_t depth, int64_t g) {
 }
 
 // Products of the task's rows with a block of keys.
-void multiply_queries(const InfoNceSweep& job, const Task& task, const float* keys, int64_t count, float* products) {
+void multiply_queries(const InfoNceSweep& job, const Task& task, const float* keys, int64_t count) {
   const int64_t depth = job.q.columns;
   for (int64_t c = 0; c < count; c += kPanel, keys += depth * kPanel) {
     for (int64_t g = 0; g < task.groups; ++g) {
       tile<1, kGroup, false>(task.queries + g * kGroup * depth, keys, depth, kBlockKeys,
-                             products + g * kGroup * kBlockKeys + c, ahead(keys, depth, g));
+                             task.products + g * kGroup * kBlockKeys + c, ahead(keys, depth, g));
     }
   }
 }
@@ -156,8 +154,9 @@ void lower(const InfoNceSweep& job, const Task& task, int64_t i, double factor) 
 }
 
 // Products of row i with a block of keys become exponentials.
-void to_exponentials(const InfoNceSweep& job, const Task& task, int64_t i, int64_t block, int64_t count, float* z) {
+void to_exponentials(const InfoNceSweep& job, const Task& task, int64_t i, int64_t block, int64_t count) {
   const int64_t from = block * kBlockKeys;
+  float* z = task.products + i * kBlockKeys;
   const Columns t = columns_of(job.target, task.begin + i, job.k.rows);
   const float peak = peak_of(z, count);
   if (block == 0) {
@@ -178,10 +177,10 @@ void to_exponentials(const InfoNceSweep& job, const Task& task, int64_t i, int64
 }
 
 // Sums over a block of keys, weighted with the exponentials.
-void multiply_keys(const Task& task, const float* products, const float* keys, int64_t count, bool add) {
+void multiply_keys(const Task& task, const float* keys, int64_t count, bool add) {
   for (int64_t c = 0; c < task.width; c += kPanel, keys += kBlockKeys * kPanel) {
     for (int64_t g = 0; g < task.groups; ++g) {
-      const float* from = products + g * kGroup * kBlockKeys;
+      const float* from = task.products + g * kGroup * kBlockKeys;
       float* to = task.attended + g * kGroup * task.width + c;
       const float* next = ahead(keys, kBlockKeys, g);
       add ? tile<kBlockKeys, 1, true>(from, keys, count, task.width, to, next)
@@ -226,28 +225,6 @@ void finish_queries(const InfoNceSweep& job, const Task& task, int64_t i, const 
   for (int64_t c = 0; c < width; ++c) out[c] = from[c] * by + one[c] * first + two[c] * second;
 }
 
-// Kept exponentials of row i become the gradient of its products with q and k as given, but for the target's.
-void finish_kept(const InfoNceSweep& job, const Task& task, int64_t i, const Ends& ends) {
-  const int64_t row = task.begin - job.kept_from + i, blocks = blocks_of(job);
-  for (int64_t block = 0; block < blocks; ++block) {
-    float* z = job.kept + (block * job.kept_rows + row) * kBlockKeys;
-    const double lowered = std::exp((static_cast<double>(task.shifts[block * task.rows + i]) - task.peaks[i]) * job.gain);
-    const Floats by = all(representable(ends.factor * job.gain * lowered));
-    for (int64_t k = 0; k < kBlockKeys; k += kLanes) write(read(z + k) * by, z + k);
-  }
-  job.kept_ends[2 * row] = representable(ends.first * job.gain);
-  job.kept_ends[2 * row + 1] = representable(ends.second * job.gain);
-}
-
-// Adds a row of queries to the gradient of a key of the block, where it has it.
-void add_query(const InfoNceKeys& job, int64_t block, int64_t place, int64_t count, int64_t i, float factor, float* room) {
-  if (place < 0 || place >= count) return;
-  const float* from = row_of(job.q, job.begin + i, room);
-  float* out = job.gradient + (block * kBlockKeys + place) * job.width;
-#pragma GCC ivdep
-  for (int64_t c = 0; c < job.width; ++c) out[c] += from[c] * factor;
-}
-
 }  // namespace
 
 bool fuses() { return kFused; }
@@ -267,12 +244,6 @@ float pack_keys(const Matrix& k, int64_t block, float* out, float* room) {
   return largest;
 }
 
-void pack_queries(const Matrix& q, int64_t begin, int64_t rows, float* out, float* row) {
-  for (int64_t i = 0; i < rows; ++i) {
-    pack_columns(row_of(q, begin + i, row), q.columns, i, rows, out);
-  }
-}
-
 bool info_nce_sweep(const InfoNceSweep& job, int64_t begin, int64_t end, float* scratch) {
   const Task task = task_of(job, begin, end, scratch);
   const int64_t depth = job.q.columns, blocks = blocks_of(job), packed = packed_block(depth);
@@ -284,61 +255,17 @@ bool info_nce_sweep(const InfoNceSweep& job, int64_t begin, int64_t end, float* 
     if (job.packed == nullptr) size = pack_keys(job.k, block, task.block, task.block + packed_block(task.width));
     if (!(largest * size < 1e30)) return false;
     const float* keys = job.packed == nullptr ? task.block : job.packed + block * packed;
-    float* products = job.kept == nullptr
-                          ? task.products
-                          : job.kept + (block * job.kept_rows + begin - job.kept_from) * kBlockKeys;
-    multiply_queries(job, task, keys, count, products);
-    for (int64_t i = 0; i < task.rows; ++i) {
-      to_exponentials(job, task, i, block, count, products + i * kBlockKeys);
-      if (job.kept != nullptr) task.shifts[block * task.rows + i] = task.peaks[i];
-    }
-    if (job.gradient != nullptr) multiply_keys(task, products, keys + kBlockKeys * depth, count, block > 0);
+    multiply_queries(job, task, keys, count);
+    for (int64_t i = 0; i < task.rows; ++i) to_exponentials(job, task, i, block, count);
+    if (job.gradient != nullptr) multiply_keys(task, keys + kBlockKeys * depth, count, block > 0);
   }
   for (int64_t i = 0; i < task.rows; ++i) {
     const Columns t = columns_of(job.target, begin + i, job.k.rows);
     const Ends ends = ends_of(job, task, i, t);
     job.losses[begin + i] = ends.loss;
     if (job.gradient != nullptr) finish_queries(job, task, i, t, ends);
-    if (job.kept != nullptr) finish_kept(job, task, i, ends);
   }
   return true;
-}
-
-void info_nce_keys(const InfoNceKeys& job, int64_t block, float* scratch) {
-  const int64_t from = block * kBlockKeys, width = job.width;
-  const int64_t count = job.keys - from < kBlockKeys ? job.keys - from : kBlockKeys;
-  const float* kept = job.kept + block * job.room * kBlockKeys;
-  float* groups = scratch;  // of keys, (rows, kGroup) each
-  for (int64_t g = 0; g < count; g += kGroup, groups += job.rows * kGroup) {
-    for (int64_t i = 0; i < job.rows; ++i) {
-      for (int64_t r = 0; r < kGroup; ++r) groups[i * kGroup + r] = g + r < kBlockKeys ? kept[i * kBlockKeys + g + r] : 0;
-    }
-  }
-  float* whole = groups;  // a tile that reaches beyond the result
-  const float* panel = job.queries;
-  for (int64_t c = 0; c < width; c += kPanel, panel += job.rows * kPanel) {
-    const int64_t columns = width - c < kPanel ? width - c : kPanel;
-    groups = scratch;
-    for (int64_t g = 0; g < count; g += kGroup, groups += job.rows * kGroup) {
-      const int64_t keys = count - g < kGroup ? count - g : kGroup;
-      float* out = job.gradient + (from + g) * width + c;
-      if (keys == kGroup && columns == kPanel) {
-        tile<1, kGroup, true>(groups, panel, job.rows, width, out, panel + job.rows * kPanel);
-        continue;
-      }
-      tile<1, kGroup, false>(groups, panel, job.rows, kPanel, whole, panel);
-      for (int64_t r = 0; r < keys; ++r) {
-        for (int64_t j = 0; j < columns; ++j) out[r * width + j] += whole[r * kPanel + j];
-      }
-    }
-  }
-  // The target's keys last: beside what is large, the sums above would lose the small.
-  float* room = whole;
-  for (int64_t i = 0; i < job.rows; ++i) {
-    const Columns t = columns_of(job.target, job.begin + i, job.keys);
-    add_query(job, block, t.w > 0 ? t.first - from : -1, count, i, job.ends[2 * i], room);
-    add_query(job, block, t.v > 0 ? t.second - from : -1, count, i, job.ends[2 * i + 1], room);
-  }
 }
 
 }  // namespace SDMP_ISA

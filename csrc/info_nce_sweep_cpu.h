@@ -18,15 +18,11 @@ struct InfoNceSweep {
   TargetView target;
   double gain;               // logits per product
   bool mixture;
-  double slope;              // of the gradients
+  double slope;              // of the gradient
   double* losses;            // (rows,)
   float* gradient = nullptr; // of q, (rows, width) contiguous, or null
   const float* packed = nullptr;       // every block of keys, packed beforehand, or null: each task packs them as it goes
   float largest_key = 0;               // of those
-  int64_t kept_rows = 0, kept_from = 0;
-  float* kept = nullptr;     // where keys have a gradient, that of the products of rows [kept_from, kept_from + kept_rows):
-                             // (blocks, kept_rows, kBlockKeys), without the target's, which are in
-  float* kept_ends = nullptr;  // (kept_rows, 2)
 };
 
 inline int64_t blocks_of(const InfoNceSweep& job) { return (job.k.rows + kBlockKeys - 1) / kBlockKeys; }
@@ -43,25 +39,7 @@ inline int64_t own_block(const InfoNceSweep& job) {
 // Elements of scratch for a task of `rows` rows.
 inline int64_t sweep_scratch(const InfoNceSweep& job, int64_t rows) {
   const int64_t width = rounded_up(job.q.columns, kColumnUnit), all = rounded_up(rows, kRowUnit);
-  return all * (2 * width + kBlockKeys + 16) + 12 * width + own_block(job) +
-         (job.kept == nullptr ? 0 : all * blocks_of(job));
-}
-
-// The gradient of keys out of the kept gradient of products.
-struct InfoNceKeys {
-  const float* kept;      // (blocks, room, kBlockKeys), of which `rows` rows count
-  int64_t room, rows;
-  const float* ends;      // (rows, 2)
-  const float* queries;   // those rows, packed by `pack_queries`
-  Matrix q;               // of which they are the rows from `begin` on
-  int64_t begin;
-  TargetView target;
-  float* gradient;        // (keys, width) contiguous, added to
-  int64_t keys, width;
-};
-
-inline int64_t keys_scratch(const InfoNceKeys& job) {
-  return rounded_up(kBlockKeys, kRowUnit) * job.rows + kRowUnit * kColumnUnit + job.width;
+  return all * (2 * width + kBlockKeys + 16) + 12 * width + own_block(job);
 }
 
 #define SDMP_INFO_NCE_SWEEP                                                                                           \
@@ -69,11 +47,8 @@ inline int64_t keys_scratch(const InfoNceKeys& job) {
   bool fuses();                                                                                                       \
   /* Packs a block of keys; returns the largest of them, infinity where one is not finite. `room`: kColumnUnit rows. */ \
   float pack_keys(const Matrix& k, int64_t block, float* out, float* room);                                           \
-  /* Packs row `begin + i` of the queries as the i-th of `rows`, for products with what is kept, for i in [0, rows). */ \
-  void pack_queries(const Matrix& q, int64_t begin, int64_t rows, float* out, float* row);                            \
   /* Rows [begin, end); false, and nothing of them is right, where a product may overflow or is not finite. */        \
-  bool info_nce_sweep(const InfoNceSweep& job, int64_t begin, int64_t end, float* scratch);                           \
-  void info_nce_keys(const InfoNceKeys& job, int64_t block, float* scratch);
+  bool info_nce_sweep(const InfoNceSweep& job, int64_t begin, int64_t end, float* scratch);
 
 namespace portable {
 SDMP_INFO_NCE_SWEEP

@@ -51,7 +51,8 @@ def forward(problem: Problem, need_dq: bool, need_k: list[bool], reduced: bool) 
             continue
         losses = q.new_empty(n, dtype=torch.float64)
         to_q = None if dq is None else dq[t]
-        if not (_many(q, keys, to_keys) and _swept(problem, keys, losses, to_q, to_keys)):
+        # Of thousands of rows a gradient of keys that is added up block by block would be farther off than PyTorch's.
+        if to_keys is not None or not (_many(q, keys) and _swept(problem, keys, losses, to_q)):
             _rows(problem, keys, losses, to_q, to_keys)
         none = empty_rows(keys)
         losses = (losses if none is None else losses.masked_fill_(none, 0)).mul_(problem.scale)
@@ -143,18 +144,18 @@ def _few(q: Tensor, k: Tensor) -> bool:
     return n * m <= _FEW_LOGITS and n * m * d <= _FEW_PRODUCTS
 
 
-def _many(q: Tensor, keys: KeySet, dk: Tensor | None) -> bool:
-    if dk is not None:  # block after block is added to it, and of thousands the sum is farther off than PyTorch's
-        return False
+def _many(q: Tensor, keys: KeySet) -> bool:
     n, m = q.shape[0], keys.k.shape[0]
     return keys.excluded is None and n >= _SWEEP_ROWS * torch.get_num_threads() and n * m >= _SWEEP_LOGITS
 
 
-def _swept(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None, dk: Tensor | None) -> bool:
-    """As `_rows`, by one call; False, and nothing is right, where products may overflow or something is not finite."""
+def _swept(problem: Problem, keys: KeySet, losses: Tensor, dq: Tensor | None) -> bool:
+    """As `_rows`, without dk, by one call; False, and nothing is right, where products may overflow or something is no
+    finite number.
+    """
     target = (keys.first, keys.second, keys.weight)
     options = (problem.temperature, problem.form == "log_mixture", problem.scale * keys.factor)
-    return torch.ops.sdmp.info_nce_sweep_cpu.default(problem.q, keys.k, *target, *options, losses, dq, dk)
+    return torch.ops.sdmp.info_nce_sweep_cpu.default(problem.q, keys.k, *target, *options, losses, dq)
 
 
 def _key_gradient(grad: Tensor, problem: Problem, keys: KeySet) -> Tensor:
