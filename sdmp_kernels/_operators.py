@@ -160,10 +160,10 @@ def unwatched() -> bool:
     """
     return not (
         torch.compiler.is_compiling()  # first: a compiler must not look at the others
-        or torch._C._len_torch_dispatch_stack()
+        or _C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
     )
 
 
@@ -182,15 +182,7 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
 
 def _unseen(args: tuple[Any, ...]) -> bool:
     """Whether no mode, transform, tracer, profiler or subclass of a tensor would see the operator on its way."""
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or _C._len_torch_dispatch_stack()
-        or _C._is_torch_function_mode_enabled()
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _C._get_tracing_state() is not None
-        or _C._autograd._profiler_enabled()
-    ):
+    if not unwatched() or _C._is_torch_function_mode_enabled() or _C._autograd._profiler_enabled():
         return False
     for value in args:
         if isinstance(value, Tensor):
