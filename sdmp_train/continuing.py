@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import compare, load_module
 from .config import Config
-from .export import timm_name
+from .export import plain_name
 from .models import make_model, timm_arguments
 from .settings import ConfigError, ModelConfig, require, with_channels
 from .text import counted, one_line, printable
@@ -59,11 +59,6 @@ def model_of(description: Mapping[str, Any]) -> ModelConfig:
         depth=given.get("depth"),
         heads=given.get("num_heads"),
     )
-
-
-def plain_name(description: Mapping[str, Any]) -> str:
-    """timm's name of the model; a tag of weights is no part of it."""
-    return timm_name(description).partition(".")[0]
 
 
 def resolved(config: Config) -> Config:

@@ -107,6 +107,11 @@ def timm_name(description: Mapping[str, Any]) -> str:
     return description[TIMM_NAME if TIMM_NAME in description else "architecture"]
 
 
+def plain_name(description: Mapping[str, Any]) -> str:
+    """The same without the tag of weights, which is no part of the model."""
+    return timm_name(description).partition(".")[0]
+
+
 def write_export(frozen: nn.Module, description: dict[str, Any], folder: Path, *, card: str | None = None) -> None:
     """Write `folder` anew from a backbone in eval mode on the CPU and what its config.json and card shall say."""
     draft = draft_of(folder)

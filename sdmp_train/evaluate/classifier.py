@@ -23,7 +23,7 @@ from ..card import classifier_card, how_to_classify
 from ..config import ModelConfig
 from ..data import Index
 from ..durable import replacing, write_durably
-from ..export import DESCRIPTION, layer_names, load_exported, named, timm_name, write_export
+from ..export import DESCRIPTION, layer_names, load_exported, named, plain_name, write_export
 from ..models import feature_width, make_model
 from ..reading import read_json, read_tensors
 from ..settings import ConfigError
@@ -90,7 +90,7 @@ def export_classifier(
     whole = whole_model(subject.description, ClassifierModel(frozen, weight, bias).eval(), pixels["input_size"])
     _, height, width = pixels["input_size"]
     stem = subject.description.get("stem", "imagenet")
-    name = timm_name(subject.description).partition(".")[0]  # a tag of weights is no part of the model
+    name = plain_name(subject.description)
     description = {
         **{key: value for key, value in subject.description.items() if key != "label_names"},
         **named(name, stem),
@@ -123,7 +123,7 @@ def whole_model(description: Mapping[str, Any], parts: ClassifierModel, input_si
     Such are models with two heads, or with a layer between features and classifier.
     """
     weight, bias = parts.head.weight, parts.head.bias
-    name = timm_name(description).partition(".")[0]
+    name = plain_name(description)
     config = ModelConfig(arch=name, stem=description.get("stem", "imagenet"))
     with torch.random.fork_rng(devices=[]):
         model = make_model(config, name, description["model_args"], "cpu", len(weight))
