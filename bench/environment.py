@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import re
 import shutil
 import subprocess
@@ -125,7 +126,7 @@ def describe() -> dict[str, Any]:
 def command() -> str:
     """The command that runs now, with no folder of this machine in it."""
     words = [str(Path(word).name) if word.startswith("/") else word for word in sys.argv[1:]]
-    return " ".join(["python -m bench", *words])
+    return f"python -m bench {shlex.join(words)}".rstrip()
 
 
 def now() -> str:

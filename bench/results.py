@@ -47,6 +47,8 @@ RUN: dict[str, tuple[type, ...]] = {
 }
 ROW: dict[str, tuple[type, ...]] = {
     "question": TEXT,
+    "command?": TEXT,
+    "commit?": (str, MAYBE),
     "op": TEXT,
     "setting": TEXT,
     "config": (dict,),
@@ -145,8 +147,12 @@ class Results:
         self.write()
 
     def add(self, question: str, row: dict[str, Any]) -> None:
-        """Add a row, in place of an older one of the same setting, device and question, and write the file."""
-        row = {"question": question, **row}
+        """Add a row, in place of an older one of the same setting, device and question, and write the file.
+
+        It keeps which command measured it at which commit: a later run of the question may measure other settings.
+        """
+        run = self.document["runs"][question]
+        row = {"question": question, "command": run["command"], "commit": run["commit"], **row}
         identity = ("question", "op", "setting", "device")
         rows = self.document["rows"]
         same = (k for k, old in enumerate(rows) if all(old[key] == row[key] for key in identity))

@@ -129,7 +129,11 @@ def existing(gpus: list[dict[str, Any]], cpus: list[dict[str, Any]]) -> str:
 
 
 def _commands(document: dict[str, Any]) -> str:
-    return ", ".join(f"`{run['command']}`" for run in document["runs"].values())
+    """What measured the rows, each once; rows of before know their question's last run alone."""
+    runs = document["runs"]
+    measured = [row.get("command") or runs[row["question"]]["command"] for row in document["rows"]]
+    measured = measured or [run["command"] for run in runs.values()]
+    return ", ".join(f"`{command}`" for command in dict.fromkeys(measured))
 
 
 def _where(document: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import pytest
 from bench_documents import arm, document, row
 
+from bench import environment, table
 from bench.results import FOLDER, Results, load, newest, rounded, validate
 
 
@@ -50,6 +51,21 @@ def test_departures_from_the_schema_are_named(path, value, place):
 def test_a_time_on_a_wrong_answer_is_refused():
     bad = document(rows=[row(arms=[{**arm("sdmp cpp", "ours", 1.0), "status": "wrong", "reason": "off"}])])
     assert "has a time where it is 'wrong'" in validate(bad)[0]
+
+
+def test_a_row_keeps_the_run_that_measured_it(tmp_path, monkeypatch):
+    """A later run of the same question measures other settings, or some of them anew."""
+    results, entry = Results(tmp_path / "results.json"), {k: v for k, v in row().items() if k != "question"}
+    for number, settings in enumerate((("a", "b"), ("b", "c"))):
+        monkeypatch.setattr(environment, "command", lambda number=number: f"run {number}")
+        monkeypatch.setattr(environment, "commit", lambda number=number: (f"{number}" * 40, False))
+        results.begin("mix", threads=2, allocator="default")
+        for setting in settings:
+            results.add("mix", {**entry, "setting": setting})
+    written = load(tmp_path / "results.json")
+    told = {row["setting"]: (row["command"], row["commit"][0]) for row in written["rows"]}
+    assert told == {"a": ("run 0", "0"), "b": ("run 1", "1"), "c": ("run 1", "1")}
+    assert "(`run 0`, `run 1`)" in table.render([written])
 
 
 def test_rows_are_written_as_they_come_and_replace_their_like(tmp_path):
