@@ -6,8 +6,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import shlex
 import re
+import shlex
 import shutil
 import subprocess
 import sys
