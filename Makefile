@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(shell $(PYTHON) -c 'import platform; print(",dali" if platform.machine() in ("x86_64", "aarch64") else "")'))
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow kills lint format bench gpu docs wheel clean
+.PHONY: setup demo test test-slow compiled kills lint format bench gpu docs wheel clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: setup lint
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# What the Triton kernels compile to, with the installed Triton and the oldest supported one: tests/golden/compiled.json.
+compiled: setup
+	$(PY) tests/record_compiled.py
 
 # Two hundred kills of a run of two processes: the table in docs/promises.md. More than an hour.
 kills: setup

@@ -5,13 +5,19 @@ the machine code that Triton and its bundled ptxas make, so a regression shows o
 
 A tensor access that is narrow by nature (a gather, say) is excused by a comment `# narrow: <why>` on its line.
 Loads and stores of scalars are not counted.
+
+What a source compiles to is settled by the source, its constants and the compiler, so it need not be compiled twice:
+`--known FILE` takes reports from a file where those are the same, `--record` adds to it what had to be compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import linecache
 import multiprocessing
@@ -22,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,8 +61,11 @@ class Report:
         barriers: instructions at which the warps of a program wait for each other.
         instructions: of the whole kernel, as they stand in it.
         in_flight: the most loads of global memory that are asked for before the first of them is used.
+        loop: likewise, of its hottest loop: of the innermost ones, that with the most tensor-core instructions, or else
+            instructions.
         failed: the declared facts that do not hold, in words; empty where all is well.
-        seconds: what compiling took.
+        seconds: what compiling took; 0 where it was known.
+        source: a digest of all that settles the rest.
     """
 
     name: str
@@ -74,10 +83,12 @@ class Report:
     waits: int = 0
     barriers: int = 0
     instructions: int = 0
+    loop: int = 0
     in_flight: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     triton: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,16 @@ def check(item: Compile, arch: str) -> Report:
     Raises:
         ValueError: for an unknown fact, or where Triton is in interpreter mode.
     """
+    _check_facts(item)
+    report = Report(item.name, arch, item.num_warps, item.num_stages, source=source_of(item, arch))
+    begin = time.perf_counter()
+    _read(_compile(item, arch), report)
+    report.failed = failures(item, arch, report)
+    report.seconds = round(time.perf_counter() - begin, 2)
+    return report
+
+
+def _check_facts(item: Compile) -> None:
     limits = rf"({_REGISTERS}|{_BARRIERS}|{_IN_FLIGHT})\d+"
     unknown = [fact for fact in item.facts if fact not in FACTS and not re.fullmatch(limits, fact)]
     if unknown:
@@ -111,9 +132,10 @@ def check(item: Compile, arch: str) -> Report:
             f"{item.name} declares the unknown facts {unknown}; expected some of {FACTS}, registers<=N, barriers<=N, "
             "in_flight>=N"
         )
-    report = Report(item.name, arch, item.num_warps, item.num_stages)
-    begin = time.perf_counter()
-    compiled = _compile(item, arch)
+
+
+def _read(compiled: Any, report: Report) -> None:
+    """What came of one compilation, out of its machine code and what it was made of."""
     report.triton = compiled.metadata.triton_version
     _read_machine_code(compiled.asm["cubin"], report)
     report.shared += compiled.metadata.shared
@@ -121,9 +143,24 @@ def check(item: Compile, arch: str) -> Report:
     for access in _accesses(compiled.asm["ptx"]):
         if (access.file, access.line) not in scalars:
             _count(access, report)
-    report.failed = failures(item, arch, report)
-    report.seconds = round(time.perf_counter() - begin, 2)
-    return report
+
+
+def source_of(item: Compile, arch: str) -> str:
+    """A digest of all that settles what a configuration compiles to, and of how that is read."""
+    import triton
+    from triton import knobs
+
+    # Triton's key of a kernel covers what it calls, the constants it reads and where it stands.
+    asked = [arch, triton.__version__, knobs.nvidia.ptxas.version, item.kernel.cache_key]
+    asked += [item.num_warps, item.num_stages, list(item.divisible)]
+    asked += [sorted(item.signature.items()), sorted(item.constants.items()), _reader()]
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _reader() -> str:
+    parts = (Report, _read, _compile, _read_machine_code, _loads_in_flight, _hottest, _scalar_lines, _innermost)
+    return "".join(inspect.getsource(part) for part in (*parts, _accesses, _width, _count))
 
 
 def _compile(item: Compile, arch: str) -> Any:
@@ -163,6 +200,17 @@ def _read_machine_code(cubin: bytes, report: Report) -> None:
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^;]*);", text, re.MULTILINE)
     report.instructions, report.in_flight = len(lines), _loads_in_flight(lines)
     report.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text))
+    report.loop = len(_hottest(text))
+
+
+def _hottest(text: str) -> list[str]:
+    """The instructions of the innermost loop with the most tensor-core instructions, or else the longest."""
+    code = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", text, re.MULTILINE)]
+    back = [(re.search(r"\bBRA\S*\b.*?\b0x([0-9a-f]+)", line), at) for at, line in code]
+    loops = [(int(found[1], 16), at) for found, at in back if found and int(found[1], 16) < at]
+    inner = [o for o in loops if not any(o != i and o[0] <= i[0] and i[1] <= o[1] for i in loops)]
+    bodies = [[line for at, line in code if first <= at <= last] for first, last in inner]
+    return max(bodies, key=lambda body: (sum(bool(_TENSOR_CORE.search(line)) for line in body), len(body)), default=[])
 
 
 def _loads_in_flight(lines: Sequence[str]) -> int:
@@ -302,23 +350,107 @@ def _work(task: tuple[str, str, int]) -> Report:
         return Report(item.name, arch, item.num_warps, item.num_stages, failed=["does not compile: " + lines[-1]])
 
 
-def run(archs: Sequence[str], ops: Sequence[str], jobs: int) -> list[Report]:
-    """Compile everything the named ops launch on the named architectures, `jobs` at a time."""
+def run(archs: Sequence[str], ops: Sequence[str], jobs: int, known: Known | None = None, anew: int = 0) -> list[Report]:
+    """Compile everything the named ops launch on the named architectures, `jobs` at a time.
+
+    known: reports not to make again, and where to keep those made; anew: one in so many is made again all the same, and
+    fails where it comes out otherwise. Which ones follows from their sources.
+    """
+    known = known or Known()
     tasks = [(arch, op, i) for op in ops for arch in archs for i in range(len(compilations(arch, op)))]
+    reports = {task: known.report(*task) for task in tasks}
+    wanted = [t for t, report in reports.items() if report is None or (anew and int(report.source, 16) % anew == 0)]
+    for task, made in zip(wanted, _compiled(wanted, jobs), strict=True):
+        before, reports[task] = reports[task], made
+        if before is not None and known.stored(before) != known.stored(made):
+            made.failed.append(f"known otherwise: {known.stored(before)}, now {known.stored(made)}")
+        known.keep(task[1], made)
+    return [report for report in reports.values() if report is not None]
+
+
+def _compiled(tasks: Sequence[tuple[str, str, int]], jobs: int) -> Iterator[Report]:
+    if not tasks:
+        return
     with tempfile.TemporaryDirectory(prefix="sdmp-triton-") as cache:
         if jobs <= 1:
             _setup_worker(cache)
-            return [_work(task) for task in tasks]
+            yield from map(_work, tasks)
+            return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_setup_worker, initargs=(cache,)) as pool:
-            return list(pool.map(_work, tasks))
+        workers = min(jobs, len(tasks))
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_setup_worker, initargs=(cache,)) as pool:
+            yield from pool.map(_work, tasks)
+
+
+class Known:
+    """Reports in a file, each with the digest of its source. One that failed to compile is not kept."""
+
+    def __init__(self, path: Path | None = None, record: bool = False) -> None:
+        self.path, self.record = path, record
+        there = path is not None and path.exists()
+        self.entries: list[dict[str, Any]] = json.loads(path.read_text()) if path is not None and there else []
+        self.by_source = {entry["source"]: entry for entry in self.entries}
+
+    def report(self, arch: str, op: str, index: int) -> Report | None:
+        """That of a configuration, its facts compared anew; None where it is not known."""
+        if not self.by_source:
+            return None
+        item = compilations(arch, op)[index]
+        _check_facts(item)
+        entry = self.by_source.get(source_of(item, arch))
+        if entry is None:
+            return None
+        found = {name: value for name, value in entry.items() if name not in ("op", "name")}
+        report = Report(name=item.name, num_warps=item.num_warps, num_stages=item.num_stages, **found)
+        report.failed = failures(item, arch, report)
+        return report
+
+    @staticmethod
+    def stored(report: Report) -> dict[str, Any]:
+        """What is kept of a report: what was read of the compiled code, and of which source."""
+        left_out = ("name", "num_warps", "num_stages", "failed", "seconds")
+        return {name: value for name, value in asdict(report).items() if value and name not in left_out}
+
+    def keep(self, op: str, report: Report) -> None:
+        """Write a report in place of what was known of that configuration, at once: a run that is cut still counts."""
+        if not (self.record and self.path and report.triton):
+            return
+        entry = {"op": op, "name": report.name, **self.stored(report)}
+        self.entries = [e for e in self.entries if _place(e) != _place(entry)] + [entry]
+        self.write()
+
+    def forget(self, archs: Sequence[str], ops: Sequence[str]) -> None:
+        """Drop what is launched no longer, of these architectures and ops and the Triton that runs."""
+        import triton
+
+        launched = {
+            (triton.__version__, arch, op, c.name) for arch in archs for op in ops for c in compilations(arch, op)
+        }
+        asked = {(triton.__version__, arch, op) for arch in archs for op in ops}
+        self.entries = [e for e in self.entries if _place(e)[:3] not in asked or _place(e) in launched]
+        if self.record:
+            self.write()
+
+    def write(self) -> None:
+        """One line for each, in an order of their own."""
+        assert self.path is not None
+        lines = [json.dumps(entry) for entry in sorted(self.entries, key=_place)]
+        scratch = self.path.with_suffix(".new")
+        scratch.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        scratch.replace(self.path)
+
+
+def _place(entry: dict[str, Any]) -> tuple[str, str, str, str]:
+    return entry["triton"], entry["arch"], entry["op"], entry["name"]
 
 
 def _table(reports: Sequence[Report]) -> str:
     def widths(counts: dict[str, int]) -> str:
         return "+".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), key=lambda i: -int(i[0]))) or "-"
 
-    rows = [("architecture", "configuration", "warps", "regs", "spills", "shared", "loads", "stores", "tensor", "")]
+    rows = [
+        ("architecture", "configuration", "warps", "regs", "spills", "shared", "loop", "loads", "stores", "tensor", "")
+    ]
     rows += [
         (
             r.arch,
@@ -327,6 +459,7 @@ def _table(reports: Sequence[Report]) -> str:
             str(r.registers),
             str(r.spills),
             str(r.shared),
+            str(r.loop),
             widths(r.loads),
             widths(r.stores),
             "+".join(f"{n} {name}" for name, n in r.tensor_cores.items()) or "-",
@@ -344,15 +477,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT), metavar="sm_90")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, metavar="mix")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="reports of sources that need not be compiled again")
+    parser.add_argument("--record", action="store_true", help="add to that file what had to be compiled")
+    parser.add_argument("--anew", type=int, default=0, metavar="N", help="compile one in N all the same, and compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     chosen = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed, so there is nothing to compile", file=sys.stderr)
         return 2
-    reports = run(chosen.arch, chosen.op, chosen.jobs)
+    if chosen.record and chosen.known is None:
+        parser.error("--record needs --known FILE")
+    known = Known(chosen.known, chosen.record)
+    known.forget(chosen.arch, chosen.op)
+    reports = run(chosen.arch, chosen.op, chosen.jobs, known, chosen.anew)
     print(_table(reports))
-    failed = sum(bool(r.failed) for r in reports)
-    print(f"{len(reports)} configurations, {failed} with a fact that fails")
+    failed, made = sum(bool(r.failed) for r in reports), sum(r.seconds > 0 for r in reports)
+    print(f"{len(reports)} configurations, {made} compiled now, {failed} with a fact that fails")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     return 1 if failed else 0

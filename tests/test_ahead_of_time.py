@@ -1,4 +1,8 @@
-"""Every Triton configuration, compiled for every architecture on a machine that needs no GPU."""
+"""Every Triton configuration, compiled for every architecture on a machine that needs no GPU.
+
+What came of sources that are unchanged stands in golden/compiled.json, and one in twenty of these is compiled anew. After
+a change of a kernel, `make compiled` adds to it; until then what changed is compiled here.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +23,31 @@ from sdmp_kernels._launch import Compile
 from sdmp_kernels.ahead_of_time import OPS, SHARED_LIMIT, Report, _loads_in_flight, failures
 
 ROOT = Path(__file__).parents[1]
+KNOWN = ROOT / "tests/golden/compiled.json"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SERVED = [op for op in OPS if importlib.util.find_spec(f"sdmp_kernels.ops.{op}.triton") is not None]
 
 
-def run(*arguments: str, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, path: Sequence[Path] = (), known: Path = KNOWN, anew: int = 20
+) -> subprocess.CompletedProcess[str]:
     # In interpreter mode, which the tests run in, nothing compiles.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), str(ROOT)])
-    command = [sys.executable, "-m", "sdmp_kernels.ahead_of_time", *arguments]
+    command = [sys.executable, "-m", "sdmp_kernels.ahead_of_time", "--known", str(known), "--anew", str(anew)]
+    command += arguments
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
-
-# Their kernels fill the registers: what the oldest compiler spills first. The others are compiled by `make test-slow`.
-TIGHT = ("info_nce", "soft_cross_entropy")
 
 # What these launch like sm_80, they need not compile again, see below.
 LIKE_SM_80 = ("sm_86", "sm_89")
 
-# `make test` compiles everything for one generation, and for the others what computes on tensor cores, whose
-# instructions differ; `make test-slow` the rest.
-WHOLE, PRODUCTS = "sm_90", ("info_nce",)
 
-
-def covered(part: str) -> list[tuple[str, str]]:
-    """(architecture, op) of a part: every op for the three generations that Triton compiles for differently, and for
-    the others what is tuned for them."""
+def covered() -> list[tuple[str, str]]:
+    """(architecture, op): every op for the three generations that Triton compiles for differently, and for the others
+    what is tuned for them."""
     pairs = [(arch, op) for arch in SHARED_LIMIT if arch not in LIKE_SM_80 for op in SERVED]
-    pairs += [(arch, op) for arch in LIKE_SM_80 for op in SERVED if launches("sm_80", op) != launches(arch, op)]
-    return [pair for pair in pairs if (pair[0] == WHOLE or pair[1] in PRODUCTS) is (part == "first")]
+    return pairs + [(arch, op) for arch in LIKE_SM_80 for op in SERVED if launches("sm_80", op) != launches(arch, op)]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Reports:
         return [report for report in self.found if report["arch"] == arch]
 
 
-@pytest.fixture(scope="module", params=["first", pytest.param("rest", marks=pytest.mark.slow)])
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """One process per set of ops, each of which compiles on all cores."""
-    pairs = covered(request.param)
+    pairs = covered()
     found = []
     together: dict[tuple[str, ...], list[str]] = {}
     for arch in dict.fromkeys(arch for arch, _ in pairs):
@@ -90,24 +90,45 @@ def test_every_declared_fact_holds(reports: Reports) -> None:
     assert {r["arch"] for r in reports.found} == {arch for arch, _ in reports.pairs}
 
 
-@pytest.mark.parametrize(
-    "ops",
-    [TIGHT, pytest.param(tuple(op for op in SERVED if op not in TIGHT), marks=pytest.mark.slow)],
-    ids=["tight", "others"],
-)
-def test_every_declared_fact_holds_on_the_oldest_triton_too(ops: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_declared_fact_holds_on_the_oldest_triton_too(tmp_path: Path) -> None:
     """Its compiler needs other registers, and GPU hosts have it."""
     try:
         folder = unpacked()
     except Unavailable as error:
         pytest.skip(str(error))
     file = tmp_path / "reports.json"
-    done = run("--arch", "sm_90", "--op", *ops, "--json", str(file), path=[folder])
+    done = run("--arch", "sm_90", "--json", str(file), path=[folder])
     assert file.exists(), done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads(file.read_text())
     assert {r["triton"] for r in found} == {OLDEST}
     assert not {r["name"]: r["failed"] for r in found if r["failed"]}
-    assert len(found) == sum(len(launches("sm_90", op)) for op in ops)
+    assert len(found) == sum(len(launches("sm_90", op)) for op in SERVED)
+
+
+def test_what_is_known_is_held_to_the_facts_and_found_where_it_is_wrong(tmp_path: Path) -> None:
+    import triton
+
+    entries = [
+        entry
+        for entry in json.loads(KNOWN.read_text())
+        if (entry["triton"], entry["arch"], entry["op"]) == (triton.__version__, "sm_90", "mix")
+    ]
+    wrong, spilling = entries[:2]
+    wrong["registers"] += 1
+    spilling["spills"] = 3
+    (tmp_path / "known.json").write_text(json.dumps(entries))
+    # The digest of one alone divides by itself, so that no other is compiled.
+    anew = int(wrong["source"], 16)
+    done = run("--arch", "sm_90", "--op", "mix", known=tmp_path / "known.json", anew=anew)
+    failed = {
+        name: line for line in done.stdout.splitlines() for name in (wrong["name"], spilling["name"]) if name in line
+    }
+    assert done.returncode == 1
+    assert "FAILED known otherwise" in failed[wrong["name"]]
+    assert "FAILED no_spills: 3" in failed[spilling["name"]]
+    assert done.stdout.endswith(f"{len(entries)} configurations, 1 compiled now, 2 with a fact that fails\n"), (
+        done.stdout
+    )
 
 
 @pytest.mark.parametrize(("waits", "fails"), [(5, False), (80, True)])
@@ -136,13 +157,6 @@ def test_every_kernel_is_compiled(reports: Reports) -> None:
         names = [item.name for item in module.compiles(arch)]
         assert len(set(names)) == len(names)
         assert set(names) <= {r["name"] for r in reports.of(arch)}
-
-
-def test_the_parts_are_everything() -> None:
-    """No op of no generation falls between them."""
-    pairs = covered("first") + covered("rest")
-    assert len(set(pairs)) == len(pairs)
-    assert {(arch, op) for arch in SHARED_LIMIT if arch not in LIKE_SM_80 for op in SERVED} <= set(pairs)
 
 
 @pytest.mark.parametrize(("name", "itemsize", "loads", "stores"), [
@@ -212,6 +226,8 @@ def test_bad_facts_are_found(tmp_path: Path) -> None:
         "shared memory",
     }
     assert failed["excused"] == []
+    (one, again), others = failed["sources"]
+    assert one == again and len({one, *others}) == 1 + len(others)
 
 
 FAULTY = """
@@ -234,6 +250,11 @@ def copy_kernel(x_ptr, y_ptr, scale_ptr, stride, BLOCK: tl.constexpr, BIG: tl.co
     tl.store(y_ptr + offsets, x)
 
 
+@triton.jit
+def other_kernel(x_ptr, y_ptr, scale_ptr, stride, BLOCK: tl.constexpr, BIG: tl.constexpr):
+    tl.store(y_ptr, 1.0)
+
+
 def report(name, block, warps, divisible, facts, big):
     signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "scale_ptr": "*fp32", "stride": "i64", "BLOCK": "constexpr"}
     signature["BIG"] = "constexpr"
@@ -242,11 +263,27 @@ def report(name, block, warps, divisible, facts, big):
     return ahead_of_time.check(item, "sm_90").failed
 
 
+def sources():
+    # Digests of a configuration, of itself again, and of what differs from it in one thing.
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "scale_ptr": "*fp32", "stride": "i64", "BLOCK": "constexpr"}
+    signature["BIG"] = "constexpr"
+
+    def of(arch="sm_90", block=1024, dtype="*fp32", divisible=(), warps=4, facts=(), kernel=copy_kernel):
+        constants = {"BLOCK": block, "BIG": False}
+        item = Compile(kernel, {**signature, "x_ptr": dtype}, constants, divisible, warps, 2, facts, "any")
+        return ahead_of_time.source_of(item, arch)
+
+    same = [of(), of(facts=("no_spills",))]
+    other = [of(arch="sm_80"), of(block=2048), of(dtype="*fp16"), of(divisible=("x_ptr",)), of(warps=8), of(kernel=other_kernel)]
+    return same, other
+
+
 def main():
     facts = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma", "registers<=32")
     ahead_of_time.SHARED_LIMIT["sm_90"] = 8
     found = {"faulty": report("faulty", 32768, 4, (), facts, True)}
     excused = ("no_spills", "wide_loads", "wide_stores", "registers<=64")
     found["excused"] = report("excused", 1024, 4, ("x_ptr", "y_ptr"), excused, False)
+    found["sources"] = sources()
     print(json.dumps(found))
 """
