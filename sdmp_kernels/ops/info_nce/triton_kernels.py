@@ -14,6 +14,11 @@ _LN2 = tl.constexpr(math.log(2))
 # added to them.
 _REACH = tl.constexpr(1e30)
 _REACH_LIFTED = tl.constexpr(2.0**16)
+# Keys whose largest logit is an anchor. How far that may be, so that a sum's logarithm can be added to it; and from where
+# on sums relative to it are lost: short of where float32 ends by what is still to be added, other splits and long keys.
+_ANCHOR_KEYS = tl.constexpr(32)
+_ANCHOR_REACH = tl.constexpr(2.0**10)
+_LOST = tl.constexpr(2.0**96)
 
 
 # ---- which key set a program is for ----
@@ -98,32 +103,60 @@ def _products(
 @triton.jit
 def _step(
     z, k, keep, acc, peak, total, factor, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, TAIL: tl.constexpr,
+    ANCHORED: tl.constexpr,
 ):  # fmt: skip
-    """(acc, peak, total) with the products of one tile of keys taken in."""
+    """(acc, peak, total) with the products of one tile of keys taken in; ANCHORED: the peak stays where it is."""
     if TAIL:
         z = tl.where(keep[None, :], z, float("-inf"))
-    higher = tl.maximum(peak, tl.max(z, 1) * factor)
-    weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
-    shrunk = tl.exp2(peak - higher)
-    total = total * shrunk + tl.sum(weight, 1)
+    if ANCHORED:
+        weight = tl.exp2(tl.fma(z, factor, -peak[:, None]))
+        total += tl.sum(weight, 1)
+    else:
+        higher = tl.maximum(peak, tl.max(z, 1) * factor)
+        weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
+        shrunk = tl.exp2(peak - higher)
+        total = total * shrunk + tl.sum(weight, 1)
+        acc *= shrunk[:, None]
+        peak = higher
     if WITH_DQ:
-        acc = tl.dot(weight.to(k.dtype), k, acc * shrunk[:, None], input_precision="ieee")
-    return acc, higher, total
+        acc = tl.dot(weight.to(k.dtype), k, acc, input_precision="ieee")
+    return acc, peak, total
+
+
+@triton.jit
+def _anchor(
+    q, q_ptr, q_valid, k_ptr, count, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """The largest product of each query with the first few of `count` keys."""
+    few = tl.arange(0, _ANCHOR_KEYS)
+    d = tl.arange(0, BLOCK_D)
+    k = _tile(k_ptr + few[:, None] * D + d[None, :], d, few < count, D, BLOCK_D, True)
+    z = _products(q, k, q_ptr, q_valid, k_ptr, few < count, D, BLOCK_M, _ANCHOR_KEYS, SLICE)
+    return tl.max(tl.where((few < count)[None, :], z, float("-inf")), 1)
 
 
 @triton.jit(do_not_specialize=["N", "M0", "M1", "M2", "M3", "chunk"])
 def info_nce_attend_kernel(
     q_ptr, k0_ptr, k1_ptr, k2_ptr, k3_ptr, peak_ptr, total_ptr, acc_ptr, N, M0, M1, M2, M3, chunk, factor,
-    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, PEEL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, ANCHORED: tl.constexpr,
+    ONLY_LOST: tl.constexpr, PEEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries against `chunk` keys: the largest logit (of base 2), the sum of 2^(logit - largest + LIFT), and
-    with WITH_DQ the keys added up with these weights.
+    """BLOCK_M queries against `chunk` keys: a peak (of base 2), the sum of 2^(logit - peak + LIFT), and with WITH_DQ
+    the keys added up with these weights.
+
+    The peak is the largest logit, and what was added up is scaled down whenever a larger one comes. ANCHORED: it is that
+    of the first few keys, so that nothing is scaled and nothing compared. Sums never vanish then, but grow out of reach
+    where a logit is much larger: such tiles get NaN for peaks, and a second launch not anchored, ONLY_LOST.
 
     LIFT uses the upper half of float16's range for weights that would else be lost at its lower end. PEEL: only the
     last tile of keys looks where the keys end, which saves an instruction per logit and costs registers.
     """
     split = tl.program_id(1)
+    if ONLY_LOST:
+        before = tl.load(peak_ptr + split.to(tl.int64) * N + tl.program_id(0).to(tl.int64) * BLOCK_M)
+        if before == before:
+            return
     term = _term_of(split, chunk, M0, M1, M2, TERMS)
     M = _pick(term, M0, M1, M2, M3, TERMS)
     k_ptr = _pick(term, k0_ptr, k1_ptr, k2_ptr, k3_ptr, TERMS)
@@ -135,31 +168,38 @@ def info_nce_attend_kernel(
     q_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * D
     k_ptr += start.to(tl.int64) * D
     q = _tile(q_ptr + tl.arange(0, BLOCK_M)[:, None] * D + d[None, :], d, row < N, D, BLOCK_D, True)
-    k_tile = k_ptr + column[:, None] * D + d[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if ANCHORED:
+        peak = _anchor(q, q_ptr, row < N, k_ptr, count, D, BLOCK_M, BLOCK_D, SLICE) * factor
+    k_tile = k_ptr + column[:, None] * D + d[None, :]
     if PEEL:
         whole = count // BLOCK_N * BLOCK_N
         for block in range(0, whole, BLOCK_N):
             k = _tile(k_tile, d, column < BLOCK_N, D, BLOCK_D, False)
             z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False)
+            acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False, ANCHORED)
             k_tile += BLOCK_N * D
         # Not a second loop: the pointers carried through both would take registers that are needed.
         if whole < count:
             keep = whole + column < count
             k = _tile(k_tile, d, keep, D, BLOCK_D, True)
             z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True, ANCHORED)
     else:
         for block in range(0, count, BLOCK_N):
             keep = block + column < count
             k = _tile(k_tile, d, keep, D, BLOCK_D, True)
             k_rows = k_ptr + tl.cast(block, tl.int64) * D
             z = _products(q, k, q_ptr, row < N, k_rows, keep, D, BLOCK_M, BLOCK_N, SLICE)
-            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True, ANCHORED)
             k_tile += BLOCK_N * D
+    if ANCHORED:
+        # Comparisons that NaN fails.
+        kept = (total < _LOST) & (tl.abs(peak) < _ANCHOR_REACH)
+        lost = tl.sum(kept.to(tl.int32), 0) < BLOCK_M
+        peak = tl.where(lost, float("nan"), peak)
     place = split.to(tl.int64) * N + row
     tl.store(peak_ptr + place, peak, mask=row < N)  # narrow: one number per row
     tl.store(total_ptr + place, total, mask=row < N)  # narrow: one number per row
@@ -235,8 +275,8 @@ def info_nce_merge_kernel(
     q_ptr, k0_ptr, k1_ptr, k2_ptr, k3_ptr, first0_ptr, first1_ptr, first2_ptr, first3_ptr, second0_ptr, second1_ptr,
     second2_ptr, second3_ptr, weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, peak_ptr, total_ptr, acc_ptr,
     loss_ptr, stats_ptr, dq_ptr, N, M0, M1, M2, M3, chunk, factor, inverse, scale, slope0, slope1, slope2, slope3,
-    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, MIXTURE: tl.constexpr,
-    SUMMED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, ANCHORED: tl.constexpr,
+    MIXTURE: tl.constexpr, SUMMED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Loss and dq of one row and key set from its splits; SUMMED: of all key sets, their dq added up.
 
@@ -274,12 +314,19 @@ def info_nce_merge_kernel(
                 share = tl.exp2(tl.load(peak_ptr + at) - peak) / total
                 attended += share * tl.load(acc_ptr + at * D + d, mask=d < D, other=0)  # narrow: one row
         total *= 2.0**-LIFT
+        top = peak.to(tl.float64)
+        if ANCHORED:
+            # At least the largest logit, as it is where that was sought: the sum is at most one then. Further out, where
+            # a whole number added would leave no trace, it was sought in every split that counts.
+            above = tl.where(tl.abs(peak) < 2 * _ANCHOR_REACH, tl.ceil(tl.log2(total)), 0.0)
+            total *= tl.exp2(-above)
+            top += above
 
         z_first = tl.sum(q * k_first, 0) * factor
         z_second = tl.sum(q * k_second, 0) * factor
-        gap_first = ((peak - z_first) * _LN2).to(tl.float64)
-        gap_second = ((peak - z_second) * _LN2).to(tl.float64)
-        product = peak.to(tl.float64) / factor
+        gap_first = (top - z_first) * _LN2
+        gap_second = (top - z_second) * _LN2
+        product = top / factor
         # Comparisons that NaN fails; a sum of zeros unless something is not finite.
         usual = _within_reach(peak, LIFT) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
         if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
