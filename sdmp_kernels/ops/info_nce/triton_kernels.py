@@ -380,7 +380,7 @@ def info_nce_scale_kernel(
 def info_nce_slopes_kernel(
     grad_ptr, stats_ptr, top_ptr, out_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(4, N) for the kernel below: each query's largest logit of base 2, what exp2(logit - largest) is multiplied by,
+    """(N, 4) for the kernel below: each query's largest logit of base 2, what exp2(logit - largest) is multiplied by,
     and what is taken off at its two targets. Gradients are divided by their largest, `top`, and lifted, so that
     float16 can hold them. Rows left to float64 get zeros.
     """
@@ -394,11 +394,12 @@ def info_nce_slopes_kernel(
     peak = product * factor
     usual = _within_reach(peak, LIFT)
     grad = tl.where(usual, grad / tl.load(top_ptr) * 2.0**LIFT, 0.0)
-    tl.store(out_ptr + row, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
+    out_ptr += 4 * row
+    tl.store(out_ptr, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
     # The sum divides here: its logarithm added to a large logit would leave no trace.
-    tl.store(out_ptr + N + row, grad * (at_first + at_second) * tl.exp2(-log_sum * _LOG2E), mask=valid)
-    tl.store(out_ptr + 2 * N + row, grad * at_first, mask=valid)
-    tl.store(out_ptr + 3 * N + row, grad * at_second, mask=valid)
+    tl.store(out_ptr + 1, grad * (at_first + at_second) * tl.exp2(-log_sum * _LOG2E), mask=valid)
+    tl.store(out_ptr + 2, grad * at_first, mask=valid)
+    tl.store(out_ptr + 3, grad * at_second, mask=valid)
 
 
 @triton.jit
@@ -417,7 +418,7 @@ def _any_here(first_ptr, second_ptr, row, count, low, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _take_targets(
-    acc, q_ptr, first_ptr, second_ptr, slopes_ptr, row, count, low, N, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, q_ptr, first_ptr, second_ptr, slopes_ptr, row, count, low, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc less the queries of this tile, at their targets."""
@@ -427,8 +428,8 @@ def _take_targets(
     q = _tile(q_ptr + row.to(tl.int64)[:, None] * D + d[None, :], d, valid, D, BLOCK_D, True)
     first = _here(first_ptr, row, count, low, BLOCK_N)
     second = _here(second_ptr, row, count, low, BLOCK_N)
-    at_first = tl.load(slopes_ptr + 2 * N + row, mask=valid, other=0)  # narrow: one number per row
-    at_second = tl.load(slopes_ptr + 3 * N + row, mask=valid, other=0)  # narrow: one number per row
+    at_first = tl.load(slopes_ptr + 4 * row + 2, mask=valid, other=0)  # narrow: one number per row
+    at_second = tl.load(slopes_ptr + 4 * row + 3, mask=valid, other=0)  # narrow: one number per row
     drawn = tl.where(place[:, None] == first[None, :], -at_first[None, :], 0.0)
     drawn += tl.where(place[:, None] == second[None, :], -at_second[None, :], 0.0)
     upper = drawn.to(q.dtype)
@@ -451,12 +452,13 @@ def info_nce_keys_kernel(
     start = split.to(tl.int64) * chunk
     count = tl.minimum(chunk, N - start).to(tl.int32)
     q_ptr += start * D
-    slopes_ptr += start
+    slopes_ptr += 4 * start
     first_ptr += start
     second_ptr += start
     d = tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_N)
     tile = tl.arange(0, BLOCK_M)
+    part = tl.arange(0, 4)
     k_ptr += low * D
     k = _tile(k_ptr + place[:, None] * D + d[None, :], d, low + place < M, D, BLOCK_D, True)
     q_tile = q_ptr + tile[:, None] * D + d[None, :]
@@ -465,8 +467,11 @@ def info_nce_keys_kernel(
         row = block + tile
         valid = row < count
         q = _tile(q_tile, d, valid, D, BLOCK_D, True)
-        peak = tl.load(slopes_ptr + row, mask=valid, other=0)  # narrow: one number per row
-        slope = tl.load(slopes_ptr + N + row, mask=valid, other=0)  # narrow: one number per row
+        # A number for each thread: of fewer, Triton 3.6 has every thread copy all that it needs itself, one by one.
+        at = slopes_ptr + 4 * row[:, None] + part[None, :]
+        four = tl.load(at, mask=valid[:, None], other=0)  # narrow: four numbers per row
+        peak = tl.sum(tl.where(part[None, :] == 0, four, 0.0), 1)
+        slope = tl.sum(tl.where(part[None, :] == 1, four, 0.0), 1)
         q_rows = q_ptr + tl.cast(block, tl.int64) * D
         z = _products(k, q, k_ptr, low + place < M, q_rows, valid, D, BLOCK_N, BLOCK_M, SLICE)
         # Rounded otherwise than in the forward pass, a logit may come out above the largest of its row.
@@ -480,7 +485,7 @@ def info_nce_keys_kernel(
                 few = block + tl.arange(0, BLOCK_T)
                 if _any_here(first_ptr, second_ptr, few, count, low, BLOCK_N):
                     acc = _take_targets(
-                        acc, q_ptr, first_ptr, second_ptr, slopes_ptr, few, count, low, N, D, BLOCK_N, BLOCK_D
+                        acc, q_ptr, first_ptr, second_ptr, slopes_ptr, few, count, low, D, BLOCK_N, BLOCK_D
                     )
     column = low + place
     out = split.to(tl.int64) * M + column
