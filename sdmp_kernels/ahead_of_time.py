@@ -150,7 +150,7 @@ def source_of(item: Compile, arch: str) -> str:
     import triton
     from triton import knobs
 
-    asked = [arch, triton.__version__, knobs.nvidia.ptxas.version, _text(item.kernel)]
+    asked = [arch, triton.__version__, knobs.nvidia.ptxas.version, item.kernel.fn.__name__, _text(item.kernel)]
     asked += [item.num_warps, item.num_stages, list(item.divisible)]
     asked += [sorted(item.signature.items()), sorted(item.constants.items()), _reader()]
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
