@@ -150,11 +150,28 @@ def source_of(item: Compile, arch: str) -> str:
     import triton
     from triton import knobs
 
-    # Triton's key of a kernel covers what it calls, the constants it reads and where it stands.
-    asked = [arch, triton.__version__, knobs.nvidia.ptxas.version, item.kernel.cache_key]
+    asked = [arch, triton.__version__, knobs.nvidia.ptxas.version, item.kernel.fn.__name__, _text(item.kernel)]
     asked += [item.num_warps, item.num_stages, list(item.divisible)]
     asked += [sorted(item.signature.items()), sorted(item.constants.items()), _reader()]
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _text(kernel: Any) -> list[str]:
+    """The modules of a kernel and of those it may call, and their constants, which may come from elsewhere.
+
+    Triton's own key of a kernel is narrower, but in 3.6 it depends on addresses and on what was asked before.
+    """
+    from triton import language as tl
+
+    module = inspect.getmodule(kernel.fn)
+    called = [value for value in vars(module).values() if isinstance(value, type(kernel))]
+    places = {place.__name__: place for each in (kernel, *called) if (place := inspect.getmodule(each.fn)) is not None}
+    found = []
+    for _, place in sorted(places.items()):
+        found.append(inspect.getsource(place))
+        found += [f"{name} = {value}" for name, value in sorted(vars(place).items()) if isinstance(value, tl.constexpr)]
+    return found
 
 
 @functools.cache

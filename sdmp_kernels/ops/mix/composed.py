@@ -139,19 +139,24 @@ _PLAIN = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 def _blend_flipped(images: Tensor, lam: Tensor, out: Tensor) -> bool:
     """Every row blended with that of the flip, or false where that is not what is to be done.
 
-    numpy multiplies the flip where it lies, which torch would first copy. Two products and a sum, each rounded, are the
-    definition: torch.lerp, a pass less, rounds otherwise.
+    numpy multiplies the flip where it lies, which torch would first copy.
     """
     n = images.shape[0]
     rest = 1 - lam.numpy()
     if images.dtype != torch.float32 or n % 2 or images.numel() > _FEW or np.count_nonzero(rest) != n:
         return False
-    in_place = out.data_ptr() == images.data_ptr()
-    given = torch.empty_like(images) if in_place else out
+    given = torch.empty_like(images) if out.data_ptr() == images.data_ptr() else out
     np.multiply(images.numpy().reshape(n, -1)[::-1], rest[:, None], out=given.numpy().reshape(n, -1))
-    kept = torch.mul(images, _column(lam), out=out if in_place else None)
-    torch.add(kept, given, out=out)
+    _blend(given, images, _column(lam), out)
     return True
+
+
+def _blend(given: Tensor, own: Tensor, share: Tensor, out: Tensor | None = None) -> Tensor:
+    """The partner's part plus `share` of one's own: one pass, and where the processor has it, one rounding less.
+
+    torch.lerp, as fast, makes NaN of two infinities, and infinity of two values whose difference is too large.
+    """
+    return torch.addcmul(given, own, share, out=out)
 
 
 def _worth_masks(treatments: list[tuple[int, ...]], rules: list[int], elements: int) -> bool:
@@ -225,7 +230,7 @@ def _mix_rows(
             # Of several rows it is a copy.
             given = torch.mul(given, partner_share[rows], out=given if rows.stop - rows.start > 1 else None)
             target = mixed[rows] if norm is None and mixed.dtype == images.dtype == work else None
-            result = torch.mul(own[rows].to(work), share[rows], out=target).add_(given)
+            result = _blend(given, own[rows].to(work), share[rows], target)
             if target is None:
                 mixed[rows].copy_(finished(result))
             continue
@@ -329,7 +334,7 @@ def _mix_masked(images: Tensor, partners: Tensor | None, plan: PlanRows, norm: N
     for rule in rules:
         out = outputs.mixed if finished and rule == rules[-1] else None
         if rule == Rule.MIXUP:
-            blend = rows.own_share * own + rows.partner_share * others
+            blend = _blend(rows.partner_share * others, own, rows.own_share)
             pixels = torch.where(rows.blended, blend, pixels, out=out)
         elif rule == Rule.CUTMIX:
             pixels = torch.where(rows.cut & rows.inside, others, pixels, out=out)
