@@ -192,6 +192,7 @@ def keys_calls(
         "BLOCK_T": 32,
         "SCAN": 1024,
         "SLICE": given["slice"],
+        "TOGETHER": given["together"],
     }
     args = (q, k, first, second, slopes, parts, n, m, chunk, factor)
     warps = (given["num_warps"], given["num_stages"])

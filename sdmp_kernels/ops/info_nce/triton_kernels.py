@@ -444,7 +444,7 @@ def _take_targets(
 def info_nce_keys_kernel(
     q_ptr, k_ptr, first_ptr, second_ptr, slopes_ptr, out_ptr, N, M, chunk, factor, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SCAN: tl.constexpr,
-    SLICE: tl.constexpr,
+    SLICE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys against `chunk` queries: the queries added up with the gradients of their logits."""
     split = tl.program_id(1)
@@ -467,11 +467,15 @@ def info_nce_keys_kernel(
         row = block + tile
         valid = row < count
         q = _tile(q_tile, d, valid, D, BLOCK_D, True)
-        # A number for each thread: of fewer, Triton 3.6 has every thread copy all that it needs itself, one by one.
-        at = slopes_ptr + 4 * row[:, None] + part[None, :]
-        four = tl.load(at, mask=valid[:, None], other=0)  # narrow: four numbers per row
-        peak = tl.sum(tl.where(part[None, :] == 0, four, 0.0), 1)
-        slope = tl.sum(tl.where(part[None, :] == 1, four, 0.0), 1)
+        if TOGETHER:
+            # A number for each thread: of fewer, Triton 3.6 has every thread copy all that it needs itself, one by one.
+            at = slopes_ptr + 4 * row[:, None] + part[None, :]
+            four = tl.load(at, mask=valid[:, None], other=0)  # narrow: four numbers per row
+            peak = tl.sum(tl.where(part[None, :] == 0, four, 0.0), 1)
+            slope = tl.sum(tl.where(part[None, :] == 1, four, 0.0), 1)
+        else:
+            peak = tl.load(slopes_ptr + 4 * row, mask=valid, other=0)  # narrow: one number per row
+            slope = tl.load(slopes_ptr + 4 * row + 1, mask=valid, other=0)  # narrow: one number per row
         q_rows = q_ptr + tl.cast(block, tl.int64) * D
         z = _products(k, q, k_ptr, low + place < M, q_rows, valid, D, BLOCK_N, BLOCK_M, SLICE)
         # Rounded otherwise than in the forward pass, a logit may come out above the largest of its row.
