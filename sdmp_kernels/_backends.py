@@ -208,9 +208,17 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({said})")
 
 
+def announce(op: str, device_type: str) -> None:
+    """Warn now where `op` will run without compiled kernels: a process forked after this does not say so again."""
+    choose(OPS[op], torch.device(device_type))
+
+
 @functools.cache
 def _say_once(device_type: str, backend: str, why: str) -> None:
-    """Warn that compiled kernels are not there; the same reason is said once in a process."""
+    """Warn that compiled kernels are not there; the same reason is said once, also by the processes of one loader."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is not None and worker.id > 0:
+        return
     device = {"cpu": "the CPU", "cuda": "a GPU"}[device_type]
     warnings.warn(
         f"sdmp_kernels runs on {device} without compiled kernels, by the slower {backend} backend: {why}. "
