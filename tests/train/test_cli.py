@@ -565,6 +565,11 @@ def test_version_and_the_help_of_eval(capsys):
     assert capsys.readouterr().out.startswith("sdmp-kernels 0.")
     assert main(["eval", "--help"]) == 0
     assert "--help lists" in capsys.readouterr().out
+    for name, shown in (("knn", True), ("robustness", False)):  # which refuses --data and --test-data
+        with pytest.raises(SystemExit):
+            main(["eval", name, "--help"])
+        printed = capsys.readouterr().out
+        assert ("--data STR" in printed, "--test-data STR" in printed) == (shown, shown), name
 
 
 def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
