@@ -104,8 +104,18 @@ def test_the_training_step_is_counted_as_it_is_configured() -> None:
     guess = predict.predictions()["G10", "ViT-S/16 step, batch 512: images per second"]
     assert guess.value == pytest.approx(predict.STEP_BATCH / asked.seconds(Machine()))
     assert f"{asked.launches:,} operators" in guess.formula
+    # What docs/decisions/0014 builds on: the device takes far longer than the host, and most of it for bytes.
+    assert asked.host_seconds(Machine()) < asked.device_seconds(Machine()) / 5
+    assert asked.nbytes / Machine().copy_bytes_per_s > 0.8 * asked.device_seconds(Machine())
     slower = predict.predictions(dataclasses.replace(Machine(), copy_bytes_per_s=1e12))
     assert slower["G10", "ViT-S/16 step, batch 512: images per second"].value < guess.value
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_times_the_step_as_written_and_compiled(device: str, compiled: bool) -> None:
+    arms = step.step_setting(torch.device(device), "full", 256).arms
+    assert {"MoCo v3 + SDMP", "MoCo v3"} < {arm.name for arm in arms}
+    assert [arm.name for arm in arms if arm.kind == "compile"] == ["MoCo v3 + SDMP, compiled"] * compiled
 
 
 def test_attention_has_its_products_on_a_cpu_too() -> None:
