@@ -391,6 +391,8 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
                 print(printable_lines(line))
         if config.run.knn_max_images > 0:
             print(f"split    {describe_split(config.data, index, test_index)}")
+        # The answer that is waited for comes last, where a screen ends.
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), flush=True)
         pace = measure_pace(config, world, len(index.classes))
         if pace is not None:
             print(pace.line(training.last_step))
@@ -399,7 +401,6 @@ def dry_run(config: Config, output: Path | None, overwrite: bool) -> int:
         print(
             f"weights  {memory_bytes(training) / 2**20:.0f} MiB of memory: weights, gradients, moments of the optimiser"
         )
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
     return 0
 
 

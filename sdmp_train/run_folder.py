@@ -84,10 +84,19 @@ def check_folder(path: Path, mode: Mode) -> None:
         return  # free, or claimed by a process that died before it wrote anything
     if mode != "overwrite":
         if not is_run_folder(path):
-            raise ConfigError(f"the run folder {path} is already in use; give another --output")
-        how = finished(path) or "is already in use; --resume goes on with that run"
+            raise ConfigError(f"the folder {path} holds files and no run of ours; give another --output")
+        how = finished(path) or f"holds an unfinished run{_since(path)}; --resume goes on with it"
         raise ConfigError(f"the run folder {path} {how}, --overwrite deletes it; or give another --output")
     check_deletable(path)
+
+
+def _since(path: Path) -> str:
+    """When a run last wrote its settings, as words to put after it; nothing where there are none yet."""
+    try:
+        seconds = (path / SETTINGS).stat().st_mtime
+    except OSError:
+        return ""
+    return f" of {datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def finished(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,8 @@ def verify_data(place: str, max_pixels: int | None = None, bad_list: Path | None
         print(f"{name + ': ' if len(found) > 1 else ''}{index.summary()}")
         for line in class_lines(index, SCREEN_CLASSES // len(found)):
             print(line)
+        if len(index) and not index.classes and isinstance(path, Path) and path.is_dir():
+            print(f"  {why_no_classes(index)}")
     bad = [file for _, index in found for file in index.bad]
     if bad_list is not None:
         # repr: a name may hold a tab, a line break or bytes that are no text.
@@ -86,6 +89,16 @@ def class_lines(index: Index, most: int) -> list[str]:
     lines = [f"  {count:8}  {printable(name)}" for name, count in zip(index.classes[:most], counts, strict=False)]
     rest = counts[most:]
     return lines + ([f"  and {len(rest)} more classes of {min(rest)} to {max(rest)} images"] if rest else [])
+
+
+def why_no_classes(index: Index) -> str:
+    """What keeps the images of a folder from having classes, and the layout in which they would."""
+    loose = [path for path in index.paths if os.sep not in path]
+    first = f", such as {printable(loose[0])}" if loose else ""
+    return (
+        f"{len(loose)} of {counted(len(index), 'image')} in no class folder{first}; classes are told where every image "
+        "lies at CLASS/IMAGE under that folder (pretraining needs none)"
+    )
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -134,6 +138,37 @@ def checkpoint_backbone(path: Path, config: Config) -> tuple[nn.Module, int]:
     return backbone, int(state["step"])
 
 
+@contextlib.contextmanager
+def _quick_hub() -> Iterator[None]:
+    """Let huggingface_hub use its cache alone where no connection to its server can be made.
+
+    Its own retries take about a minute to find that out. One connection is tried, with the hub's own timeout, so that a
+    slow network still serves; behind a proxy, which may be the only way, nothing is tried.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reached(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reached(url: str, timeout: float) -> bool:
+    """Whether a connection to the server of a URL can be made, or a proxy stands before it."""
+    place = urlsplit(url)
+    proxies = getproxies()
+    if place.scheme in proxies or "all" in proxies:
+        return True
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname or "", port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
 def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A model with the weights that timm knows by this name, in eval mode, and its `pretrained_cfg`.
 
@@ -143,12 +178,20 @@ def load_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
         ConfigError: there is no such model, it has no weights, or they cannot be fetched.
     """
     import timm
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     check_name(name)
     options = {"num_classes": 0, **options}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quick_hub():
             model = timm.create_model(name, pretrained=True, **options)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConfigError(
+            f"timm's weights of {name} are not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} is not "
+            "reached (no network, or HF_HUB_OFFLINE is set): run this once where there is a network, or copy that "
+            "machine's cache here (HF_HOME names its folder)"
+        ) from error
     except Exception as error:  # the hub, the network and timm raise whatever they like
         raise ConfigError(f"timm's weights of {name} cannot be had: {one_line(error)}") from error
     pixels = dict(model.pretrained_cfg)

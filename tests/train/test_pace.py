@@ -63,7 +63,9 @@ def test_plan_says_hours_and_memory(image_folder: Path, capsys):
     assert main(["plan", *words, str(image_folder)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^time     .* steps take .*; peak memory [\d.]+ GiB$", printed, re.MULTILINE)
-    assert re.search(r"^weights  \d+ MiB of memory: weights, gradients, moments", printed, re.MULTILINE)
+    assert re.search(
+        r"^weights  \d+ MiB of memory: weights, gradients, moments.*\n\Z", printed, re.MULTILINE
+    )  # at the end
     assert "warning" not in printed
 
 

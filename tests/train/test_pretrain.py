@@ -412,7 +412,7 @@ def test_a_run_folder_in_use_is_refused_and_overwritten_only_on_request(tiny: Co
     assert pretrain(short, run, overwrite=True) == 0
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    refused(short, mine, "already in use")
+    refused(short, mine, "holds files and no run of ours")
     refused(short, mine, "deletes run folders only", overwrite=True)
     (mine / "config.yaml").write_text("defaults: []")  # as Hydra and web sites have one
     refused(short, mine, "deletes run folders only", overwrite=True)

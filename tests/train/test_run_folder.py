@@ -53,7 +53,7 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path: Path):
     assert len({f.run_id for f in (first, second, third)}) == 3
     marker = json.loads((first.path / MARKER).read_text())
     assert marker["program"] == "sdmp_train" and marker["format"] == 1 and marker["run"] == first.run_id
-    with pytest.raises(ConfigError, match="already in use; --resume goes on"):
+    with pytest.raises(ConfigError, match=r"holds an unfinished run; --resume goes on"):
         claim(first.path, "new")
     assert claim(first.path, "resume").run_id == first.run_id
 
@@ -63,8 +63,8 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path: Path):
     [
         (8, 8, None, "is finished: all 8 steps are made (its schedules end.* a new one, with more --epochs"),
         (3, 8, 3, "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on"),
-        (3, 8, None, "already in use; --resume goes on"),
-        (3, None, None, "already in use; --resume goes on"),
+        (3, 8, None, r"holds an unfinished run of 20\d\d-\d\d-\d\d \d\d:\d\d; --resume goes on with it"),
+        (3, None, None, r"holds an unfinished run of 20\d\d-\d\d-\d\d \d\d:\d\d; --resume goes on with it"),
     ],
 )
 def test_a_run_that_is_finished_is_said_to_be(
@@ -87,7 +87,7 @@ def test_only_one_process_writes_and_a_dead_one_does_no_harm(tmp_path: Path):
         for mode in ("resume", "auto", "overwrite"):
             with pytest.raises(ConfigError, match=rf"in use by process {holder.pid} on \S+;"):
                 claim(run, mode)
-        with pytest.raises(ConfigError, match="already in use"):
+        with pytest.raises(ConfigError, match="holds an unfinished run"):
             check_folder(run, "new")
         assert sorted(p.name for p in run.iterdir()) == before
         holder.kill()

@@ -77,3 +77,9 @@ def test_splits_that_cannot_be_told_apart(cached: Path, capsys: pytest.CaptureFi
     verify_data(str(cached))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("splits are not told apart") and lines[1].startswith("13 images")
+
+
+def test_why_there_are_no_classes(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (20, 16)).save(cached / "train" / "x.png")
+    assert verify_data(str(cached / "train")) == 0
+    assert "  1 of 7 images in no class folder, such as x.png; " in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_a_backbone_by_position_by_run_or_by_weights(tiny: Config, tmp_path: Pat
         SubjectConfig(what="a", run="b")
 
 
-def test_weights_of_timm(tiny: Config, monkeypatch):
+def test_weights_of_timm(tiny: Config, monkeypatch, tmp_path: Path):
     """Fetched by timm, here in its place; in the size and range that they were trained with; refused in words."""
     import timm
 
@@ -48,6 +48,9 @@ def test_weights_of_timm(tiny: Config, monkeypatch):
         model.pretrained_cfg = {"input_size": (3, 64, 64), "mean": (0.1,) * 3, "std": (0.2,) * 3}
         return model
 
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("sdmp_train.weights.getproxies", dict)
     made = timm.create_model
     monkeypatch.setattr(timm, "create_model", fetched)
     subject = open_subject(SubjectConfig(what="timm:test_vit.r160_in1k", data="x"), "knn")
@@ -56,6 +59,9 @@ def test_weights_of_timm(tiny: Config, monkeypatch):
     assert not subject.backbone.training
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(ConfigError, match=r"timm's weights of test_vit cannot be had: .*no network"):
+        open_subject(SubjectConfig(weights="timm:test_vit", data="x"), "knn")
+    monkeypatch.setattr(timm, "create_model", made)
+    with pytest.raises(ConfigError, match=r"test_vit are not in the cache .*http://127.0.0.1:9 is not reached"):
         open_subject(SubjectConfig(weights="timm:test_vit", data="x"), "knn")
     with pytest.raises(ConfigError, match="unknown arch 'vit_smal'"):
         open_subject(SubjectConfig(weights="timm:vit_smal", data="x"), "knn")
