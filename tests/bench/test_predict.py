@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,15 @@ def test_the_training_step_is_counted_as_it_is_configured() -> None:
     assert asked.nbytes / Machine().copy_bytes_per_s > 0.8 * asked.device_seconds(Machine())
     slower = predict.predictions(dataclasses.replace(Machine(), copy_bytes_per_s=1e12))
     assert slower["G10", "ViT-S/16 step, batch 512: images per second"].value < guess.value
+
+
+def test_where_the_trainer_cannot_run_its_step_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert predict.asked_of_a_step.__wrapped__() is None
+    monkeypatch.setattr(predict, "asked_of_a_step", lambda: None)
+    assert "G10" not in {goal for goal, _ in predict.predictions()}
+    (line,) = (line for line in predict.table(None).splitlines() if "step, batch 512: images per second" in line)
+    assert line.endswith("|  |  |")
 
 
 @pytest.mark.parametrize(("device", "compiled"), [("cuda", True), ("cpu", False)])
