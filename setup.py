@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
+PACKAGE = Path(__file__).resolve().parent / "sdmp_kernels"
 OLDEST_TORCH = (2, 11)
 # Contraction off: a product and a sum round one by one, as in the reference. Without trapping arithmetic a choice
 # between two values can be computed by computing both, which is what vectorising takes; no result changes.
@@ -221,11 +223,12 @@ def wanted(name: str) -> None:
 def build(package: Path) -> dict[str, str]:
     """Build what can be built into the folder of the package; returns, and writes there, what became of each library.
 
+    Beside that it writes the digest of the sources: where these have changed since, the libraries are not used.
     A library replaces its predecessor by a rename, since running processes may have that one loaded. One that cannot
     be built takes its predecessor away: the sources it was made of are gone.
     """
     package.mkdir(parents=True, exist_ok=True)
-    report = {}
+    report = {"sources": runpy.run_path(str(PACKAGE / "_sources.py"))["digest"](SOURCES)}
     for name, make in BUILDS.items():
         target = package / f"{name}.so"
         with tempfile.TemporaryDirectory(dir=package, prefix=f".{name}.") as folder:

@@ -24,6 +24,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
+from sdmp_kernels import _sources
 from sdmp_kernels._checks import check_choice
 
 NAMES = ("reference", "torch", "cpp", "triton", "cuda")
@@ -121,8 +122,9 @@ def native_library(device_type: str) -> str | None:
     folder = Path(__file__).parent
     found = sorted(folder.glob(f"{name}*.so"))
     if not found:
-        report = folder / "_build.json"
-        why = json.loads(report.read_text()).get(name, "not built") if report.exists() else "not built"
+        why = _built(folder).get(name, "not built")
+        if why.startswith("built "):
+            why = f"{name}.so is gone"
         mend = f"a C++ compiler{' and nvcc' if device_type == 'cuda' else ''} and `make setup` build it"
         hidden = _hidden_package(name, folder)
         if hidden is not None:
@@ -130,6 +132,8 @@ def native_library(device_type: str) -> str | None:
                 f"{hidden} has it, but {folder} comes first on sys.path: run from another folder, or `make setup` here"
             )
         return f"{why}; {mend}"
+    if _is_stale(folder):
+        return f"{found[0].name} was built from other sources than those in csrc/; rebuild it with `make setup`"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -138,6 +142,23 @@ def native_library(device_type: str) -> str | None:
     if lacking:  # the clone has moved on since it was built
         return f"{found[0].name} is of another version, without {lacking[0]}; rebuild it with `make setup`"
     return None
+
+
+def _built(folder: Path) -> dict[str, str]:
+    """What `setup.py` wrote of its build into the package's folder: nothing where it has not run."""
+    report = folder / "_build.json"
+    return json.loads(report.read_text()) if report.exists() else {}
+
+
+def _is_stale(folder: Path) -> bool:
+    """Whether the sources beside the package's folder are no longer those that its libraries were built from.
+
+    A library and the Python that calls it must be of one version: the arguments of an operator change with both. An
+    installed package has no sources beside it, and builds of before this was recorded are taken as they are.
+    """
+    root, recorded = folder.parent, _built(folder).get("sources")
+    beside = (root / "setup.py").is_file() and (root / "csrc").is_dir()
+    return recorded is not None and beside and recorded != _sources.digest(root / "csrc")
 
 
 def _hidden_package(library: str, here: Path) -> Path | None:
@@ -208,9 +229,17 @@ def choose(op: Op, device: torch.device, refuse: Callable[[str], str | None] | N
     raise RuntimeError(f"no backend of {op.name} can run this call on {device} ({said})")
 
 
+def announce(op: str, device_type: str) -> None:
+    """Warn now where `op` will run without compiled kernels: a process forked after this does not say so again."""
+    choose(OPS[op], torch.device(device_type))
+
+
 @functools.cache
 def _say_once(device_type: str, backend: str, why: str) -> None:
-    """Warn that compiled kernels are not there; the same reason is said once in a process."""
+    """Warn that compiled kernels are not there; the same reason is said once, also by the processes of one loader."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is not None and worker.id > 0:
+        return
     device = {"cpu": "the CPU", "cuda": "a GPU"}[device_type]
     warnings.warn(
         f"sdmp_kernels runs on {device} without compiled kernels, by the slower {backend} backend: {why}. "

@@ -36,7 +36,7 @@ from .lost import NONE_LOST, Lost, LostImages, too_many_lost
 from .pace import is_long, measure_pace, too_much
 from .run import Run
 from .run_folder import RunFolder
-from .splits import describe_split, open_images
+from .splits import describe_split, from_anywhere, open_images
 from .stop import Stopped, StopRequest
 from .text import counted, printable_lines, shown_size
 from .trackers import asked_for, open_trackers
@@ -196,7 +196,7 @@ def begin(claimed: RunFolder, config: Config, log: Log, training: Training, inde
         ConfigError: where that cannot be written.
     """
     try:
-        save_config(config, claimed.path / run_folder.SETTINGS)
+        save_config(replace(config, data=from_anywhere(config.data)), claimed.path / run_folder.SETTINGS)
         store_file_list(index, claimed.path)
         log.open(claimed.path, from_step=training.step)
         lines = checkpoint.set_later_aside(claimed.path / run_folder.CHECKPOINTS, training.step)

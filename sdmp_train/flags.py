@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 try:
-    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, arg
+    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, Suppress, arg
 except ModuleNotFoundError:
     _Setting = TypeVar("_Setting")
-    AvoidSubcommands = OmitArgPrefixes = Positional = Annotated[_Setting, None]  # type: ignore[misc]
+    AvoidSubcommands = OmitArgPrefixes = Positional = Suppress = Annotated[_Setting, None]  # type: ignore[misc]
 
     def arg(**_: Any) -> None:  # type: ignore[misc]
         """Nothing: without tyro nobody reads how a field is spelled."""
         return None
 
 
-__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "Positional", "arg", "flag_of", "words_of"]
+__all__ = ["AvoidSubcommands", "OmitArgPrefixes", "Positional", "Suppress", "arg", "flag_of", "words_of"]
 
 
 def flag_of(settings: object, name: str) -> str:

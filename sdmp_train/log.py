@@ -116,6 +116,7 @@ class Log:
         self._task: TaskID | None = None
         self._printed_at = -math.inf
         self._unfinished = False
+        self._held_back: str | None = None
         self.last_loss: float | None = None
         self.trackers: list[Tracker] = []
 
@@ -180,23 +181,30 @@ class Log:
     def report(self, line: str, live: str | None = None) -> None:
         """A line of numbers: always in train.log; on the live line, or plainly but not more often than every 5 s.
 
+        The last one is printed at the latest where the progress ends.
+
         live: what the live line shows instead, which has about 45 of 80 columns.
         """
         if self.quiet:
             return
         self._write(line)
-        self.progress(line, live)
+        self._held_back = None if self.progress(line, live) else line
 
-    def progress(self, line: str, live: str | None = None) -> None:
-        """How far something is: on the live line, or plainly but not more often than every 5 s; not in train.log."""
+    def progress(self, line: str, live: str | None = None) -> bool:
+        """How far something is: on the live line, or plainly but not more often than every 5 s; not in train.log.
+
+        Returns whether the line is printed, to stay.
+        """
         if self.quiet:
-            return
+            return False
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=line if live is None else live)
         elif time.monotonic() - self._printed_at >= PLAIN_SECONDS:
             self._printed_at = time.monotonic()
             self._unfinished = True
             self.console.print(line, markup=False)
+            return True
+        return False
 
     def end_progress(self, line: str) -> None:
         """Take the live line away; where plain lines were printed, the last word is `line`, that all is done."""
@@ -206,11 +214,14 @@ class Log:
             self.console.print(line, markup=False)
 
     def stop_progress(self) -> None:
-        """Take the live line away."""
+        """Take the live line away; the last line of numbers that was not printed is."""
         self._unfinished = False
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._held_back is not None:
+            self.console.print(self._held_back, markup=False)
+            self._held_back = None
 
     def close(self) -> None:
         """End the live line and close the files."""

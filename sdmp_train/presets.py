@@ -477,11 +477,18 @@ def _unlisted(made: Recipe) -> dict[str, str]:
     return {name: OWN if source == ROW else source for name, source in made.origins.items()}
 
 
+def table_of(name: str) -> int:
+    """The number of the table that `table11/dino-vit_s` is a row of."""
+    return int(name.partition("/")[0].removeprefix("table"))
+
+
 def presets() -> dict[str, Preset]:
     """All presets by name, each with its name in its configuration."""
     named = {"custom": Preset(Config(), "none", "this project: every default; MoCo v3 + SDMP, ViT-S, 300 epochs")}
-    for rows in (trials, table1, table2, table5, ablations, dino_ablations):
+    for rows in (trials, table1, table2, table5):
         named |= rows()
+    ablated = ablations() | dino_ablations()
+    named |= {name: ablated[name] for name in sorted(ablated, key=table_of)}  # the order within a table is kept
     return {
         name: replace(preset, config=replace(preset.config, run=replace(preset.config.run, preset=name)))
         for name, preset in named.items()

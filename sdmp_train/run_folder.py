@@ -116,9 +116,10 @@ def finished(path: Path) -> str | None:
     if step >= total:
         longer = "its schedules end there: a longer run is a new one, with more --epochs"
         again = "--resume goes on only to make backbone and kNN again"
-        return f"holds a run that is finished: all {total} steps are made ({longer}); {again}"
+        return f"holds a run{_since(path)} that is finished: all {total} steps are made ({longer}); {again}"
     if most is not None and step >= most:
-        return f"holds a run that is finished at its --max-steps, {step} of {total}; --resume with a larger one goes on"
+        end = f"finished at its --max-steps, {step} of {total}"
+        return f"holds a run{_since(path)} that is {end}; --resume with a larger one goes on"
     return None
 
 

@@ -80,6 +80,15 @@ def data_place(data: DataConfig) -> Path | str:
     return shapes_folder() if named == EMBEDDED else place_of(named)
 
 
+def from_anywhere(data: DataConfig) -> DataConfig:
+    """`data` with places that mean the same in any working folder, as a run keeps them."""
+
+    def absolute(named: str | None) -> str | None:
+        return named if named in (None, EMBEDDED) else str(place_of(named))
+
+    return replace(data, data=absolute(data.data), test_data=absolute(data.test_data))
+
+
 def open_images_in(
     data: DataConfig,
     place: Path | str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdmp_kernels import _backends, backends, use_backend
+from sdmp_kernels import _backends, _sources, backends, use_backend
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +154,28 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setitem(_backends.COMPILED, "cpu", ("mix_cpu", "newer_cpu"))
     why = _backends.native_library.__wrapped__("cpu")
     assert why.endswith(".so is of another version, without newer_cpu; rebuild it with `make setup`")
+
+
+def test_a_library_of_sources_that_have_changed_is_not_used(tmp_path: Path, monkeypatch):
+    """A pull may change an operator's arguments, which the names of the operators do not tell."""
+    package, csrc = tmp_path / "sdmp_kernels", tmp_path / "csrc"
+    package.mkdir()
+    csrc.mkdir()
+    (csrc / "mix_op.cpp").write_text('m.def("mix_cpu(Tensor images) -> ()");')
+    (package / "_build.json").write_text(json.dumps({"sources": _sources.digest(csrc)}))
+    assert not _backends._is_stale(package)
+    (tmp_path / "setup.py").touch()
+    (csrc / ".mix_op.cpp.swp").write_text("an editor's")
+    assert not _backends._is_stale(package)
+    (csrc / "mix_op.cpp").write_text('m.def("mix_cpu(Tensor images, bool flip) -> ()");')
+    assert _backends._is_stale(package)
+    (package / "_build.json").write_text('{"_native_cpu": "built of old"}')
+    assert not _backends._is_stale(package)
+    if _backends.unavailable("cpp", "cpu"):
+        pytest.skip("no compiled kernels here")
+    monkeypatch.setattr(_backends, "_is_stale", lambda folder: True)
+    why = _backends.native_library.__wrapped__("cpu")
+    assert why.endswith(".so was built from other sources than those in csrc/; rebuild it with `make setup`")
 
 
 def test_the_compiled_operators_are_those_of_the_sources():

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import sdmp_kernels
-from sdmp_kernels import Rule, _backends
+from sdmp_kernels import Rule, _backends, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(sdmp_kernels.__file__).parent
@@ -86,6 +86,7 @@ def test_without_a_compiler_the_reason_is_kept(
     report = build["build"](tmp_path)
     assert re.search(reason, report["_native_cpu"])
     assert json.loads((tmp_path / "_build.json").read_text()) == report
+    assert report["sources"] == _sources.digest(ROOT / "csrc")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_build.json"]
     notices = capsys.readouterr().err
     assert re.search(rf"notice: sdmp_kernels/_native_cpu.so was not built: {reason}", notices)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sdmp_kernels import augment
+from sdmp_kernels._backends import announce
 from sdmp_kernels.views import view_size
 
 from .batch import Batch, Loader, Lost, made_batch, paint
@@ -55,6 +56,7 @@ class TorchvisionLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
+        announce("augment", "cpu")  # or each of the processes would
         loader = DataLoader(
             PillowBatches(self._schedule),
             batch_size=None,

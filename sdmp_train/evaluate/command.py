@@ -36,7 +36,7 @@ def describe_protocols(program: str) -> str:
             f"usage: {program} eval PROTOCOL WHAT [OPTIONS]",
             "",
             "WHAT (or --run, --weights): a run folder, the folder of an export, or timm:NAME for weights of timm's.",
-            "--data: a folder of class folders; default: the run's own images.",
+            "--data: a folder of class folders; default: the run's own images. (robustness: --imagenet-a, -r, -c)",
             "",
             *lines,
             "",

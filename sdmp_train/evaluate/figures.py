@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def words(key: str) -> str:
 
 
 def colour(number: int) -> str:
-    """Of the run of that number."""
+    """Of the run or rule of that number."""
     return COLOURS[number % len(COLOURS)]
 
 
@@ -139,11 +139,16 @@ def end_of_axis(series: Sequence[Sequence[float]]) -> float | None:
 
 def name_runs(figure: Figure, records: Sequence[RunRecord]) -> None:
     """One legend for all panels, where there are several runs."""
+    if len(records) > 1:
+        name_colours(figure, [(record.name, colour(number)) for number, record in enumerate(records)])
+
+
+def name_colours(figure: Figure, named: Iterable[tuple[str, str]]) -> None:
+    """A legend above all panels, where it covers nothing that is drawn."""
     from matplotlib.lines import Line2D
 
-    if len(records) > 1:
-        lines = [Line2D([], [], color=colour(n), label=r.name) for n, r in enumerate(records)]
-        figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+    lines = [Line2D([], [], color=shade, label=name) for name, shade in named]
+    figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
 
 
 def thin(series: Series) -> Series:
@@ -227,19 +232,20 @@ def mix_plans(plan: Any) -> Iterator[MixPlan]:
 
 
 def lam_figure(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """A histogram for each run, its rules stacked."""
-    figure, axes = new_figure(len(drawn), shared_legend=False)
+    """A histogram for each run, its rules stacked; a rule has one colour in all of them."""
+    figure, axes = new_figure(len(drawn), shared_legend=True)
     edges = np.linspace(0, 1, LAM_BINS + 1)
+    colours = {rule: colour(number) for number, rule in enumerate(sorted({r for lams in drawn.values() for r in lams}))}
     for panel, (name, lams) in zip(axes, drawn.items(), strict=True):
         counts = [np.histogram(values, edges)[0] for values in lams.values()]
         below = np.zeros(LAM_BINS)
         total = sum(int(count.sum()) for count in counts)
-        for number, (rule, count) in enumerate(zip(lams, counts, strict=True)):
+        for rule, count in zip(lams, counts, strict=True):
             share = 100 * count / total
-            panel.bar(edges[:-1], share, 1 / LAM_BINS, below, align="edge", color=colour(number), label=rule)
+            panel.bar(edges[:-1], share, 1 / LAM_BINS, below, align="edge", color=colours[rule])
             below += share
         panel.set_title(name if len(drawn) > 1 else f"{total:,} mixed images", fontsize=9, loc="left")
         panel.set_xlabel("lam", fontsize=8)
         panel.set_ylabel("% of the mixed images", fontsize=8)
-        panel.legend(fontsize=7, frameon=False)
+    name_colours(figure, colours.items())
     return figure

@@ -206,7 +206,8 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
         method.classifier.train()
     settings = plain_settings(method.asked, *PLACES)
     top1, top5 = found
-    return {"top1": top1, "top5": top5, "test_images": len(test), "train_images": len(train), "settings": settings}
+    images = {"test_images": len(test), "train_images": len(train), "classes": len(test.classes)}
+    return {"top1": top1, "top5": top5, **images, "settings": settings}
 
 
 def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:

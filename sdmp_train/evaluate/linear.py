@@ -277,7 +277,8 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
     sweep = [{"lr": rate, "top1": top1, "top5": top5} for rate, (top1, top5) in zip(rates, found, strict=True)]
     best = max(sweep, key=lambda row: row["top1"])
     settings = plain_settings(method.config, *PLACES)
-    return {**best, "sweep": sweep, "test_images": len(test), "train_images": len(train), "settings": settings}
+    images = {"test_images": len(test), "train_images": len(train), "classes": len(test.classes)}
+    return {**best, "sweep": sweep, **images, "settings": settings}
 
 
 def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from ..durable import replacing, write_durably
 from ..presets import presets
 from ..settings import ConfigError, require
 from ..text import printable, printable_lines
+from .accuracy import TOP
 from .figures import NAMES, figures
 from .record import PICTURES, RunRecord, departures, paper_row, read_record
 from .settings.report import ReportConfig
@@ -267,8 +268,13 @@ def evaluations(record: RunRecord) -> str:
 
 
 def headline(found: dict[str, Any]) -> list[str]:
-    """The accuracies of an evaluation and the other numbers at its top, in the order in which they were written."""
+    """The accuracies of an evaluation and the other numbers at its top, in the order in which they were written.
+
+    Top-5 of five classes or fewer is always 1 and left out; so it is where their number was not yet recorded.
+    """
     numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
+    if numbers.get("top5") == 1 and numbers.get("classes", 0) <= max(TOP):
+        del numbers["top5"]
     lines = [*by_neighbours(found), *plainly(numbers, accuracies=True)]
     return lines or list(plainly({key: value for key, value in found.items() if key not in REMARKS}, accuracies=True))
 

@@ -107,6 +107,8 @@ class Measuring:
             split=None,
             on_bad=self.data.bad_images,
             check="decode" if self.data.bad_images == "skip" else "header",
+            max_bad_frac=self.data.max_bad_frac,
+            max_pixels=self.data.max_pixels,
             progress=reporting(self.log.say, self.stop.check),
         )
         count = len(index.classes)
@@ -220,7 +222,9 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
             "eval robustness needs a classifier: give the folder of a run that `eval finetune` has trained on, that of "
             "the fine-tuning, or timm:NAME"
         )
-    data = DataConfig(workers=config.workers, bad_images=config.bad_images or "stop", loader=config.loader or "auto")
+    data = DataConfig(workers=config.workers, max_pixels=config.max_pixels)
+    asked = {name: getattr(config, name) for name in ("bad_images", "max_bad_frac", "loader")}
+    data = replace(data, **{name: value for name, value in asked.items() if value is not None})
     if weights is not None and weights.startswith(TIMM):
         name = weights.removeprefix(TIMM)
         model, pixels = load_timm(name, num_classes=None)

@@ -247,8 +247,9 @@ def test_plan_prints_and_writes_nothing(image_folder: Path, tmp_path: Path, monk
 
 def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", str(image_folder), *TINY, "--max-steps", "3", "--output", "run"]) == 0
-    assert main(["pretrain", str(image_folder), *TINY, "--output", "run"]) == 2
+    relative = os.path.relpath(image_folder, tmp_path)
+    assert main(["pretrain", relative, *TINY, "--max-steps", "3", "--output", "run"]) == 0
+    assert main(["pretrain", relative, *TINY, "--output", "run"]) == 2
     said = "is finished at its --max-steps, 3 of 8; --resume with a larger one goes on, --overwrite deletes it"
     assert said in capsys.readouterr().err
     assert main(["pretrain", "--resume", "run", "--max-steps", "5"]) == 0
@@ -262,7 +263,11 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["pretrain", "--resume", "run", "--lr", "0.5"]) == 2
     assert "optim.base_lr: 0.004 -> 0.5" in capsys.readouterr().err
     assert stored_config(Path("run")).run.max_steps == 6
-    assert main(["eval", "knn", "--run", "run", "--device", "cpu", "-j", "0", "--k", "1", "5"]) == 0
+    # A run knows its images in any working folder.
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert main(["eval", "knn", "--run", str(tmp_path / "run"), "--device", "cpu", "-j", "0", "--k", "1", "5"]) == 0
+    monkeypatch.chdir(tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("backbone, k = ") == 2
     assert printed.count("raw pixels, k = ") == 2
@@ -560,6 +565,11 @@ def test_version_and_the_help_of_eval(capsys):
     assert capsys.readouterr().out.startswith("sdmp-kernels 0.")
     assert main(["eval", "--help"]) == 0
     assert "--help lists" in capsys.readouterr().out
+    for name, shown in (("knn", True), ("robustness", False)):  # which refuses --data and --test-data
+        with pytest.raises(SystemExit):
+            main(["eval", name, "--help"])
+        printed = capsys.readouterr().out
+        assert ("--data STR" in printed, "--test-data STR" in printed) == (shown, shown), name
 
 
 def test_the_lines_that_a_run_prints_work_when_pasted(image_folder: Path, tmp_path: Path, monkeypatch, capsys):

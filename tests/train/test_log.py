@@ -48,7 +48,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path):
     }
 
 
-def test_every_report_is_in_the_file_but_few_on_a_plain_output(tmp_path: Path):
+def test_every_report_is_in_the_file_but_few_and_the_last_on_a_plain_output(tmp_path: Path):
     screen = io.StringIO()
     with Log(console=Console(file=screen)) as log:
         log.open(tmp_path)
@@ -56,8 +56,10 @@ def test_every_report_is_in_the_file_but_few_on_a_plain_output(tmp_path: Path):
         for step in range(3):
             log.report(f"step {step}")
             log.advance(step)
-    assert screen.getvalue() == "step 0\n"
-    assert said(tmp_path) == ["step 0", "step 1", "step 2"]
+        log.stop_progress()
+        log.say("done")
+    assert screen.getvalue() == "step 0\nstep 2\ndone\n"
+    assert said(tmp_path) == ["step 0", "step 1", "step 2", "done"]
 
 
 def test_a_terminal_gets_a_live_line():
@@ -175,3 +177,4 @@ def test_the_live_line_fits_eighty_columns(tmp_path: Path):
         log.stop_progress()
     assert "step 123450/123456  loss 13.841  1.11e+03 img/s" in screen.getvalue()
     assert "the whole line" in (tmp_path / "train.log").read_text()
+    assert screen.getvalue().endswith("the whole line\n")  # what the live line leaves behind

@@ -44,6 +44,8 @@ ROWS = {
 
 def test_there_is_a_preset_for_every_row_and_no_other():
     assert sorted(OF_THE_PAPER) == sorted(f"table{n}/{row}" for n, rows in ROWS.items() for row in rows.split())
+    numbers = [int(name.split("/")[0].removeprefix("table")) for name in OF_THE_PAPER]
+    assert numbers == sorted(numbers), "they are listed table by table"
 
 
 def test_every_preset_names_itself_its_number_and_its_source():

@@ -408,7 +408,7 @@ def test_a_run_folder_in_use_is_refused_and_overwritten_only_on_request(tiny: Co
     run, mine = tmp_path / "run", tmp_path / "mine"
     short = limit(tiny, max_steps=1)
     assert pretrain(short, run) == 0
-    refused(short, run, "holds a run that is finished at its --max-steps, 1 of ")
+    refused(short, run, r"holds a run of \d{4}-\d\d-\d\d \d\d:\d\d that is finished at its --max-steps, 1 of ")
     assert pretrain(short, run, overwrite=True) == 0
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")

@@ -6,15 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ...flags import arg
+from ...flags import Suppress, arg
 from ...settings import ConfigError, require
 from .subject import Precision, SubjectConfig
 
 
 @dataclass(frozen=True)
 class RobustnessConfig(SubjectConfig):
-    """Top-1 accuracy of a fine-tuned classifier, or one of timm's, on ImageNet-A, -R and -C."""
+    """Top-1 accuracy of a fine-tuned classifier, or one of timm's, on ImageNet-A, -R and -C.
 
+    The images are given by --imagenet-a, --imagenet-r and --imagenet-c, not by --data.
+    """
+
+    data: Suppress[Annotated[str | None, arg(aliases=("--data-dir",))]] = None
+    """Not on the command line, and refused: the images are those of the sets below."""
+    test_data: Suppress[str | None] = None
+    """Likewise."""
     imagenet_a: str | None = None
     """Folder of ImageNet-A: one folder per class, named by its WordNet id."""
     imagenet_r: str | None = None

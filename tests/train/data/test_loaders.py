@@ -9,6 +9,7 @@ import random
 import signal
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from loaded import assert_same
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from sdmp_kernels import augment, draw_views
+from sdmp_kernels import _backends, augment, draw_views
 from sdmp_train.data import (
     Batch,
     DataError,
@@ -216,6 +217,17 @@ def test_worker_counts_are_irrelevant(index: Index, loader: str, counts: tuple[i
     recipes = byol_views(64)
     left, right = (batches(index, recipes, loader=loader, workers=count) for count in counts)
     assert_same(left, right)
+
+
+def test_absent_kernels_are_said_once_by_all_processes(index: Index, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(_backends, "native_library", lambda device_type: "not built")
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: os.write(2, f"{message}\n".encode()))
+    _backends._say_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            batches(index, loader="torchvision", workers=2)
+    assert capfd.readouterr().err.count("without compiled kernels") == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)

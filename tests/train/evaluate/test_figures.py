@@ -12,7 +12,7 @@ from tiny_runs import at_step, build_method, with_mixing
 from written_runs import write_run
 
 from sdmp_train.config import Config
-from sdmp_train.evaluate.figures import MOST_POINTS, NAMES, curves, drawn_lams, figures, thin
+from sdmp_train.evaluate.figures import MOST_POINTS, NAMES, curves, drawn_lams, figures, lam_figure, thin
 from sdmp_train.evaluate.record import read_record
 
 
@@ -71,6 +71,21 @@ def test_lams_are_those_that_the_run_mixed_with(tiny: Config, tmp_path: Path, pe
     found = drawn_lams(record)
     assert np.array_equal(np.sort(np.concatenate(list(found.values()))), expected.numpy())
     assert set(found) <= {"mixup", "cutmix", "resizemix"}
+
+
+def test_the_legend_of_lam_covers_no_panel():
+    drawn = {"first": {"cutmix": np.full(9, 0.02), "mixup": np.full(9, 0.97)}, "second": {"mixup": np.full(9, 0.97)}}
+    figure = lam_figure(drawn)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["cutmix", "mixup"]
+    box = legend.get_window_extent()
+    assert not any(panel.get_legend() or box.overlaps(panel.get_tightbbox()) for panel in figure.axes)
+    named = {
+        text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    (only,) = figure.axes[1].containers
+    assert pytest.importorskip("matplotlib.colors").same_color(only[0].get_facecolor(), named["mixup"])
 
 
 def test_supervised_rows_that_stay_as_they_are_count_as_unmixed(tiny_supervised: Config, tmp_path: Path):

@@ -187,4 +187,8 @@ def test_entries_as_written():
     shown = ["backbone 30.00 % (k = 10), 25.00 % (k = 20)", "raw pixels 20.00 % (k = 10)", "bank_images 5"]
     assert headline({"protocol": "knn", **measured}) == shown
     assert headline({"protocol": "robustness", "imagenet_r": 0.2}) == ["imagenet_r 20.00 %"]
+    for classes, shown in (({"classes": 5}, 0), ({}, 0), ({"classes": 6}, 1)):
+        lines = headline({"top1": 0.5, "top5": 1.0, **classes})
+        assert lines[0] == "top1 50.00 %" and lines.count("top5 100.00 %") == shown
+    assert "top5 90.00 %" in headline({"top1": 0.5, "top5": 0.9})
     assert headline({"top1": 0.8765, "lr": 0.3, "settings": {"lr": [1]}, "time": "now"}) == ["top1 87.65 %", "lr 0.3"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from written_runs import write_run
 
 from sdmp_train.config import Config, ConfigError, DataConfig
-from sdmp_train.data import open_folder
+from sdmp_train.data import DataError, open_folder
 from sdmp_train.distributed import World
 from sdmp_train.evaluate.finetune import FinetuneConfig, evaluate_finetune
 from sdmp_train.evaluate.robustness import (
@@ -164,6 +166,15 @@ def test_a_fine_tuned_run_is_measured_and_the_result_kept(tiny: Config, tmp_path
         RobustnessConfig(weights=str(tuned / "exported"), imagenet_a=str(image_folder), output=str(tmp_path), **options)
     )
     assert same == {"imagenet_a": found["imagenet_r"]}
+    with pytest.raises(DataError, match="pixels"):
+        evaluate_robustness(replace(config, max_pixels=1))
+    some = next(path for path in image_folder.iterdir() if path.is_dir())
+    torn = shutil.copytree(image_folder, tmp_path / "torn") / some.name / "torn.png"
+    torn.write_bytes(b"\x89PNG")
+    config = replace(config, imagenet_r=str(tmp_path / "torn"), bad_images="skip")
+    with pytest.raises(DataError, match="--max-bad-frac"):
+        evaluate_robustness(config)
+    assert evaluate_robustness(replace(config, max_bad_frac=0.1, output=str(tmp_path))) == found
     assert results(tuned)[-1]["imagenet_r"] == found["imagenet_r"]
     assert results(tmp_path)[0]["protocol"] == "robustness"
 
