@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -38,11 +40,14 @@ from bench.harness import (
 )
 from sdmp_kernels import _launch, draw_plan
 from sdmp_kernels import mix as mix_op
+from sdmp_kernels.ahead_of_time import OPS
 from sdmp_train.advice import command
 
 Constants = dict[str, Any]
 WORTH = 1.02
 LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "programs": (1, 65536)}
+# Constants that are a size from which on something is done, by one to try where it never is; there, 0.
+FROM = {"anchor": 4096}
 
 
 class Table(dict[str, Constants]):
@@ -197,12 +202,16 @@ def bind(setting: Setting, table: dict[str, Constants], device: torch.device) ->
 def best(
     workload: Workload, key: str, table: dict[str, Constants], device: torch.device, dry: bool
 ) -> tuple[Constants, str]:
-    """Walk from the present constants of a key, one constant at a time, while it gets faster; (constants, a line)."""
+    """Walk from the present constants of a key, one constant at a time, while it gets faster; (constants, a line).
+
+    First of all to those that the op names, which differ in several at once.
+    """
     start = dict(table[key])
     chosen, gain = start, 1.0
-    for name in start:
-        options = [chosen | {name: value} for value in neighbours(name, chosen[name])]
-        found = faster(workload, key, table, chosen, options, device, dry)
+    for name in ("", *start):
+        values = neighbours(name, chosen[name]) if name else []
+        options = [chosen | {name: value} for value in values] if name else [chosen | o for o in others(key, device)]
+        found = faster(workload, key, table, chosen, options, device, dry) if options else None
         if found is not None:
             chosen, ratio = found
             gain *= ratio
@@ -210,10 +219,22 @@ def best(
     return chosen, f"{key}: {_words(chosen)} ({words}; {workload.setting.name})"
 
 
+def others(key: str, device: torch.device) -> list[Constants]:
+    """Constants that the op of a key wants tried together."""
+    op, arch = key.split(".")[0], _launch.architecture(device)
+    module = f"sdmp_kernels.ops.{op}.triton"
+    if op not in OPS or importlib.util.find_spec(module) is None:
+        return []
+    alternatives = getattr(importlib.import_module(module), "alternatives", None)
+    return [] if alternatives is None else alternatives(arch).get(key, [])
+
+
 def neighbours(name: str, value: Any) -> list[Any]:
     """Values to try beside a constant's present one: the other boolean; none for what is no positive number."""
     if isinstance(value, bool):
         return [not value]
+    if name in FROM:
+        return [0] if value else [FROM[name]]
     if not isinstance(value, int) or value < 1:
         return []
     if name == "num_stages":

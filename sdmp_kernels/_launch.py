@@ -33,8 +33,8 @@ class Compile(NamedTuple):
         num_warps, num_stages: as launched.
         facts: of "wide_loads", "wide_stores" (every access of a tensor is 128-bit, but for those whose source line
             says `# narrow: <why>`), "no_spills", "tensor_cores" (any), "warpgroup_mma" (HGMMA on sm_90, and not
-            waited for one by one; tcgen05 on sm_100; holds of itself elsewhere) and "registers<=N". Shared memory is
-            always checked.
+            waited for one by one; tcgen05 on sm_100; holds of itself elsewhere), "registers<=N", "barriers<=N",
+            "loop<=N" (instructions of the hottest loop) and "in_flight>=N". Shared memory is always checked.
         name: how reports call it.
     """
 

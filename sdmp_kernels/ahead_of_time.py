@@ -42,7 +42,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 2324
 FACTS = ("no_spills", "wide_loads", "wide_stores", "tensor_cores", "warpgroup_mma")
 _TENSOR_CORE = re.compile(r"\b(HMMA|IMMA|QMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
 _WARPGROUP: dict[str, str | tuple[str, ...]] = {"sm_90": ("HGMMA", "QGMMA"), "sm_100": "UTC"}
-_REGISTERS, _BARRIERS, _IN_FLIGHT = "registers<=", "barriers<=", "in_flight>="
+_REGISTERS, _BARRIERS, _LOOP, _IN_FLIGHT = "registers<=", "barriers<=", "loop<=", "in_flight>="
 _LOAD = re.compile(r"LDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)*\s+R(\d+),")
 
 
@@ -125,12 +125,12 @@ def check(item: Compile, arch: str) -> Report:
 
 
 def _check_facts(item: Compile) -> None:
-    limits = rf"({_REGISTERS}|{_BARRIERS}|{_IN_FLIGHT})\d+"
+    limits = rf"({_REGISTERS}|{_BARRIERS}|{_LOOP}|{_IN_FLIGHT})\d+"
     unknown = [fact for fact in item.facts if fact not in FACTS and not re.fullmatch(limits, fact)]
     if unknown:
         raise ValueError(
             f"{item.name} declares the unknown facts {unknown}; expected some of {FACTS}, registers<=N, barriers<=N, "
-            "in_flight>=N"
+            "loop<=N, in_flight>=N"
         )
 
 
@@ -336,7 +336,8 @@ def failures(item: Compile, arch: str, report: Report) -> list[str]:
     products = report.tensor_cores.get("HGMMA", 0)
     if "warpgroup_mma" in item.facts and arch == "sm_90" and report.waits > products / 2:
         failed.append(f"warpgroup_mma: {report.waits} waits for {products} instructions, which run one by one")
-    for fact, found, words in ((_REGISTERS, report.registers, " per thread"), (_BARRIERS, report.barriers, "")):
+    loop = (_LOOP, report.loop, " instructions")
+    for fact, found, words in ((_REGISTERS, report.registers, " per thread"), (_BARRIERS, report.barriers, ""), loop):
         bound = min((int(f.removeprefix(fact)) for f in item.facts if f.startswith(fact)), default=found)
         if found > bound:
             failed.append(f"{fact.removesuffix('<=')}: {found}{words}, expected at most {bound}")

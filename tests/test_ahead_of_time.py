@@ -200,10 +200,10 @@ def test_loads_in_flight_are_counted_up_to_the_first_use() -> None:
 
 
 def test_limits_are_held() -> None:
-    item = Compile(None, {}, {}, (), 8, 2, ("registers<=64", "barriers<=1", "in_flight>=12"), "mix")
-    assert failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=64, barriers=1, in_flight=12)) == []
-    found = failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=65, barriers=2, in_flight=11))
-    assert [fact.split(":")[0] for fact in found] == ["registers", "barriers", "in_flight"]
+    item = Compile(None, {}, {}, (), 8, 2, ("registers<=64", "barriers<=1", "loop<=9", "in_flight>=12"), "mix")
+    assert failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=64, barriers=1, loop=9, in_flight=12)) == []
+    found = failures(item, "sm_90", Report("mix", "sm_90", 8, 2, registers=65, barriers=2, loop=10, in_flight=11))
+    assert [fact.split(":")[0] for fact in found] == ["registers", "barriers", "loop", "in_flight"]
 
 
 def test_bad_facts_are_found(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_neighbours_are_powers_of_two_within_what_a_kernel_can_have():
     assert tune.neighbours("peel", True) == [False] and tune.neighbours("peel", False) == [True]
     assert tune.neighbours("programs", 1) == [2] and tune.neighbours("programs", 2048) == [1024, 4096]
     assert tune.neighbours("slice", 0) == []
+    assert tune.neighbours("anchor", 0) == [4096] and tune.neighbours("anchor", 8192) == [0]
 
 
 def workload(wrong_above=10**9):
@@ -47,6 +48,25 @@ def test_it_walks_to_the_faster_entry():
     assert chosen == {"block": 128}
     assert "op.kernel.small: block=128" in line
     assert table == {"op.kernel.small": {"block": 64}}
+
+
+def test_it_jumps_to_constants_that_the_op_wants_together(monkeypatch):
+    """Neither a block of 256 nor one warp could be reached alone."""
+    together = {"block": 256, "num_warps": 1}
+    monkeypatch.setattr(tune, "others", lambda key, device: [together] if key == "op.kernel.small" else [])
+    monkeypatch.setattr(tune, "neighbours", lambda *_: [])
+    table = {"op.kernel.small": {"block": 64, "num_warps": 4, "order": "ij"}}
+    chosen, _ = tune.best(workload(), "op.kernel.small", table, torch.device("cpu"), dry=True)
+    assert chosen == {"block": 256, "num_warps": 1, "order": "ij"}
+
+
+def test_what_an_op_wants_tried_is_found_and_fits_its_table(monkeypatch):
+    monkeypatch.setattr(tune._launch, "architecture", lambda _: "sm_90")
+    key = "info_nce.attend.half.256"
+    (together,) = tune.others(key, torch.device("cpu"))
+    present = _launch.table("sm_90")[key]
+    assert set(together) < set(present) and not together.items() <= present.items()
+    assert tune.others("info_nce.scale.any", torch.device("cpu")) == tune.others("op.kernel.small", None) == []
 
 
 def test_a_faster_entry_with_another_answer_is_not_taken(capsys):

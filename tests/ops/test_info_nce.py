@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -106,6 +107,81 @@ def test_right_and_finite_wherever_the_exact_value_is(backend, form, made):
         assert not result.isnan().any()
         sayable = right.abs() <= LIMITS[result.dtype]
         assert matrix.error(result[sayable], right[sayable]) <= matrix.allowed(error, result.dtype, term)
+
+
+# What the first few of a program's keys are anchors for, by what is done to all of them: (queries, first, others) times.
+FROM_ANCHORS = {
+    "as usual": (1.0, 1.0, 1.0),
+    "far above, within reach": (1.0, 1.0, 3.0),
+    "out of reach": (1.0, 1.0, 12.0),
+    "far below": (1.0, 12.0, 1.0),
+    "anchors far out": (200.0, 1.0, 1.0),
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("factors", FROM_ANCHORS.values(), ids=FROM_ANCHORS)
+def test_logits_far_from_those_of_the_first_keys(factors):
+    given, first, others = factors
+    made = {"q": given * unit(8, 16), "k": unit(120, 16, seed=1), "target": drawn(8, 120), "temperature": 0.05}
+    # Each of six programs has its first keys.
+    made["k"] *= torch.where(torch.arange(120) % 20 < 4, first, others)[:, None]
+    with use_backend("triton"):
+        losses, (dq, dk) = run(**made)
+        with anchors(0):
+            sought = run(**made)
+    truth = exact(**made)
+    errors = own_errors(**made, truth=truth)
+    terms = [cases.largest_term(**made), *[cases.largest_grad_term(**made)] * 2]
+    bounds = [matrix.allowed(own, torch.float32, term) for own, term in zip(errors, terms, strict=True)]
+    # The gradient of the keys makes all logits anew, and where they are large it is off by that, with anchors or without.
+    bounds[2] = max(bounds[2], 1.05 * matrix.error(sought[1][1], truth[1][1]))
+    for result, right, bound in zip((losses, dq, dk), (truth[0], *truth[1]), bounds, strict=True):
+        assert matrix.error(result, right) <= bound
+
+
+def anchors(anchor: int) -> AbstractContextManager[None]:
+    """Launches with the interpreter's constants, but for the number of keys from which on there are anchors."""
+    table = {**_launch.table(_launch.DEFAULT_ARCH), **_launch.table("cpu")}
+    return _launch.table_in_force(
+        {key: given | ({"anchor": anchor} if "anchor" in given else {}) for key, given in table.items()}
+    )
+
+
+@needs_interpreter
+@pytest.mark.parametrize("terms", [1, 2])
+def test_tiles_whose_sums_are_out_of_reach_are_made_again(terms):
+    """Those alone: the others come out as they were, and what was made again as if there were no anchors."""
+    n, m = 35, 100
+    q, k = unit(n, 16), unit(m, 16, seed=1)
+    q[7:9] *= 150
+    target = drawn(n, m)
+    sets = [KeySet(k, *target, None, 1.0)] * terms
+    problem = Problem(q, sets, 0.2, "ce", 1.0, False)
+    triton = OP.module("triton")
+
+    def calls(anchor):
+        out = (q.new_empty(terms, n), q.new_empty(terms, 4, n, dtype=torch.float64), q.new_empty(terms, n, 16))
+        with anchors(anchor):
+            return triton.forward_calls("cpu", 1, problem, True, *out)
+
+    def launched(call):
+        call.launch(q.device)
+        names = call.kernel.arg_names
+        return [call.args[names.index(name)].clone() for name in ("peak_ptr", "total_ptr", "acc_ptr")]
+
+    anchored, again, _ = calls(1)
+    plain, _ = calls(0)
+    sought = launched(plain)
+    before = launched(anchored)
+    after = launched(again)
+    lost = before[0].isnan()
+    assert lost[:, :32].all() and not lost[:, 32:].any()
+    for name, first, then, right in zip(("peak", "total", "acc"), before, after, sought, strict=True):
+        made_again = lost if name != "acc" else lost.reshape(-1, n)
+        assert torch.equal(then[made_again], right[made_again]), name
+        assert torch.equal(then[~made_again], first[~made_again]), name
+        assert not torch.equal(first[~made_again], right[~made_again]), name
 
 
 @each_backend

@@ -5,6 +5,9 @@ over the keys, in 4 N M D operations, and no logit is stored. Six kernels:
 
 attend  one tile of queries against one split of one key set: running maximum and sum, and softmax-weighted keys. The
         key axis is split so that small batches fill the chip; several key sets are further splits of one launch.
+        Where a program takes many keys, weights are relative to the largest logit of the first few of them, not to a
+        running maximum: nothing is scaled down on the way. A second launch does again the tiles whose sums that
+        takes out of reach, and is over at once where there are none.
 merge   one row: its splits put together in a fixed order, the dot products with its two target keys, loss and dq;
         where one weighted sum of the losses is wanted, of all key sets.
 scale   dq times the upstream gradients, added over the key sets.
@@ -57,7 +60,7 @@ _INTERPRETED_SLOTS = 6
 
 
 def forward(problem: Problem, need_dq: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (T, N), stats (T, 4, N), dq) as `reference.forward`: two launches for up to four key sets."""
+    """(loss (T, N), stats (T, 4, N), dq) as `reference.forward`: two or three launches for up to four key sets."""
     q, terms = problem.q, len(problem.sets)
     arch, slots = _launch.architecture(q.device), _slots(q.device)
     sets = [KeySet(*(t.contiguous() for t in keys[:4]), *keys[4:]) for keys in problem.sets]
@@ -103,8 +106,8 @@ def backward(
 
 def forward_calls(
     arch: str, slots: int, problem: Problem, need_dq: bool, loss: Tensor, stats: Tensor, dq: Tensor
-) -> tuple[Call, Call]:
-    """The launches of attend and merge for up to four key sets."""
+) -> tuple[Call, ...]:
+    """The launches of attend (a second one where the first is anchored) and merge for up to four key sets."""
     q, keys, temperature = problem.q, [keys.k for keys in problem.sets], problem.temperature
     n, width = q.shape
     terms, sizes = len(keys), tuple(len(k) for k in keys)
@@ -114,21 +117,34 @@ def forward_calls(
     splits = sum(triton.cdiv(m, chunk) for m in sizes)
     peak, total = q.new_empty((2, splits, n), dtype=torch.float32)
     acc = q.new_empty((splits, *q.shape), dtype=torch.float32) if need_dq and splits > len(dq) else dq
+    # Float16 has no room for weights above one.
+    anchored = 0 < given["anchor"] <= chunk and _lift(q) == 0
     shapes = {"TERMS": terms, "D": width, "LIFT": _lift(q), "WITH_DQ": need_dq, "BLOCK_D": _padded(width)}
     blocks = {"PEEL": given["peel"], "BLOCK_M": given["block_m"], "BLOCK_N": given["block_n"]}
     blocks |= {"SLICE": given["slice"]}
     numbers = (n, *_four(sizes), chunk)
     args = (q, *_four(keys), peak, total, acc, *numbers, _factor(temperature))
     warps = (given["num_warps"], given["num_stages"])
-    attend = Call(info_nce_attend_kernel, (tiles, splits), args, *warps, {**shapes, **blocks})
+    passes = [(True, False), (False, True)] if anchored else [(False, False)]
+    attends = [
+        Call(
+            info_nce_attend_kernel,
+            (tiles, splits),
+            args,
+            *warps,
+            {**shapes, "ANCHORED": relative, "ONLY_LOST": again, **blocks},
+        )
+        for relative, again in passes
+    ]
     targets = [t for i in (1, 2, 3) for t in _four([keys[i] for keys in problem.sets])]
     args = (q, *_four(keys), *targets, peak, total, acc, loss, stats, dq, *numbers, _factor(temperature))
     most = triton.next_power_of_2(max(triton.cdiv(m, chunk) for m in sizes))
-    exact = {"MIXTURE": problem.form == "log_mixture", "SUMMED": problem.summed, "SPLITS": most, "BLOCK_K": 2}
+    exact = {"ANCHORED": anchored, "MIXTURE": problem.form == "log_mixture", "SUMMED": problem.summed}
+    exact |= {"SPLITS": most, "BLOCK_K": 2}
     args = (*args, 1 / temperature, problem.scale, *_four(problem.slopes))
     grid = (n, 1 if problem.summed else terms)
     merge = Call(info_nce_merge_kernel, grid, args, 1, 1, {**shapes, **exact})
-    return attend, merge
+    return *attends, merge
 
 
 def scale_call(arch: str, grad: Tensor, dq: Tensor, out: Tensor) -> Call:
@@ -165,7 +181,7 @@ def keys_calls(
     # Only float16 is too narrow for the gradients as they come.
     top = grad.abs().amax().clamp_min(1e-38) if q.dtype == torch.float16 else torch.ones_like(grad[0])
     worst = stats[0].abs().amax()
-    slopes = q.new_empty((4, n), dtype=torch.float32)
+    slopes = q.new_empty((n, 4), dtype=torch.float32)
     lift, factor = {"LIFT": _lift(q)}, _factor(temperature)
     args = (grad, stats, top, slopes, n, grad.stride(0), factor)
     prepare = Call(info_nce_slopes_kernel, (triton.cdiv(n, 256),), args, 4, 1, {**lift, "BLOCK": 256})
@@ -176,6 +192,7 @@ def keys_calls(
         "BLOCK_T": 32,
         "SCAN": 1024,
         "SLICE": given["slice"],
+        "TOGETHER": given["together"],
     }
     args = (q, k, first, second, slopes, parts, n, m, chunk, factor)
     warps = (given["num_warps"], given["num_stages"])
@@ -231,21 +248,38 @@ def _chunk(tiles: int, sizes: tuple[int, ...], block: int, slots: int) -> int:
     return best[1] * block
 
 
+def alternatives(arch: str) -> dict[str, list[dict[str, Any]]]:
+    """Constants that differ from the launch table's in several at once, for `python -m bench tune` to try."""
+    if arch != "sm_90":
+        return {}
+    # A program's softmax and its products take turns: of two programs on a multiprocessor, one can do the other.
+    return {"info_nce.attend.half.256": [{"block_m": 64, "num_warps": 4, "num_stages": 2, "programs": 2}]}
+
+
 def compiles(arch: str) -> list[Compile]:
     """Every tile of the launch tables; the small kernels once for each of the things that change them."""
     f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
     found = []
     for dtype, width in [*((t, d) for t in (bf16, f32) for d in (64, 128, 256)), (f16, 256)]:
         made = _Meta(arch, dtype, width)
-        found += [made.attend(), made.attend(need_dq=False), made.keys()]
-    found += [_Meta(arch, bf16, 256, terms=2).attend(), _Meta(arch, bf16, 192, terms=4).attend()]
+        found += [*made.attend(), *made.attend(need_dq=False), made.keys()]
+    found += [*_Meta(arch, bf16, 256, terms=2).attend(), *_Meta(arch, bf16, 192, terms=4).attend()]
+    table = {**_launch.table(_launch.DEFAULT_ARCH), **_launch.table(arch)}
+    for key, others in alternatives(arch).items():
+        for other in others:
+            with _launch.table_in_force({**table, key: {**table[key], **other}}):
+                found += _Meta(arch, bf16, int(key.rsplit(".", 1)[1])).attend(words=" otherwise")
     found.append(_Meta(arch, bf16, 256, terms=3, summed=True).merge())
     small = (_Meta(arch, bf16, 256), _Meta(arch, f32, 64), _Meta(arch, f16, 192, terms=4, form="log_mixture"))
     for made in small:
         found += [made.merge(), made.scale()]
     for made in small[:2]:
         found += [made.slopes(), made.sum()]
-    return [*found, small[0].merge(need_dq=False)]
+    return [*found, small[0].merge(need_dq=False), small[0].merge(rows=_MANY)]
+
+
+# Rows and keys of what is compiled ahead of time: few, and so many that each program takes thousands.
+_ROWS, _MANY = 4096, 65536
 
 
 class _Meta:
@@ -254,36 +288,51 @@ class _Meta:
     def __init__(
         self, arch: str, dtype: torch.dtype, width: int, terms: int = 1, form: str = "ce", summed: bool = False
     ) -> None:
-        n = 4096
         self.arch, self.terms, self.form, self.summed = arch, terms, form, summed
         self.name = f"{str(dtype)[6:]} {width}" + (f" of {terms}" if terms > 1 else "") + (" summed" if summed else "")
-        self.q = torch.empty((n, width), dtype=dtype, device="meta")
-        self.column = torch.empty(n, dtype=torch.int64, device="meta")
-        self.loss = torch.empty((terms, n), device="meta")
-        self.stats = torch.empty((terms, 4, n), dtype=torch.float64, device="meta")
-        self.dq = torch.empty((1 if summed else terms, n, width), device="meta")
+        self.dtype, self.width = dtype, width
         self.cores = ("tensor_cores", "warpgroup_mma") if dtype != torch.float32 else ()
 
-    def _forward(self, need_dq: bool) -> tuple[Call, Call]:
-        sets = [KeySet(self.q, self.column, self.column, self.loss[0], None, 1.0)] * self.terms
-        problem = Problem(self.q, sets, 0.2, self.form, 1.0, self.summed)
-        return forward_calls(self.arch, 108, problem, need_dq, self.loss, self.stats, self.dq)
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def _forward(self, need_dq: bool, rows: int = _ROWS) -> tuple[Call, ...]:
+        q, column = self._empty(rows, self.width, dtype=self.dtype), self._empty(rows, dtype=torch.int64)
+        loss, stats = self._empty(self.terms, rows), self._empty(self.terms, 4, rows, dtype=torch.float64)
+        dq = self._empty(1 if self.summed else self.terms, rows, self.width)
+        sets = [KeySet(q, column, column, loss[0], None, 1.0)] * self.terms
+        problem = Problem(q, sets, 0.2, self.form, 1.0, self.summed)
+        return forward_calls(self.arch, 108, problem, need_dq, loss, stats, dq)
 
     def _keys(self) -> tuple[Call, Call, Call]:
-        target = (self.column, self.column)
-        return keys_calls(self.arch, 108, self.loss[0], self.q, self.q, *target, self.stats[0], 0.2, 1.0, self.q)
+        q, column = self._empty(_ROWS, self.width, dtype=self.dtype), self._empty(_ROWS, dtype=torch.int64)
+        stats = self._empty(4, _ROWS, dtype=torch.float64)
+        return keys_calls(self.arch, 108, self._empty(_ROWS), q, q, column, column, stats, 0.2, 1.0, q)
 
-    def attend(self, need_dq: bool = True) -> Compile:
+    def attend(self, need_dq: bool = True, words: str = "") -> list[Compile]:
+        """What few keys are launched with; and many, where that differs."""
+        name = f"info_nce {'attend' if need_dq else 'lse'} {self.name}{words}"
         # Without dq there is one number per row to store.
         facts = ("no_spills", "wide_loads", *self.cores, *(("wide_stores",) if need_dq else ()))
-        return self._forward(need_dq)[0].compilation(f"info_nce {'attend' if need_dq else 'lse'} {self.name}", facts)
+        few, many = self._forward(need_dq)[:-1], self._forward(need_dq, _MANY)[:-1]
+        made = [few[0].compilation(name, facts)]
+        if len(many) > len(few):
+            # With what scales down on the way, its loop is one of 450.
+            short = ("loop<=300",) if (self.arch, self.width, need_dq) == ("sm_90", 256, True) else ()
+            made.append(many[0].compilation(f"{name} anchored", (*facts, *short)))
+        if len(many) > len(few) and self.width == 256 and self.terms == 1:
+            made.append(many[1].compilation(f"{name} lost", facts))
+        return made
 
-    def merge(self, need_dq: bool = True) -> Compile:
+    def merge(self, need_dq: bool = True, rows: int = _ROWS) -> Compile:
         name = f"info_nce merge {self.name} {self.form}" + ("" if need_dq else " lse")
-        return self._forward(need_dq)[1].compilation(name, ("no_spills",))
+        name += " many" if rows == _MANY else ""
+        return self._forward(need_dq, rows)[-1].compilation(name, ("no_spills",))
 
     def scale(self) -> Compile:
-        call = scale_call(self.arch, self.loss, self.dq, self.q)
+        dq = self._empty(self.terms, _ROWS, self.width)
+        out = self._empty(_ROWS, self.width, dtype=self.dtype)
+        call = scale_call(self.arch, self._empty(self.terms, _ROWS), dq, out)
         return call.compilation(f"info_nce scale {self.name}", ("no_spills", "wide_loads", "wide_stores"))
 
     def slopes(self) -> Compile:
@@ -291,6 +340,9 @@ class _Meta:
 
     def keys(self) -> Compile:
         facts = ("no_spills", "wide_loads", "wide_stores", *self.cores)
+        # Where each thread copied the numbers of its rows one by one, loops of 506, 427 and 726.
+        short = {256: 400, 128: 360, 64: 500} if self.arch == "sm_90" and self.dtype == torch.bfloat16 else {}
+        facts += (f"loop<={short[self.width]}",) if self.width in short else ()
         return self._keys()[1].compilation(f"info_nce keys {self.name}", facts)
 
     def sum(self) -> Compile:

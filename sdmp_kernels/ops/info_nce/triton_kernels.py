@@ -14,6 +14,11 @@ _LN2 = tl.constexpr(math.log(2))
 # added to them.
 _REACH = tl.constexpr(1e30)
 _REACH_LIFTED = tl.constexpr(2.0**16)
+# Keys whose largest logit is an anchor. How far that may be, so that a sum's logarithm can be added to it; and from where
+# on sums relative to it are lost: short of where float32 ends by what is still to be added, other splits and long keys.
+_ANCHOR_KEYS = tl.constexpr(32)
+_ANCHOR_REACH = tl.constexpr(2.0**10)
+_LOST = tl.constexpr(2.0**96)
 
 
 # ---- which key set a program is for ----
@@ -98,32 +103,60 @@ def _products(
 @triton.jit
 def _step(
     z, k, keep, acc, peak, total, factor, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, TAIL: tl.constexpr,
+    ANCHORED: tl.constexpr,
 ):  # fmt: skip
-    """(acc, peak, total) with the products of one tile of keys taken in."""
+    """(acc, peak, total) with the products of one tile of keys taken in; ANCHORED: the peak stays where it is."""
     if TAIL:
         z = tl.where(keep[None, :], z, float("-inf"))
-    higher = tl.maximum(peak, tl.max(z, 1) * factor)
-    weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
-    shrunk = tl.exp2(peak - higher)
-    total = total * shrunk + tl.sum(weight, 1)
+    if ANCHORED:
+        weight = tl.exp2(tl.fma(z, factor, -peak[:, None]))
+        total += tl.sum(weight, 1)
+    else:
+        higher = tl.maximum(peak, tl.max(z, 1) * factor)
+        weight = tl.exp2(tl.fma(z, factor, (LIFT - higher)[:, None]))
+        shrunk = tl.exp2(peak - higher)
+        total = total * shrunk + tl.sum(weight, 1)
+        acc *= shrunk[:, None]
+        peak = higher
     if WITH_DQ:
-        acc = tl.dot(weight.to(k.dtype), k, acc * shrunk[:, None], input_precision="ieee")
-    return acc, higher, total
+        acc = tl.dot(weight.to(k.dtype), k, acc, input_precision="ieee")
+    return acc, peak, total
+
+
+@triton.jit
+def _anchor(
+    q, q_ptr, q_valid, k_ptr, count, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """The largest product of each query with the first few of `count` keys."""
+    few = tl.arange(0, _ANCHOR_KEYS)
+    d = tl.arange(0, BLOCK_D)
+    k = _tile(k_ptr + few[:, None] * D + d[None, :], d, few < count, D, BLOCK_D, True)
+    z = _products(q, k, q_ptr, q_valid, k_ptr, few < count, D, BLOCK_M, _ANCHOR_KEYS, SLICE)
+    return tl.max(tl.where((few < count)[None, :], z, float("-inf")), 1)
 
 
 @triton.jit(do_not_specialize=["N", "M0", "M1", "M2", "M3", "chunk"])
 def info_nce_attend_kernel(
     q_ptr, k0_ptr, k1_ptr, k2_ptr, k3_ptr, peak_ptr, total_ptr, acc_ptr, N, M0, M1, M2, M3, chunk, factor,
-    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, PEEL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, ANCHORED: tl.constexpr,
+    ONLY_LOST: tl.constexpr, PEEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries against `chunk` keys: the largest logit (of base 2), the sum of 2^(logit - largest + LIFT), and
-    with WITH_DQ the keys added up with these weights.
+    """BLOCK_M queries against `chunk` keys: a peak (of base 2), the sum of 2^(logit - peak + LIFT), and with WITH_DQ
+    the keys added up with these weights.
+
+    The peak is the largest logit, and what was added up is scaled down whenever a larger one comes. ANCHORED: it is that
+    of the first few keys, so that nothing is scaled and nothing compared. Sums never vanish then, but grow out of reach
+    where a logit is much larger: such tiles get NaN for peaks, and a second launch not anchored, ONLY_LOST.
 
     LIFT uses the upper half of float16's range for weights that would else be lost at its lower end. PEEL: only the
     last tile of keys looks where the keys end, which saves an instruction per logit and costs registers.
     """
     split = tl.program_id(1)
+    if ONLY_LOST:
+        before = tl.load(peak_ptr + split.to(tl.int64) * N + tl.program_id(0).to(tl.int64) * BLOCK_M)
+        if before == before:
+            return
     term = _term_of(split, chunk, M0, M1, M2, TERMS)
     M = _pick(term, M0, M1, M2, M3, TERMS)
     k_ptr = _pick(term, k0_ptr, k1_ptr, k2_ptr, k3_ptr, TERMS)
@@ -135,31 +168,38 @@ def info_nce_attend_kernel(
     q_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * D
     k_ptr += start.to(tl.int64) * D
     q = _tile(q_ptr + tl.arange(0, BLOCK_M)[:, None] * D + d[None, :], d, row < N, D, BLOCK_D, True)
-    k_tile = k_ptr + column[:, None] * D + d[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if ANCHORED:
+        peak = _anchor(q, q_ptr, row < N, k_ptr, count, D, BLOCK_M, BLOCK_D, SLICE) * factor
+    k_tile = k_ptr + column[:, None] * D + d[None, :]
     if PEEL:
         whole = count // BLOCK_N * BLOCK_N
         for block in range(0, whole, BLOCK_N):
             k = _tile(k_tile, d, column < BLOCK_N, D, BLOCK_D, False)
             z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False)
+            acc, peak, total = _step(z, k, column < BLOCK_N, acc, peak, total, factor, LIFT, WITH_DQ, False, ANCHORED)
             k_tile += BLOCK_N * D
         # Not a second loop: the pointers carried through both would take registers that are needed.
         if whole < count:
             keep = whole + column < count
             k = _tile(k_tile, d, keep, D, BLOCK_D, True)
             z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True, ANCHORED)
     else:
         for block in range(0, count, BLOCK_N):
             keep = block + column < count
             k = _tile(k_tile, d, keep, D, BLOCK_D, True)
             k_rows = k_ptr + tl.cast(block, tl.int64) * D
             z = _products(q, k, q_ptr, row < N, k_rows, keep, D, BLOCK_M, BLOCK_N, SLICE)
-            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True)
+            acc, peak, total = _step(z, k, keep, acc, peak, total, factor, LIFT, WITH_DQ, True, ANCHORED)
             k_tile += BLOCK_N * D
+    if ANCHORED:
+        # Comparisons that NaN fails.
+        kept = (total < _LOST) & (tl.abs(peak) < _ANCHOR_REACH)
+        lost = tl.sum(kept.to(tl.int32), 0) < BLOCK_M
+        peak = tl.where(lost, float("nan"), peak)
     place = split.to(tl.int64) * N + row
     tl.store(peak_ptr + place, peak, mask=row < N)  # narrow: one number per row
     tl.store(total_ptr + place, total, mask=row < N)  # narrow: one number per row
@@ -235,8 +275,8 @@ def info_nce_merge_kernel(
     q_ptr, k0_ptr, k1_ptr, k2_ptr, k3_ptr, first0_ptr, first1_ptr, first2_ptr, first3_ptr, second0_ptr, second1_ptr,
     second2_ptr, second3_ptr, weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, peak_ptr, total_ptr, acc_ptr,
     loss_ptr, stats_ptr, dq_ptr, N, M0, M1, M2, M3, chunk, factor, inverse, scale, slope0, slope1, slope2, slope3,
-    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, MIXTURE: tl.constexpr,
-    SUMMED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, LIFT: tl.constexpr, WITH_DQ: tl.constexpr, ANCHORED: tl.constexpr,
+    MIXTURE: tl.constexpr, SUMMED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Loss and dq of one row and key set from its splits; SUMMED: of all key sets, their dq added up.
 
@@ -274,12 +314,19 @@ def info_nce_merge_kernel(
                 share = tl.exp2(tl.load(peak_ptr + at) - peak) / total
                 attended += share * tl.load(acc_ptr + at * D + d, mask=d < D, other=0)  # narrow: one row
         total *= 2.0**-LIFT
+        top = peak.to(tl.float64)
+        if ANCHORED:
+            # At least the largest logit, as it is where that was sought: the sum is at most one then. Further out, where
+            # a whole number added would leave no trace, it was sought in every split that counts.
+            above = tl.where(tl.abs(peak) < 2 * _ANCHOR_REACH, tl.ceil(tl.log2(total)), 0.0)
+            total *= tl.exp2(-above)
+            top += above
 
         z_first = tl.sum(q * k_first, 0) * factor
         z_second = tl.sum(q * k_second, 0) * factor
-        gap_first = ((peak - z_first) * _LN2).to(tl.float64)
-        gap_second = ((peak - z_second) * _LN2).to(tl.float64)
-        product = peak.to(tl.float64) / factor
+        gap_first = (top - z_first) * _LN2
+        gap_second = (top - z_second) * _LN2
+        product = top / factor
         # Comparisons that NaN fails; a sum of zeros unless something is not finite.
         usual = _within_reach(peak, LIFT) & (total < _REACH) & (tl.abs(z_first) < _REACH) & (tl.abs(z_second) < _REACH)
         if not (usual & (tl.sum(attended * 0.0, 0) == 0.0)):
@@ -333,7 +380,7 @@ def info_nce_scale_kernel(
 def info_nce_slopes_kernel(
     grad_ptr, stats_ptr, top_ptr, out_ptr, N, stride_n, factor, LIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(4, N) for the kernel below: each query's largest logit of base 2, what exp2(logit - largest) is multiplied by,
+    """(N, 4) for the kernel below: each query's largest logit of base 2, what exp2(logit - largest) is multiplied by,
     and what is taken off at its two targets. Gradients are divided by their largest, `top`, and lifted, so that
     float16 can hold them. Rows left to float64 get zeros.
     """
@@ -347,11 +394,12 @@ def info_nce_slopes_kernel(
     peak = product * factor
     usual = _within_reach(peak, LIFT)
     grad = tl.where(usual, grad / tl.load(top_ptr) * 2.0**LIFT, 0.0)
-    tl.store(out_ptr + row, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
+    out_ptr += 4 * row
+    tl.store(out_ptr, tl.where(usual, peak, 0.0).to(tl.float32), mask=valid)
     # The sum divides here: its logarithm added to a large logit would leave no trace.
-    tl.store(out_ptr + N + row, grad * (at_first + at_second) * tl.exp2(-log_sum * _LOG2E), mask=valid)
-    tl.store(out_ptr + 2 * N + row, grad * at_first, mask=valid)
-    tl.store(out_ptr + 3 * N + row, grad * at_second, mask=valid)
+    tl.store(out_ptr + 1, grad * (at_first + at_second) * tl.exp2(-log_sum * _LOG2E), mask=valid)
+    tl.store(out_ptr + 2, grad * at_first, mask=valid)
+    tl.store(out_ptr + 3, grad * at_second, mask=valid)
 
 
 @triton.jit
@@ -370,7 +418,7 @@ def _any_here(first_ptr, second_ptr, row, count, low, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _take_targets(
-    acc, q_ptr, first_ptr, second_ptr, slopes_ptr, row, count, low, N, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, q_ptr, first_ptr, second_ptr, slopes_ptr, row, count, low, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc less the queries of this tile, at their targets."""
@@ -380,8 +428,8 @@ def _take_targets(
     q = _tile(q_ptr + row.to(tl.int64)[:, None] * D + d[None, :], d, valid, D, BLOCK_D, True)
     first = _here(first_ptr, row, count, low, BLOCK_N)
     second = _here(second_ptr, row, count, low, BLOCK_N)
-    at_first = tl.load(slopes_ptr + 2 * N + row, mask=valid, other=0)  # narrow: one number per row
-    at_second = tl.load(slopes_ptr + 3 * N + row, mask=valid, other=0)  # narrow: one number per row
+    at_first = tl.load(slopes_ptr + 4 * row + 2, mask=valid, other=0)  # narrow: one number per row
+    at_second = tl.load(slopes_ptr + 4 * row + 3, mask=valid, other=0)  # narrow: one number per row
     drawn = tl.where(place[:, None] == first[None, :], -at_first[None, :], 0.0)
     drawn += tl.where(place[:, None] == second[None, :], -at_second[None, :], 0.0)
     upper = drawn.to(q.dtype)
@@ -396,7 +444,7 @@ def _take_targets(
 def info_nce_keys_kernel(
     q_ptr, k_ptr, first_ptr, second_ptr, slopes_ptr, out_ptr, N, M, chunk, factor, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SCAN: tl.constexpr,
-    SLICE: tl.constexpr,
+    SLICE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys against `chunk` queries: the queries added up with the gradients of their logits."""
     split = tl.program_id(1)
@@ -404,12 +452,13 @@ def info_nce_keys_kernel(
     start = split.to(tl.int64) * chunk
     count = tl.minimum(chunk, N - start).to(tl.int32)
     q_ptr += start * D
-    slopes_ptr += start
+    slopes_ptr += 4 * start
     first_ptr += start
     second_ptr += start
     d = tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_N)
     tile = tl.arange(0, BLOCK_M)
+    part = tl.arange(0, 4)
     k_ptr += low * D
     k = _tile(k_ptr + place[:, None] * D + d[None, :], d, low + place < M, D, BLOCK_D, True)
     q_tile = q_ptr + tile[:, None] * D + d[None, :]
@@ -418,8 +467,15 @@ def info_nce_keys_kernel(
         row = block + tile
         valid = row < count
         q = _tile(q_tile, d, valid, D, BLOCK_D, True)
-        peak = tl.load(slopes_ptr + row, mask=valid, other=0)  # narrow: one number per row
-        slope = tl.load(slopes_ptr + N + row, mask=valid, other=0)  # narrow: one number per row
+        if TOGETHER:
+            # A number for each thread: of fewer, Triton 3.6 has every thread copy all that it needs itself, one by one.
+            at = slopes_ptr + 4 * row[:, None] + part[None, :]
+            four = tl.load(at, mask=valid[:, None], other=0)  # narrow: four numbers per row
+            peak = tl.sum(tl.where(part[None, :] == 0, four, 0.0), 1)
+            slope = tl.sum(tl.where(part[None, :] == 1, four, 0.0), 1)
+        else:
+            peak = tl.load(slopes_ptr + 4 * row, mask=valid, other=0)  # narrow: one number per row
+            slope = tl.load(slopes_ptr + 4 * row + 1, mask=valid, other=0)  # narrow: one number per row
         q_rows = q_ptr + tl.cast(block, tl.int64) * D
         z = _products(k, q, k_ptr, low + place < M, q_rows, valid, D, BLOCK_N, BLOCK_M, SLICE)
         # Rounded otherwise than in the forward pass, a logit may come out above the largest of its row.
@@ -433,7 +489,7 @@ def info_nce_keys_kernel(
                 few = block + tl.arange(0, BLOCK_T)
                 if _any_here(first_ptr, second_ptr, few, count, low, BLOCK_N):
                     acc = _take_targets(
-                        acc, q_ptr, first_ptr, second_ptr, slopes_ptr, few, count, low, N, D, BLOCK_N, BLOCK_D
+                        acc, q_ptr, first_ptr, second_ptr, slopes_ptr, few, count, low, D, BLOCK_N, BLOCK_D
                     )
     column = low + place
     out = split.to(tl.int64) * M + column
