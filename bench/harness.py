@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import roofline
 from bench.clock import Clock, DeviceClock, Timing, clock_of, lead
 from bench.memory import extra_peak
 from sdmp_kernels import _backends, use_backend
@@ -125,7 +124,7 @@ class Setting:
         model: what a call must move and compute, or None where nobody counted.
         paced: whether what the host does belongs to the time, as in a whole training step. Otherwise a GPU is timed
             with the calls waiting in its queue (bench/clock.py), and what the host takes is a number of its own.
-        predicted: whether what each arm should take is counted, operator by operator (bench/roofline.py).
+        predict: of one call of each arm, what it should take, for the results file (`predict.beside`).
     """
 
     op: str
@@ -139,7 +138,7 @@ class Setting:
     arms: Sequence[Arm]
     model: Model | None = None
     paced: bool = False
-    predicted: bool = False
+    predict: Callable[[Sequence[Callable[[], Any]]], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,10 +223,9 @@ def measure(
         else:
             say(f"    {arm.name}: {entry['status']} ({entry['reason']})")
     del truth, plain
-    if setting.predicted:
-        machine = roofline.machine_of(device)
-        for runner in runners:
-            told[runner.arm.name]["predicted"] = roofline.asked_by(runner.calls[0].run, machine).told(machine)
+    if setting.predict is not None:
+        for runner, predicted in zip(runners, setting.predict([r.calls[0].run for r in runners]), strict=True):
+            told[runner.arm.name]["predicted"] = predicted
     doing(f"    {len(runners)} arms in turn, {budget.seconds:g} s and at least {budget.min_rounds} rounds")
     time_rounds(runners, clock_of(device.type), budget)
     runners = [runner for runner in runners if not _broke(runner, told, say)]

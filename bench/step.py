@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import predict
 from bench.environment import shared_data
 from bench.harness import Absent, Arm, Call, Inputs, Setting
 from bench.mix import eager_normalise, literal_loop
@@ -61,12 +62,14 @@ def config_of(mixing: str, device: torch.device, size: str, batch: int) -> Confi
     return dataclasses.replace(config, data=data, model=model, method=method, optim=optim)
 
 
-def make_training(config: Config, device: torch.device, method_class: type[Method] | None = None) -> Training:
-    """A training at its first step."""
+def make_training(
+    config: Config, device: torch.device, method_class: type[Method] | None = None, precision: Any = None
+) -> Training:
+    """A training at its first step; `precision`: default bf16 on a GPU, fp32 elsewhere."""
     from sdmp_train.distributed import World
     from sdmp_train.training import assemble
 
-    precision: Any = "bf16" if device.type == "cuda" else "fp32"
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     # A step between two lines: where one is written the host waits for the device, and looks at the features.
     run = dataclasses.replace(config.run, precision=precision, log_every_steps=10**9)
     config = dataclasses.replace(config, run=run)
@@ -162,8 +165,24 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
         dtype=torch.float32,
         arms=arms,
         paced=True,
-        predicted=True,
+        predict=functools.partial(predict.beside, device),
     )
+
+
+def on_fake_images(mixing: str, batch: int) -> Callable[[], Tensor]:
+    """A call of a GPU's step (`config_of`) whose tensors are made by torch's fake ones: shapes and dtypes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    training = make_training(config_of(mixing, gpu, "full", batch), cpu, precision="bf16")
+
+    def run() -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            px = training.config.data.size_px
+            views = [torch.empty((batch, 3, *px), dtype=torch.uint8) for _ in range(2)]
+            return one_step(training, as_batch(tuple(v.contiguous(memory_format=torch.channels_last) for v in views)))
+
+    return run
 
 
 def _noise(device: torch.device, size: str, batch: int, copy: int) -> Inputs:
