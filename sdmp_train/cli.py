@@ -280,7 +280,14 @@ def run_eval(argv: Sequence[str]) -> int:
         told = f"`{command('sdmp_train', 'eval', '--help')}` says what each measures"
         raise ConfigError(f"eval: {what} Known: {', '.join(PROTOCOLS)}; {told}")
     arguments = parse(PROTOCOLS[name], f"eval {name}", rest)
-    arguments.function()(arguments)
+    try:
+        arguments.function()(arguments)
+    except Stopped:
+        if hasattr(arguments, "resume"):
+            words = [word for word in rest if word not in ("--resume", "--overwrite")]
+            lines = [f"go on with: {command('sdmp_train', 'eval', name, *words, '--resume')}", *elsewhere()]
+            print("\n".join(map(printable_lines, lines)), flush=True)
+        raise
     return DONE
 
 

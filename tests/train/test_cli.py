@@ -24,6 +24,7 @@ from sdmp_train.config import ConfigError, save_config
 from sdmp_train.evaluate.command import PROTOCOLS
 from sdmp_train.presets import get_preset
 from sdmp_train.run_folder import stored_config
+from sdmp_train.stop import Stopped
 
 TINY = [
     "--preset",
@@ -276,6 +277,21 @@ def test_pretrain_resume_export_and_knn(image_folder: Path, tmp_path: Path, monk
     assert main(["eval", "knn", "--weights", "again", "--data", str(image_folder), "--device", "cpu", "-j", "0"]) == 0
     assert main(["export", "run", "--step", "77"]) == 2
     assert "step-000006" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"), [(["--epochs", "3"],) * 2, (["--epochs", "3", "--overwrite"], ["--epochs", "3"])]
+)
+def test_an_evaluation_that_is_stopped_says_what_goes_on(words: list[str], kept: list[str], monkeypatch, capsys):
+    from sdmp_train.evaluate.settings.linear import LinearConfig
+
+    def stopped(_: LinearConfig) -> None:
+        raise Stopped("asked")
+
+    monkeypatch.setattr(LinearConfig, "function", lambda _: stopped)
+    assert main(["eval", "linear", "a run", *words]) == 75
+    expected = f"go on with: python -m sdmp_train eval linear 'a run' {' '.join(kept)} --resume\n"
+    assert expected in capsys.readouterr().out
 
 
 def test_one_command_starts_a_run_and_goes_on_with_it(image_folder: Path, tmp_path: Path, monkeypatch, capsys):
