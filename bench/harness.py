@@ -224,7 +224,9 @@ def measure(
             say(f"    {arm.name}: {entry['status']} ({entry['reason']})")
     del truth, plain
     if setting.predict is not None:
-        for runner, predicted in zip(runners, setting.predict([r.calls[0].run for r in runners]), strict=True):
+        # What a compiler fuses is not seen operator by operator.
+        written = [runner for runner in runners if runner.arm.kind != "compile"]
+        for runner, predicted in zip(written, setting.predict([r.calls[0].run for r in written]), strict=True):
             told[runner.arm.name]["predicted"] = predicted
     doing(f"    {len(runners)} arms in turn, {budget.seconds:g} s and at least {budget.min_rounds} rounds")
     time_rounds(runners, clock_of(device.type), budget)

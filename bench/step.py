@@ -170,18 +170,23 @@ def step_setting(device: torch.device, size: str, batch: int) -> Setting:
 
 
 def on_fake_images(mixing: str, batch: int) -> Callable[[], Tensor]:
-    """A call of a GPU's step (`config_of`) whose tensors are made by torch's fake ones: shapes and dtypes alone."""
+    """A call of a GPU's step (`config_of`) whose tensors are made by torch's fake ones: shapes and dtypes alone.
+
+    It is not the first, in which the optimiser makes its moments.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     training = make_training(config_of(mixing, gpu, "full", batch), cpu, precision="bf16")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run() -> Tensor:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with mode:
             px = training.config.data.size_px
             views = [torch.empty((batch, 3, *px), dtype=torch.uint8) for _ in range(2)]
             return one_step(training, as_batch(tuple(v.contiguous(memory_format=torch.channels_last) for v in views)))
 
+    run()
     return run
 
 
