@@ -250,7 +250,8 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the encoders; auto is bf16 on a GPU, fp32 elsewhere. Losses are always fp32."""
     compile: bool = False
-    """torch.compile of the backbones; steps are faster on a GPU, after a minute or more of compiling, in other bits."""
+    """torch.compile of the backbones: for faster steps on a GPU (not measured yet), after a minute of compiling, in
+    other bits."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every_epochs: int = 10
