@@ -208,15 +208,21 @@ def best(
     """
     start = dict(table[key])
     chosen, gain = start, 1.0
-    for name in ("", *start):
-        values = neighbours(name, chosen[name]) if name else []
-        options = [chosen | {name: value} for value in values] if name else [chosen | o for o in others(key, device)]
+    moves: list[Callable[[Constants], list[Constants]]] = [lambda _: others(key, device)]
+    moves += [functools.partial(one_apart, name) for name in start]
+    for changes in moves:
+        options = [chosen | change for change in changes(chosen)]
         found = faster(workload, key, table, chosen, options, device, dry) if options else None
         if found is not None:
             chosen, ratio = found
             gain *= ratio
     words = f"{gain:.3f}x faster" if chosen != start else "kept"
     return chosen, f"{key}: {_words(chosen)} ({words}; {workload.setting.name})"
+
+
+def one_apart(name: str, present: Constants) -> list[Constants]:
+    """The changes of one constant that are worth a trial."""
+    return [{name: value} for value in neighbours(name, present[name])]
 
 
 def others(key: str, device: torch.device) -> list[Constants]:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -96,17 +96,22 @@ def open_images_in(
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> Index:
-    """A place, or a split of it. Where damaged files are left out, every file is decoded, so that all are found."""
-    return open_source(
-        place,
-        split=split,
-        on_bad=data.bad_images,
-        check="decode" if data.bad_images == "skip" else data.check,
-        max_bad_frac=data.max_bad_frac,
-        max_pixels=data.max_pixels,
-        channels=data.channels,
-        progress=reporting(say, progress),
-    )
+    """A place, or a split of it."""
+    return open_source(place, split=split, **checks_of(data), progress=reporting(say, progress))
+
+
+def checks_of(data: DataConfig) -> dict[str, Any]:
+    """What is asked of every file, as arguments of what opens images.
+
+    Where damaged files are left out, every file is decoded, so that all are found.
+    """
+    return {
+        "on_bad": data.bad_images,
+        "check": "decode" if data.bad_images == "skip" else data.check,
+        "max_bad_frac": data.max_bad_frac,
+        "max_pixels": data.max_pixels,
+        "channels": data.channels,
+    }
 
 
 def reporting(say: Say | None, progress: Progress | None) -> Progress:

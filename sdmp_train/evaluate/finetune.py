@@ -30,7 +30,7 @@ from ..stop import StopRequest
 from ..training import Training
 from .accuracy import accuracies, in_words
 from .classifier import export_classifier, lines_to_use
-from .fitting import Fitting, fitted, resolved_loader, run_settings
+from .fitting import Fitting, fitted, measured_on, resolved_loader, run_settings
 from .settings.finetune import RECIPES, FinetuneConfig
 from .subject import (
     IMAGENET_CLASSES,
@@ -206,8 +206,7 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
         method.classifier.train()
     settings = plain_settings(method.asked, *PLACES)
     top1, top5 = found
-    images = {"test_images": len(test), "train_images": len(train), "classes": len(test.classes)}
-    return {"top1": top1, "top5": top5, **images, "settings": settings}
+    return {"top1": top1, "top5": top5, **measured_on(train, test), "settings": settings}
 
 
 def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:

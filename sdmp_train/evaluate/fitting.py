@@ -268,6 +268,11 @@ def describe(fitting: Fitting, training: Training) -> list[str]:
     ]
 
 
+def measured_on(train: Index, test: Index) -> dict[str, int]:
+    """How many images and classes a result is of, for its record."""
+    return {"test_images": len(test), "train_images": len(train), "classes": len(test.classes)}
+
+
 def end(outcome: Outcome, training: Training, folder: Path, log: Log, stop: StopRequest) -> None:
     """Nothing where the training is done; else raise what ended it."""
     if outcome is Outcome.DONE:

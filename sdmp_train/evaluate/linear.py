@@ -33,7 +33,7 @@ from ..weights import weights_digest
 from .accuracy import accuracies, in_words
 from .classifier import export_classifier, lines_to_use
 from .features import feature_maker, standardise
-from .fitting import Fitting, fitted, resolved_loader, run_settings
+from .fitting import Fitting, fitted, measured_on, resolved_loader, run_settings
 from .settings.linear import RECIPES, FeatureName, LinearConfig
 from .subject import (
     PLACES,
@@ -277,8 +277,7 @@ def measure(training: Training, train: Index, test: Index, log: Log, stop: StopR
     sweep = [{"lr": rate, "top1": top1, "top5": top5} for rate, (top1, top5) in zip(rates, found, strict=True)]
     best = max(sweep, key=lambda row: row["top1"])
     settings = plain_settings(method.config, *PLACES)
-    images = {"test_images": len(test), "train_images": len(train), "classes": len(test.classes)}
-    return {**best, "sweep": sweep, **images, "settings": settings}
+    return {**best, "sweep": sweep, **measured_on(train, test), "settings": settings}
 
 
 def export(training: Training, subject: Subject, train: Index, found: dict[str, Any]) -> None:

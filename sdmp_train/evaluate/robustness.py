@@ -22,7 +22,7 @@ from ..distributed import World, join_world
 from ..log import Log
 from ..run_folder import EVALUATED, EXPORTED
 from ..settings import ConfigError, DataConfig, require
-from ..splits import class_numbers, reporting, some
+from ..splits import checks_of, class_numbers, reporting, some
 from ..stop import StopRequest
 from ..text import printable
 from ..weights import TIMM, describe_timm, load_timm
@@ -36,6 +36,7 @@ from .subject import (
     keep_result,
     named_backbone,
     plain_settings,
+    read_as_asked,
     resolved_precision,
     result_folder,
 )
@@ -105,10 +106,7 @@ class Measuring:
         index = open_folder(
             folder,
             split=None,
-            on_bad=self.data.bad_images,
-            check="decode" if self.data.bad_images == "skip" else "header",
-            max_bad_frac=self.data.max_bad_frac,
-            max_pixels=self.data.max_pixels,
+            **checks_of(self.data),
             progress=reporting(self.log.say, self.stop.check),
         )
         count = len(index.classes)
@@ -222,9 +220,7 @@ def open_classifier(config: RobustnessConfig) -> tuple[Subject, tuple[str, ...]]
             "eval robustness needs a classifier: give the folder of a run that `eval finetune` has trained on, that of "
             "the fine-tuning, or timm:NAME"
         )
-    data = DataConfig(workers=config.workers, max_pixels=config.max_pixels)
-    asked = {name: getattr(config, name) for name in ("bad_images", "max_bad_frac", "loader")}
-    data = replace(data, **{name: value for name, value in asked.items() if value is not None})
+    data = read_as_asked(DataConfig(), config)
     if weights is not None and weights.startswith(TIMM):
         name = weights.removeprefix(TIMM)
         model, pixels = load_timm(name, num_classes=None)

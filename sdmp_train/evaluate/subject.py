@@ -101,7 +101,7 @@ def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfi
     if config.data is None and stored.data is None:
         raise ConfigError("data is missing; give --data DIR, a folder with one folder per class")
     return replace(
-        stored,
+        read_as_asked(stored, config),
         data=config.data or stored.data,
         # A split that belongs to the run's data belongs to no other.
         test_data=config.test_data or (stored.test_data if config.data is None else None),
@@ -109,12 +109,13 @@ def measured_data(config: SubjectConfig, pixels: Mapping[str, Any]) -> DataConfi
         channels=pixels["input_size"][0],
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
-        workers=config.workers,
-        bad_images=config.bad_images or stored.bad_images,
-        max_bad_frac=stored.max_bad_frac if config.max_bad_frac is None else config.max_bad_frac,
-        max_pixels=stored.max_pixels if config.max_pixels is None else config.max_pixels,
-        loader=config.loader or stored.loader,
     )
+
+
+def read_as_asked(data: DataConfig, config: SubjectConfig) -> DataConfig:
+    """`data` with what `config` says of reading images; what that leaves open stays."""
+    asked = {name: getattr(config, name) for name in ("bad_images", "max_bad_frac", "max_pixels", "loader")}
+    return replace(data, workers=config.workers, **{name: value for name, value in asked.items() if value is not None})
 
 
 def labelled_images(

@@ -73,12 +73,6 @@ class Trial:
         """Whether the results are those of the reference bit for bit: what is resized or normalised is only close."""
         return self.norm is None and not (self.plan.rule == Rule.RESIZEMIX).any()
 
-    @property
-    def copied(self) -> bool:
-        """Whether the results are pixels of the images."""
-        blended = (self.plan.rule == Rule.MIXUP) | (self.plan.rule == Rule.RESIZEMIX)
-        return self.norm is None and not blended.any()
-
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout."""
